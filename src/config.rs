@@ -1,0 +1,213 @@
+//! Typed settings. Flags and environment are parsed into these once (`cli`); after that nothing is validated again.
+//!
+//! Invariant: every default of the product lives here, with its source. Knows no room above it.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use zeroize::Zeroizing;
+
+/// Consul's default agent address (`api/api.go`).
+pub const AGENT_ADDRESS: &str = "127.0.0.1:8500";
+/// Envoy's admin address under `consul connect envoy` (`-admin-bind`).
+pub const ADMIN_BIND: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 19_000);
+/// How long live connections go on after SIGTERM.
+pub const DRAIN_TIME: Duration = Duration::from_secs(30);
+/// TCP keepalive on both legs.
+pub const KEEPALIVE: Duration = Duration::from_secs(60);
+/// Public listener's handshake bound (built-in proxy's default; Envoy has none).
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Dialing the app: Envoy's default (the built-in proxy's is 1 s).
+pub const LOCAL_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Dialing an upstream, handshake included: Envoy's and the resolver's default.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long an accepted connection waits for the first certificate or the first endpoints.
+pub const HOLD_TIME: Duration = Duration::from_secs(10);
+/// Envoy's circuit breaker default for connections of a cluster.
+pub const UPSTREAM_CONNECTIONS_MAX: u32 = 1_024;
+/// Connections that one worker carries at once.
+pub const WORKER_CONNECTIONS_MAX: u32 = 65_536;
+/// Handshakes that one worker has under way at once.
+pub const WORKER_HANDSHAKES_MAX: u32 = 1_024;
+/// Buffer memory that one worker may lease.
+pub const WORKER_BUFFER_BYTES_MAX: usize = 64 << 20;
+
+/// What the data plane needs to know, whatever the control plane is.
+#[derive(Debug, Clone)]
+pub struct DataPlane {
+    /// Worker threads, at least 1.
+    pub workers: usize,
+    /// TCP keepalive idle time on both legs; zero switches it off.
+    pub keepalive: Duration,
+    /// See [`HOLD_TIME`].
+    pub hold_time: Duration,
+    /// See [`DRAIN_TIME`].
+    pub drain_time: Duration,
+    /// See [`WORKER_CONNECTIONS_MAX`].
+    pub connections_max: u32,
+    /// See [`WORKER_HANDSHAKES_MAX`].
+    pub handshakes_max: u32,
+    /// See [`WORKER_BUFFER_BYTES_MAX`].
+    pub buffer_bytes_max: usize,
+    /// Pin each worker to a core.
+    pub pin: bool,
+}
+
+impl Default for DataPlane {
+    fn default() -> Self {
+        Self {
+            workers: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            keepalive: KEEPALIVE,
+            hold_time: HOLD_TIME,
+            drain_time: DRAIN_TIME,
+            connections_max: WORKER_CONNECTIONS_MAX,
+            handshakes_max: WORKER_HANDSHAKES_MAX,
+            buffer_bytes_max: WORKER_BUFFER_BYTES_MAX,
+            pin: true,
+        }
+    }
+}
+
+/// Which proxies this process is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Proxy {
+    /// `-sidecar-for ID`: the one sidecar registered for this service instance.
+    SidecarFor(String),
+    /// `-proxy-id ID`: this registration.
+    ProxyId(String),
+    /// `-service NAME …`: never registered; everything comes from flags.
+    Service(ServiceProxy),
+}
+
+/// A service that was never registered as a sidecar (`consul connect proxy -service`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServiceProxy {
+    /// Service name to be.
+    pub name: String,
+    /// `-listen`: the public listener; none accepts nothing from the mesh.
+    pub listen: Option<SocketAddr>,
+    /// `-service-addr`: the app behind it.
+    pub service_address: Option<String>,
+    /// `-upstream NAME:[ADDR:]PORT`.
+    pub upstreams: Vec<UpstreamFlag>,
+}
+
+/// One `-upstream` flag.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UpstreamFlag {
+    /// Destination service.
+    pub destination: String,
+    /// Local listener.
+    pub bind: SocketAddr,
+}
+
+/// How the agent is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AgentAddress {
+    /// `http://` or `https://`, with an optional path prefix.
+    Http {
+        /// Host name or address, without brackets.
+        host: String,
+        /// Port.
+        port: u16,
+        /// Whether to speak TLS.
+        tls: bool,
+        /// Path prefix without a trailing slash; mostly empty.
+        prefix: String,
+    },
+    /// `unix:///path`.
+    Unix(PathBuf),
+}
+
+/// TLS towards the agent.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AgentTls {
+    /// `-ca-file`, CONSUL_CACERT.
+    pub ca_file: Option<PathBuf>,
+    /// `-ca-path`, CONSUL_CAPATH: a folder of PEM files.
+    pub ca_path: Option<PathBuf>,
+    /// `-client-cert`, CONSUL_CLIENT_CERT.
+    pub client_cert: Option<PathBuf>,
+    /// `-client-key`, CONSUL_CLIENT_KEY.
+    pub client_key: Option<PathBuf>,
+    /// `-tls-server-name`, CONSUL_TLS_SERVER_NAME.
+    pub server_name: Option<String>,
+    /// CONSUL_HTTP_SSL_VERIFY=false.
+    pub skip_verify: bool,
+}
+
+/// Where the ACL token comes from.
+#[derive(Clone, Default)]
+pub enum TokenSource {
+    /// None: the agent's default token or anonymous.
+    #[default]
+    None,
+    /// `-token`, CONSUL_HTTP_TOKEN.
+    Static(Zeroizing<String>),
+    /// `-token-file`, CONSUL_HTTP_TOKEN_FILE: read again on change, on SIGHUP and on 403.
+    File(PathBuf),
+    /// `-login-method` and friends: a token by auth method, renewed at two thirds of its life.
+    Login(Login),
+}
+
+/// Login with an auth method.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Login {
+    /// `-login-method`.
+    pub method: String,
+    /// `-login-bearer-token-file`: read again at each login.
+    pub bearer_token_file: PathBuf,
+    /// `-login-meta key=value`.
+    pub meta: Vec<(String, String)>,
+}
+
+/// The HTTP feeder's settings.
+#[derive(Debug, Clone)]
+pub struct Consul {
+    /// Agent address.
+    pub address: AgentAddress,
+    /// TLS towards it.
+    pub tls: AgentTls,
+    /// `user:password` of CONSUL_HTTP_AUTH.
+    pub basic_auth: Option<Zeroizing<String>>,
+    /// Token.
+    pub token: TokenSource,
+    /// Enterprise namespace; sent only when set.
+    pub namespace: Option<String>,
+    /// Enterprise partition; sent only when set.
+    pub partition: Option<String>,
+    /// `-datacenter`.
+    pub datacenter: Option<String>,
+    /// Name that mesh gateways are registered under.
+    pub mesh_gateway_service: String,
+    /// The proxies to run.
+    pub proxies: Vec<Proxy>,
+}
+
+impl Default for Consul {
+    fn default() -> Self {
+        Self {
+            address: AgentAddress::Http { host: "127.0.0.1".into(), port: 8_500, tls: false, prefix: String::new() },
+            tls: AgentTls::default(),
+            basic_auth: None,
+            token: TokenSource::None,
+            namespace: None,
+            partition: None,
+            datacenter: None,
+            mesh_gateway_service: "mesh-gateway".into(),
+            proxies: Vec::new(),
+        }
+    }
+}
+
+impl std::fmt::Debug for TokenSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::None => f.write_str("None"),
+            Self::Static(_) => f.write_str("Static([redacted])"),
+            Self::File(path) => f.debug_tuple("File").field(path).finish(),
+            Self::Login(login) => f.debug_tuple("Login").field(login).finish(),
+        }
+    }
+}

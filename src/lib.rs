@@ -1,0 +1,10 @@
+//! ringfence: an L4 mutual-TLS sidecar for Consul Connect on io_uring.
+
+pub mod config;
+pub mod control;
+pub mod identity;
+pub mod mesh;
+pub mod policy;
+pub mod store;
+pub mod telemetry;
+pub mod tls;

@@ -1,0 +1,218 @@
+//! The snapshot: all that a worker needs to enforce, immutable, built by the control plane and published whole.
+//!
+//! Invariant: everything in a [`Snapshot`] was validated before it was published; a worker checks nothing again. A part
+//! that did not change between two snapshots is the same `Arc`, so workers see by pointer what they need not touch.
+//!
+//! Knows no Consul, no HTTP and no ring: the HTTP feeder and the xDS feeder both end here.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::identity::{SpiffeId, Svid, TrustBundle};
+use crate::policy::Intentions;
+use crate::tls::WorkerTls;
+
+/// One consistent state of the mesh as seen from this host.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    /// Grows by one with each publication; 0 is the empty snapshot that workers start with. Set by `store::Publisher`.
+    pub generation: u64,
+    /// Every local service that this process fronts.
+    pub services: Vec<Arc<Service>>,
+}
+
+/// Anything publishable: `store::Publisher` tells it its generation before it is shared.
+pub trait Generation {
+    /// Stores the generation that the publisher gave it.
+    fn set_generation(&mut self, generation: u64);
+}
+
+impl Generation for Snapshot {
+    fn set_generation(&mut self, generation: u64) {
+        self.generation = generation;
+    }
+}
+
+/// One local service: an identity, a way in, and ways out.
+#[derive(Debug)]
+pub struct Service {
+    /// Service name as intentions write it.
+    pub name: Arc<str>,
+    /// Consul's id of the sidecar registration, for logs.
+    pub proxy_id: Arc<str>,
+    /// What the service presents and trusts. `None` until the first valid leaf: listeners hold connections meanwhile.
+    pub identity: Option<Arc<Identity>>,
+    /// Who may come in. [`Intentions::unknown`] until learned.
+    pub intentions: Arc<Intentions>,
+    /// Mutual TLS in, plain to the app.
+    pub public: Option<Arc<PublicListener>>,
+    /// Plain in, mutual TLS out.
+    pub upstreams: Vec<Arc<Upstream>>,
+}
+
+/// An SVID with the bundle it is used with and the TLS configurations made of both, one a worker.
+pub struct Identity {
+    /// Certificate and key.
+    pub svid: Arc<Svid>,
+    /// Roots that peers are checked against.
+    pub bundle: Arc<TrustBundle>,
+    /// Indexed by worker, so that no reference count is shared between cores in a handshake.
+    pub tls: Vec<WorkerTls>,
+}
+
+/// Where a listener accepts.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Bind {
+    /// A TCP address. Each worker has its own socket on it (`SO_REUSEPORT`).
+    Tcp(SocketAddr),
+    /// A unix stream socket.
+    Unix {
+        /// Its path.
+        path: PathBuf,
+        /// Permission bits to set, or what the umask leaves.
+        mode: Option<u32>,
+    },
+}
+
+/// Where a connection is opened to.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Address {
+    /// A TCP address.
+    Tcp(SocketAddr),
+    /// A unix stream socket's path.
+    Unix(PathBuf),
+}
+
+/// The public listener of a service and the app behind it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublicListener {
+    /// Where peers come in.
+    pub bind: Bind,
+    /// The app, in the order to try (a host name may resolve to several addresses).
+    pub app: Vec<Address>,
+    /// Bound on opening a connection to the app.
+    pub local_connect_timeout: Duration,
+    /// Bound on the TLS handshake.
+    pub handshake_timeout: Duration,
+    /// Most connections at once over all workers; 0 is unlimited.
+    pub max_inbound_connections: u32,
+}
+
+/// One upstream: a local listener and the targets behind it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Upstream {
+    /// Destination as configured, for logs and metrics (`db`, `prepared_query:db-query`, `db?dc=dc2`).
+    pub name: Arc<str>,
+    /// Where local clients connect.
+    pub bind: Bind,
+    /// Bound on TCP connect plus handshake.
+    pub connect_timeout: Duration,
+    /// How an endpoint is chosen.
+    pub balance: Balance,
+    /// Most connections at once over all workers; `None` is Envoy's 1,024, `Some(0)` blocks all.
+    pub max_connections: Option<u32>,
+    /// Passive health checking.
+    pub outlier: Outlier,
+    /// In failover order: a target is used only when none before it has a healthy endpoint.
+    pub targets: Vec<Arc<Target>>,
+}
+
+/// One resolved target of an upstream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// Consul's opaque target id.
+    pub id: Arc<str>,
+    /// SNI to send, verbatim from Consul.
+    pub sni: Arc<str>,
+    /// The identities that may answer: exact URIs.
+    pub expected: Arc<[SpiffeId]>,
+    /// Where to dial, mesh gateways included.
+    pub endpoints: Arc<[Endpoint]>,
+}
+
+/// One address of a target.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Address to dial.
+    pub address: SocketAddr,
+    /// 1 to 128.
+    pub weight: u32,
+    /// Consul's health, computed as Envoy does; unhealthy ones are never dialed.
+    pub healthy: bool,
+}
+
+/// Load-balancing policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Balance {
+    /// Weighted, per worker.
+    #[default]
+    RoundRobin,
+    /// The least loaded of `choices` random ones.
+    LeastRequest {
+        /// How many are compared, at least 2.
+        choices: u32,
+    },
+    /// Weighted random.
+    Random,
+    /// Consistent hashing on the client's address.
+    RingHash,
+    /// Maglev on the client's address.
+    Maglev,
+}
+
+/// Passive health checking with Envoy's meaning: consecutive connect failures eject an endpoint for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outlier {
+    /// Consecutive failures that eject.
+    pub max_failures: u32,
+    /// Chance of ejection in per cent; 0 switches it off.
+    pub enforcing_percent: u32,
+    /// Most endpoints ejected at once, in per cent; at least one always may be.
+    pub max_ejection_percent: u32,
+    /// First ejection; the n-th lasts n times as long, at most 300 s.
+    pub base_ejection: Duration,
+    /// How often ejected endpoints are looked at again.
+    pub interval: Duration,
+}
+
+impl Default for Outlier {
+    /// Envoy's defaults, which Consul always switches on.
+    fn default() -> Self {
+        Self {
+            max_failures: 5,
+            enforcing_percent: 100,
+            max_ejection_percent: 10,
+            base_ejection: Duration::from_secs(30),
+            interval: Duration::from_secs(10),
+        }
+    }
+}
+
+impl std::fmt::Debug for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Identity")
+            .field("svid", &self.svid)
+            .field("trust_domain", &self.bundle.trust_domain)
+            .finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Display for Bind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix { path, .. } => write!(f, "unix://{}", path.display()),
+        }
+    }
+}
+
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "unix://{}", path.display()),
+        }
+    }
+}

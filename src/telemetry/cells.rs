@@ -1,0 +1,127 @@
+//! Counters with one writer: a worker adds with a relaxed load and store, the admin thread reads whenever it likes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::close::CloseReason;
+
+/// A counter or gauge with exactly one writing thread.
+#[derive(Debug, Default)]
+pub struct Cell(AtomicU64);
+
+impl Cell {
+    /// Adds `n`. Only the owning worker may call it.
+    pub fn add(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// Takes `n` off a gauge. Only the owning worker may call it.
+    pub fn sub(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_sub(n), Ordering::Relaxed);
+    }
+
+    /// Sets a gauge. Only the owning worker may call it.
+    pub fn set(&self, n: u64) {
+        self.0.store(n, Ordering::Relaxed);
+    }
+
+    /// The value now.
+    pub fn value(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Which way connections of a listener go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Direction {
+    /// From the mesh to the local app.
+    Inbound,
+    /// From a local client to the mesh.
+    Outbound,
+}
+
+/// What one worker counts for one listener. The admin thread adds the workers' cells up by `name`.
+#[derive(Debug)]
+#[repr(align(128))]
+pub struct ListenerCells {
+    /// Inbound or outbound.
+    pub direction: Direction,
+    /// The local service.
+    pub service: Arc<str>,
+    /// The upstream's name; `None` for the public listener.
+    pub upstream: Option<Arc<str>>,
+    /// Connections accepted.
+    pub connections: Cell,
+    /// Connections open now (gauge).
+    pub active: Cell,
+    /// Connections that intentions allowed (inbound).
+    pub allowed: Cell,
+    /// Payload bytes from the mesh leg to the plain leg.
+    pub bytes_from_mesh: Cell,
+    /// Payload bytes from the plain leg to the mesh leg.
+    pub bytes_to_mesh: Cell,
+    /// TLS handshakes completed.
+    pub handshakes: Cell,
+    /// Of those, resumed ones.
+    pub handshakes_resumed: Cell,
+    /// Connects tried on upstream endpoints or the app.
+    pub connect_attempts: Cell,
+    /// Of those, failed ones (timeouts included).
+    pub connect_failures: Cell,
+    /// Endpoints ejected by passive health checking (total).
+    pub ejections: Cell,
+    /// Connections ended, by reason.
+    pub closed: [Cell; CloseReason::ALL.len()],
+}
+
+impl ListenerCells {
+    /// All zero.
+    pub fn new(direction: Direction, service: Arc<str>, upstream: Option<Arc<str>>) -> Self {
+        Self {
+            direction,
+            service,
+            upstream,
+            connections: Cell::default(),
+            active: Cell::default(),
+            allowed: Cell::default(),
+            bytes_from_mesh: Cell::default(),
+            bytes_to_mesh: Cell::default(),
+            handshakes: Cell::default(),
+            handshakes_resumed: Cell::default(),
+            connect_attempts: Cell::default(),
+            connect_failures: Cell::default(),
+            ejections: Cell::default(),
+            closed: std::array::from_fn(|_| Cell::default()),
+        }
+    }
+}
+
+/// What one worker counts for itself.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct WorkerCells {
+    /// `io_uring_enter` calls.
+    pub enters: Cell,
+    /// Completions reaped.
+    pub completions: Cell,
+    /// Completions whose token was stale: counted, never acted on.
+    pub stale_completions: Cell,
+    /// Accepts that failed for want of descriptors or memory.
+    pub accept_errors: Cell,
+    /// Payload bytes moved in user space (partial records at a region's end).
+    pub payload_bytes_moved: Cell,
+    /// Buffer bytes leased now (gauge).
+    pub buffer_bytes_leased: Cell,
+    /// Times the shared buffer ring was empty.
+    pub buffer_ring_empty: Cell,
+    /// Connections open now (gauge).
+    pub connections: Cell,
+    /// Handshakes under way now (gauge).
+    pub handshakes_active: Cell,
+    /// Events that did not fit the ring to the admin thread.
+    pub events_dropped: Cell,
+    /// The snapshot generation in use (gauge).
+    pub generation: Cell,
+    /// Listeners bound now (gauge).
+    pub listeners: Cell,
+}

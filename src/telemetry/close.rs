@@ -1,0 +1,117 @@
+//! Why a connection ended: one small value that feeds counters and the connection log.
+
+/// Why a proxied connection ended. The order is stable: it indexes counters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum CloseReason {
+    /// Both sides said they were done.
+    Complete,
+    /// The peer connected and left without a byte (a health check's probe).
+    Probe,
+    /// Intentions do not let the peer in.
+    Denied,
+    /// An intention change took the right away from a live connection.
+    Revoked,
+    /// The remote sidecar refused us after the handshake (alert `access_denied` or `bad_certificate`).
+    DeniedByPeer,
+    /// The local client or app reset its connection.
+    LocalReset,
+    /// The mesh peer reset its connection.
+    PeerReset,
+    /// The mesh peer's stream ended without close_notify.
+    Truncated,
+    /// The TLS handshake failed (bad certificate, no common version, garbage).
+    HandshakeFailed,
+    /// The peer's identity is not the expected one.
+    IdentityMismatch,
+    /// The TLS handshake took too long.
+    HandshakeTimeout,
+    /// A record did not decrypt or broke the protocol.
+    ProtocolError,
+    /// The local app could not be reached.
+    AppUnreachable,
+    /// No endpoint answered.
+    ConnectFailed,
+    /// Opening the connection took too long.
+    ConnectTimeout,
+    /// The upstream has no healthy endpoint.
+    NoEndpoint,
+    /// A connection limit was reached.
+    Limit,
+    /// No certificate yet, and the hold time is over.
+    NoIdentity,
+    /// The worker's buffer budget is spent.
+    OutOfBuffers,
+    /// Drain time was over, or the listener went away.
+    Drained,
+    /// The process ends at once.
+    Shutdown,
+}
+
+impl CloseReason {
+    /// Every reason, in counter order.
+    pub const ALL: [Self; 21] = [
+        Self::Complete,
+        Self::Probe,
+        Self::Denied,
+        Self::Revoked,
+        Self::DeniedByPeer,
+        Self::LocalReset,
+        Self::PeerReset,
+        Self::Truncated,
+        Self::HandshakeFailed,
+        Self::IdentityMismatch,
+        Self::HandshakeTimeout,
+        Self::ProtocolError,
+        Self::AppUnreachable,
+        Self::ConnectFailed,
+        Self::ConnectTimeout,
+        Self::NoEndpoint,
+        Self::Limit,
+        Self::NoIdentity,
+        Self::OutOfBuffers,
+        Self::Drained,
+        Self::Shutdown,
+    ];
+
+    /// Its name in logs and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::Probe => "probe",
+            Self::Denied => "denied",
+            Self::Revoked => "revoked",
+            Self::DeniedByPeer => "denied_by_peer",
+            Self::LocalReset => "local_reset",
+            Self::PeerReset => "peer_reset",
+            Self::Truncated => "truncated",
+            Self::HandshakeFailed => "handshake_failed",
+            Self::IdentityMismatch => "identity_mismatch",
+            Self::HandshakeTimeout => "handshake_timeout",
+            Self::ProtocolError => "protocol_error",
+            Self::AppUnreachable => "app_unreachable",
+            Self::ConnectFailed => "connect_failed",
+            Self::ConnectTimeout => "connect_timeout",
+            Self::NoEndpoint => "no_endpoint",
+            Self::Limit => "limit",
+            Self::NoIdentity => "no_identity",
+            Self::OutOfBuffers => "out_of_buffers",
+            Self::Drained => "drained",
+            Self::Shutdown => "shutdown",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_stands_at_its_index_with_its_own_name() {
+        let mut names = std::collections::HashSet::new();
+        for (index, reason) in CloseReason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, index);
+            assert!(names.insert(reason.as_str()));
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! One connection as the log tells it, and the other events that a worker sends.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use super::cells::{Direction, ListenerCells};
+use super::close::CloseReason;
+use crate::identity::SpiffeId;
+use crate::mesh::{Address, Bind};
+use crate::policy::Ground;
+
+/// What a worker sends to the admin thread.
+#[derive(Debug)]
+pub enum Event {
+    /// A connection ended, or an inbound one was denied.
+    Connection(Box<ConnectionRecord>),
+    /// A listener is bound and counts into these cells.
+    ListenerUp {
+        /// Where.
+        bind: Bind,
+        /// Its counters, which outlive it.
+        cells: Arc<ListenerCells>,
+    },
+    /// A listener is closed.
+    ListenerDown {
+        /// Where it was.
+        bind: Bind,
+    },
+    /// A listener could not be bound; the worker tries again.
+    BindFailed {
+        /// Where.
+        bind: Bind,
+        /// The system's reason.
+        error: std::io::Error,
+    },
+    /// Accepting failed (descriptors or memory ran out); the worker backs off and goes on.
+    AcceptFailed {
+        /// Where.
+        bind: Bind,
+        /// The system's reason.
+        error: std::io::Error,
+    },
+    /// Passive health checking took an endpoint out.
+    Ejected {
+        /// The upstream.
+        upstream: Arc<str>,
+        /// The endpoint.
+        endpoint: SocketAddr,
+        /// For how long.
+        duration: Duration,
+    },
+    /// A worker has adopted this generation and holds nothing older.
+    Adopted {
+        /// The worker.
+        worker: usize,
+        /// The generation.
+        generation: u64,
+    },
+    /// A draining worker has no connection left.
+    Drained {
+        /// The worker.
+        worker: usize,
+    },
+}
+
+/// Everything that the connection log says about one connection.
+#[derive(Debug)]
+pub struct ConnectionRecord {
+    /// When it was accepted.
+    pub start: SystemTime,
+    /// Inbound or outbound.
+    pub direction: Direction,
+    /// Local service.
+    pub service: Arc<str>,
+    /// Upstream's name on outbound connections.
+    pub upstream: Option<Arc<str>>,
+    /// Who connected to us.
+    pub downstream: Option<SocketAddr>,
+    /// Whom we connected to (the app, or the upstream endpoint).
+    pub endpoint: Option<Address>,
+    /// SPIFFE ID of the calling side, once known.
+    pub source: Option<SpiffeId>,
+    /// SPIFFE ID of the called side, once known.
+    pub destination: Option<SpiffeId>,
+    /// What let the peer in or kept it out (inbound).
+    pub decision: Option<Decision>,
+    /// TLS version number (0x0303, 0x0304), once negotiated.
+    pub tls_version: Option<u16>,
+    /// TLS cipher suite number, once negotiated.
+    pub tls_suite: Option<u16>,
+    /// Whether the TLS session was resumed.
+    pub tls_resumed: bool,
+    /// Payload bytes from the mesh leg to the plain leg.
+    pub bytes_from_mesh: u64,
+    /// Payload bytes from the plain leg to the mesh leg.
+    pub bytes_to_mesh: u64,
+    /// Opening the far side took this long.
+    pub connect: Option<Duration>,
+    /// The TLS handshake took this long.
+    pub handshake: Option<Duration>,
+    /// From accept to close.
+    pub total: Duration,
+    /// Endpoints tried before one answered (outbound).
+    pub attempts: u16,
+    /// Why it ended.
+    pub reason: CloseReason,
+    /// What rustls or the system said, for failures.
+    pub detail: Option<Box<str>>,
+}
+
+/// The authorisation of an inbound connection.
+#[derive(Debug, Clone)]
+pub struct Decision {
+    /// Whether the peer was let in. For the log only: the proof is `policy::Authorized`.
+    pub allowed: bool,
+    /// The intention or default that decided.
+    pub by: Ground,
+}

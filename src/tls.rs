@@ -1,0 +1,16 @@
+//! TLS as a transformation of buffers: no sockets, no clock of its own, no thread.
+//!
+//! rustls does every handshake and keeps the key schedule; after it a [`Session`] seals and opens records where they lie.
+//!
+//! Invariant: a [`Session`] exists only for a peer whose chain, validity and SPIFFE URI were checked ([`verify`]); hostile
+//! bytes end in a [`Failure`], never in a panic, and a failed session stays failed.
+
+pub mod alert;
+pub mod handshake;
+pub mod provider;
+pub mod record;
+pub mod verify;
+
+pub use handshake::{Established, Failure, FailureKind, Handshake, Progress, Step};
+pub use provider::{TlsError, TlsParams, WorkerTls};
+pub use record::{Open, Session};

@@ -1,0 +1,1 @@
+//! SPIFFE verification for both roles.
