@@ -44,8 +44,10 @@ async fn ask(agent: &Agent, method: &str, path: &str, body: Option<Value>) -> An
 
 async fn raw(agent: &Agent, method: &str, path: &str, body: String, host: &str, extra: &str) -> Answer {
     let mut stream = TcpStream::connect(agent.address()).await.expect("connects");
-    let request =
-        format!("{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{extra}Content-Length: {}\r\n\r\n{body}", body.len());
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{extra}Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
     stream.write_all(request.as_bytes()).await.expect("sent");
     let mut text = String::new();
     stream.read_to_string(&mut text).await.expect("answered");
@@ -123,7 +125,8 @@ async fn an_index_query_waits_for_its_own_topic_and_no_longer_than_asked() {
     assert!(second.index() > first.index());
 
     let begun = Instant::now();
-    let same = get(&agent, &format!("/v1/connect/intentions/match?by=destination&name=db&wait=300ms&index={}", second.index())).await;
+    let same =
+        get(&agent, &format!("/v1/connect/intentions/match?by=destination&name=db&wait=300ms&index={}", second.index())).await;
     assert_eq!(same.index(), second.index());
     assert!(begun.elapsed() >= Duration::from_millis(300), "{:?}", begun.elapsed());
     assert_eq!(get(&agent, "/v1/health/service/web?index=x").await.body, "Invalid index");
@@ -170,11 +173,7 @@ async fn a_rotation_reaches_waiting_queries_and_old_roots_still_verify() {
 
 #[tokio::test]
 async fn a_waiting_query_gets_the_renewed_leaf_and_retired_roots_go() {
-    let short = AgentSettings {
-        leaf_ttl: Duration::from_secs(4),
-        old_root_retention: Duration::from_secs(1),
-        ..settings()
-    };
+    let short = AgentSettings { leaf_ttl: Duration::from_secs(4), old_root_retention: Duration::from_secs(1), ..settings() };
     let agent = std::sync::Arc::new(Agent::start(short).await.expect("starts"));
     let first = get(&agent, "/v1/agent/connect/ca/leaf/web").await;
     let path = format!("/v1/agent/connect/ca/leaf/web?wait=60s&index={}", first.index());
@@ -196,13 +195,18 @@ async fn a_waiting_query_gets_the_renewed_leaf_and_retired_roots_go() {
 async fn ca_configuration_rotates_and_refuses_as_consul_does() {
     let agent = start().await;
     let before = get(&agent, "/v1/connect/ca/roots").await.json()["ActiveRootID"].clone();
-    let put = |config: Value| ask(&agent, "PUT", "/v1/connect/ca/configuration", Some(json!({"Provider": "consul", "Config": config})));
+    let put =
+        |config: Value| ask(&agent, "PUT", "/v1/connect/ca/configuration", Some(json!({"Provider": "consul", "Config": config})));
     let short = put(json!({"LeafCertTTL": "30m"})).await;
     assert_eq!(
         (short.status, short.body.as_str()),
         (500, "error configuring provider: leaf cert TTL must be greater or equal than 1h0m0s")
     );
-    assert_eq!(get(&agent, "/v1/connect/ca/roots").await.json()["ActiveRootID"], before, "a refused configuration rotates nothing");
+    assert_eq!(
+        get(&agent, "/v1/connect/ca/roots").await.json()["ActiveRootID"],
+        before,
+        "a refused configuration rotates nothing"
+    );
     assert_eq!(put(json!({"LeafCertTTL": "2h"})).await.status, 200);
     assert_ne!(get(&agent, "/v1/connect/ca/roots").await.json()["ActiveRootID"], before);
     assert_eq!(get(&agent, "/v1/connect/ca/configuration").await.json()["Config"]["LeafCertTTL"], "2h0m0s");
@@ -223,7 +227,8 @@ async fn intentions_are_matched_in_order_and_decide() {
     let list = get(&agent, "/v1/connect/intentions/match?by=destination&name=db").await;
     assert_eq!(list.header("X-Consul-Default-ACL-Policy").as_deref(), Some("deny"));
     let list = list.json();
-    let order: Vec<_> = list["db"].as_array().expect("a list").iter().map(|i| i["Precedence"].as_u64().expect("a number")).collect();
+    let order: Vec<_> =
+        list["db"].as_array().expect("a list").iter().map(|i| i["Precedence"].as_u64().expect("a number")).collect();
     assert_eq!(order, [9, 8, 6, 5]);
     let by_source = get(&agent, "/v1/connect/intentions/match?by=source&name=api").await.json();
     assert_eq!(by_source["api"].as_array().map(Vec::len), Some(2));
@@ -243,7 +248,10 @@ async fn intentions_are_matched_in_order_and_decide() {
         (json!({"Target": "b", "X": 1}), "Bad request: Request decode failed: json: unknown field \"X\""),
         (json!({"Target": "", "ClientCertURI": "spiffe://x.consul"}), "Bad request: Target service must be specified"),
         (json!({"Target": "b", "ClientCertURI": "foo"}), "Bad request: ClientCertURI not a valid Connect identifier"),
-        (json!({"Target": "b", "ClientCertURI": "spiffe://x.consul"}), "Bad request: ClientCertURI not a valid Service identifier"),
+        (
+            json!({"Target": "b", "ClientCertURI": "spiffe://x.consul"}),
+            "Bad request: ClientCertURI not a valid Service identifier",
+        ),
     ] {
         let answer = ask(&agent, "POST", "/v1/agent/connect/authorize", Some(body)).await;
         assert_eq!((answer.status, answer.body.as_str()), (400, text));
@@ -254,7 +262,10 @@ async fn intentions_are_matched_in_order_and_decide() {
 async fn intentions_by_id_and_by_name_are_one_store() {
     let agent = start().await;
     let a_to_b = json!({"SourceName": "a", "DestinationName": "b", "Action": "deny", "SourceType": "consul"});
-    let id = ask(&agent, "POST", "/v1/connect/intentions", Some(a_to_b.clone())).await.json()["ID"].as_str().expect("an id").to_owned();
+    let id = ask(&agent, "POST", "/v1/connect/intentions", Some(a_to_b.clone())).await.json()["ID"]
+        .as_str()
+        .expect("an id")
+        .to_owned();
     let again = ask(&agent, "POST", "/v1/connect/intentions", Some(a_to_b)).await;
     assert_eq!(again.status, 500);
     assert!(again.body.starts_with("duplicate intention found: DENY default/a => default/b (ID: "), "{}", again.body);
@@ -306,7 +317,11 @@ async fn registration_is_strict_and_health_follows_checks() {
     agent.set_health("web-sidecar-proxy", Some(Health::Critical)).expect("pinned");
     assert_eq!(get(&agent, "/v1/agent/health/service/id/web-sidecar-proxy").await.status, 503);
 
-    let by_kind = get(&agent, "/v1/agent/services?filter=Kind%20%3D%3D%20%22connect-proxy%22%20and%20Proxy.DestinationServiceID%20%3D%3D%20web").await;
+    let by_kind = get(
+        &agent,
+        "/v1/agent/services?filter=Kind%20%3D%3D%20%22connect-proxy%22%20and%20Proxy.DestinationServiceID%20%3D%3D%20web",
+    )
+    .await;
     assert_eq!(by_kind.json().as_object().expect("a map").keys().collect::<Vec<_>>(), ["web-sidecar-proxy"]);
     assert_eq!(get(&agent, "/v1/catalog/services").await.json(), json!({"consul": [], "web": [], "web-sidecar-proxy": []}));
 }
@@ -317,9 +332,12 @@ async fn chains_and_queries_answer() {
     agent.register(json!({"name": "db", "connect": {"sidecar_service": {}}})).expect("registered");
     agent.set_health("db-sidecar-proxy", Some(Health::Passing)).expect("pinned");
     agent
-        .put_config_entry(json!({"Kind": "service-resolver", "Name": "old", "Redirect": {"Service": "db"}, "ConnectTimeout": "3s"}))
+        .put_config_entry(
+            json!({"Kind": "service-resolver", "Name": "old", "Redirect": {"Service": "db"}, "ConnectTimeout": "3s"}),
+        )
         .expect("stored");
-    let chain = ask(&agent, "POST", "/v1/discovery-chain/old?compile-dc=dc1", Some(json!({"OverrideConnectTimeout": "2s"}))).await.json();
+    let chain =
+        ask(&agent, "POST", "/v1/discovery-chain/old?compile-dc=dc1", Some(json!({"OverrideConnectTimeout": "2s"}))).await.json();
     assert_eq!(chain["Chain"]["StartNode"], "resolver:db.default.dc1");
     assert_eq!(chain["Chain"]["Targets"]["db.default.dc1"]["SNI"], format!("db.default.dc1.internal.{}", agent.trust_domain()));
     agent.put_query(json!({"Name": "db-query", "Service": {"Service": "db", "OnlyPassing": true}})).expect("stored");
@@ -344,7 +362,10 @@ async fn what_consul_refuses_is_refused_and_the_web_is_kept_out() {
     }
     assert_eq!(get(&agent, "/v1/health/service/web?ns=default").await.status, 400);
     assert_eq!(raw(&agent, "GET", "/v1/agent/connect/ca/leaf/web", String::new(), "evil.example", "").await.status, 403);
-    assert_eq!(raw(&agent, "GET", "/v1/agent/connect/ca/leaf/web", String::new(), "localhost", "Origin: http://a\r\n").await.status, 403);
+    assert_eq!(
+        raw(&agent, "GET", "/v1/agent/connect/ca/leaf/web", String::new(), "localhost", "Origin: http://a\r\n").await.status,
+        403
+    );
     let huge = "x".repeat(2 << 20);
     assert_eq!(raw(&agent, "PUT", "/v1/agent/service/register", huge, "127.0.0.1", "").await.status, 413);
 }
@@ -389,7 +410,8 @@ async fn stopping_answers_who_waits() {
     let index = get(&agent, "/v1/connect/ca/roots").await.index();
     let address = agent.address();
     let mut stream = TcpStream::connect(address).await.expect("connects");
-    let request = format!("GET /v1/connect/ca/roots?wait=60s&index={index} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    let request =
+        format!("GET /v1/connect/ca/roots?wait=60s&index={index} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.expect("sent");
     tokio::time::sleep(Duration::from_millis(150)).await;
     let begun = Instant::now();

@@ -120,9 +120,14 @@ impl Plan {
     }
 
     fn add_intention(&mut self, document: Value) -> Result<(), String> {
-        let name = format!("intention {} -> {}", label(&document, &["source_name", "sourcename"]), label(&document, &["destination_name", "destinationname"]));
+        let name = format!(
+            "intention {} -> {}",
+            label(&document, &["source_name", "sourcename"]),
+            label(&document, &["destination_name", "destinationname"])
+        );
         let at = |reason: String| format!("{name}: {}", reason.trim_end());
-        let document = schema::normalise(Shape::Struct(&schema::INTENTION), document, "", 0).map_err(|error| at(error.to_string()))?;
+        let document =
+            schema::normalise(Shape::Struct(&schema::INTENTION), document, "", 0).map_err(|error| at(error.to_string()))?;
         let document: Document = serde_json::from_value(document).map_err(|error| at(error.to_string()))?;
         let (source, destination) = document.into_source().map_err(at)?;
         let entry = self
@@ -153,22 +158,31 @@ impl Plan {
             .services
             .iter()
             .filter(|service| service.connect.as_ref().is_none_or(|connect| connect.sidecar_service.is_none()))
-            .filter_map(|service| state.services.values().find(|other| other.from_file && other.sidecar_of.as_deref() == Some(&service.id)))
+            .filter_map(|service| {
+                state.services.values().find(|other| other.from_file && other.sidecar_of.as_deref() == Some(&service.id))
+            })
             .map(|sidecar| sidecar.definition.id.clone())
             .collect();
         without_sidecar.iter().for_each(|id| _ = state.deregister(id));
         for service in self.services {
             state.register(service, true)?;
         }
-        let gone: Vec<_> =
-            state.entries.iter().filter(|(key, entry)| entry.from_file && !self.entries.contains_key(*key)).map(|(key, _)| key.clone()).collect();
+        let gone: Vec<_> = state
+            .entries
+            .iter()
+            .filter(|(key, entry)| entry.from_file && !self.entries.contains_key(*key))
+            .map(|(key, _)| key.clone())
+            .collect();
         gone.iter().for_each(|(kind, name)| _ = state.delete_entry(kind, name));
         self.entries.into_values().try_for_each(|entry| state.put_entry(entry))
     }
 
     fn check_room(&self, state: &State) -> Result<(), AgentError> {
         let sidecars = |services: &[Definition]| {
-            services.iter().filter(|service| service.connect.as_ref().is_some_and(|connect| connect.sidecar_service.is_some())).count()
+            services
+                .iter()
+                .filter(|service| service.connect.as_ref().is_some_and(|connect| connect.sidecar_service.is_some()))
+                .count()
         };
         let kept: Vec<_> = state.services.values().filter(|service| !service.from_file).collect();
         if kept.len() + self.services.len() + sidecars(&self.services) > SERVICES_MAX {
@@ -289,7 +303,10 @@ mod tests {
         for (text, error) in [
             (r#"{"services": [{"name": "web", "prot": 1}]}"#, "service \"web\": unknown field \"prot\""),
             (r#"{"services": [{"port": 1}]}"#, "service without a name: Missing service name"),
-            (r#"{"services": [{"name": "a"}, {"name": "a"}]}"#, "service \"a\": the id \"a\" is used twice; give each instance an own id"),
+            (
+                r#"{"services": [{"name": "a"}, {"name": "a"}]}"#,
+                "service \"a\": the id \"a\" is used twice; give each instance an own id",
+            ),
             (
                 r#"{"intentions": [{"source_name": "a", "destination_name": "b", "action": "maybe"}]}"#,
                 "intention \"a\" -> \"b\": 1 error occurred:\n\t* Action must be set to 'allow' or 'deny'",

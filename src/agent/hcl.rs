@@ -69,7 +69,8 @@ impl Reader<'_> {
                 Some('{') => {
                     self.take(1);
                     let body = Value::Object(self.body(Some('}'), depth + 1)?);
-                    let value = labels.into_iter().rev().fold(body, |inner, label| Value::Object(Map::from_iter([(label, inner)])));
+                    let value =
+                        labels.into_iter().rev().fold(body, |inner, label| Value::Object(Map::from_iter([(label, inner)])));
                     return self.put(into, key, value);
                 }
                 Some('"') => labels.push(self.string()?),
@@ -131,7 +132,10 @@ impl Reader<'_> {
 
     /// A number or a boolean.
     fn word(&mut self) -> Result<Value, HclError> {
-        let end = self.rest.find(|c: char| !(c.is_ascii_alphanumeric() || matches!(c, '-' | '+' | '.' | '_'))).unwrap_or(self.rest.len());
+        let end = self
+            .rest
+            .find(|c: char| !(c.is_ascii_alphanumeric() || matches!(c, '-' | '+' | '.' | '_')))
+            .unwrap_or(self.rest.len());
         let word = &self.rest[..end];
         let value = match word {
             "true" => Value::Bool(true),
@@ -203,8 +207,11 @@ impl Reader<'_> {
             used += line.len();
             if line.trim() == name {
                 let margin = if indented { line.len() - line.trim_start().len() } else { 0 };
-                let strip = |line: &str| line.get(margin..).filter(|_| line[..margin].trim().is_empty()).map_or_else(|| line.to_owned(), str::to_owned);
-                let out = lines.iter().map(|line: &&str| if line.len() > margin { strip(line) } else { (*line).to_owned() }).collect();
+                let strip = |line: &str| {
+                    line.get(margin..).filter(|_| line[..margin].trim().is_empty()).map_or_else(|| line.to_owned(), str::to_owned)
+                };
+                let out =
+                    lines.iter().map(|line: &&str| if line.len() > margin { strip(line) } else { (*line).to_owned() }).collect();
                 // The newline after the marker stays: it ends the item.
                 self.take(used - usize::from(line.ends_with('\n')));
                 return Ok(out);

@@ -115,7 +115,8 @@ impl State {
     pub(super) fn register(&mut self, mut definition: Definition, from_file: bool) -> Result<(), AgentError> {
         let sidecar = definition.connect.as_mut().and_then(|connect| connect.sidecar_service.take());
         let sidecar = sidecar.map(|sidecar| self.expand_sidecar(&definition, *sidecar)).transpose()?;
-        let new = [Some(&definition), sidecar.as_ref()].into_iter().flatten().filter(|d| !self.services.contains_key(&d.id)).count();
+        let new =
+            [Some(&definition), sidecar.as_ref()].into_iter().flatten().filter(|d| !self.services.contains_key(&d.id)).count();
         if self.services.len() + new > SERVICES_MAX {
             return Err(AgentError::Full { what: "services", most: SERVICES_MAX });
         }
@@ -161,7 +162,8 @@ impl State {
         local_app(proxy, parent);
         if sidecar.checks.is_empty() {
             let host = if sidecar.address.is_empty() { &proxy.local_service_address } else { &sidecar.address };
-            let target = if host.contains(':') { format!("[{host}]:{}", sidecar.port) } else { format!("{host}:{}", sidecar.port) };
+            let target =
+                if host.contains(':') { format!("[{host}]:{}", sidecar.port) } else { format!("{host}:{}", sidecar.port) };
             sidecar.checks = vec![
                 CheckDefinition::tcp("Connect Sidecar Listening", target, self.settings.check_interval),
                 CheckDefinition::alias(&parent.id),
@@ -172,17 +174,21 @@ impl State {
 
     /// The port that the sidecar `id` has, or the first free one.
     fn sidecar_port(&self, id: &str) -> Result<u16, AgentError> {
-        if let Some(port) = self.services.get(id).map(|service| service.definition.port).filter(|port| SIDECAR_PORTS.contains(port)) {
+        if let Some(port) =
+            self.services.get(id).map(|service| service.definition.port).filter(|port| SIDECAR_PORTS.contains(port))
+        {
             return Ok(port);
         }
         SIDECAR_PORTS
             .into_iter()
             .find(|port| self.services.values().all(|service| service.definition.port != *port))
-            .ok_or(AgentError::Full { what: "automatic sidecar ports (21000 to 21255)", most: SIDECAR_PORTS.len() })
+            .ok_or_else(|| AgentError::Full { what: "automatic sidecar ports (21000 to 21255)", most: SIDECAR_PORTS.len() })
     }
 
     fn put_service(&mut self, mut definition: Definition, sidecar_of: Option<String>, from_file: bool) {
-        if let Some(proxy) = definition.proxy.as_mut().filter(|proxy| proxy.local_service_address.is_empty() && proxy.local_service_port != 0) {
+        if let Some(proxy) =
+            definition.proxy.as_mut().filter(|proxy| proxy.local_service_address.is_empty() && proxy.local_service_port != 0)
+        {
             proxy.local_service_address = "127.0.0.1".to_owned();
         }
         let id = definition.id.clone();
@@ -209,12 +215,15 @@ impl State {
             .iter()
             .enumerate()
             .map(|(at, check)| {
-                let made = if single { format!("service:{}", definition.id) } else { format!("service:{}:{}", definition.id, at + 1) };
+                let made =
+                    if single { format!("service:{}", definition.id) } else { format!("service:{}:{}", definition.id, at + 1) };
                 (check.given_id().map_or(made, str::to_owned), check)
             })
             .collect();
         self.checks.retain(|id, check| {
-            check.service_id != definition.id || !check.with_service || wanted.get(id).is_some_and(|new| check.definition == **new)
+            check.service_id != definition.id
+                || !check.with_service
+                || wanted.get(id).is_some_and(|new| check.definition == **new)
         });
         for (id, check) in wanted {
             if !self.checks.contains_key(&id) {
@@ -320,14 +329,14 @@ impl State {
         let Some(service) = self.services.get(service_id) else {
             return Err(AgentError::Refused(format!("unknown service ID {service_id:?}: register it first")));
         };
-        let definition = service.definition.clone();
+        let name = service.definition.name.clone();
         match health {
             Some(health) => self.pins.insert(service_id.to_owned(), health),
             None => self.pins.remove(service_id),
         };
         if self.checks.values().all(|check| check.service_id != service_id) {
             let mut check = Check::pinned(format!("service:{service_id}"));
-            (check.service_id, check.service_name) = (service_id.to_owned(), definition.name.clone());
+            (check.service_id, check.service_name) = (service_id.to_owned(), name);
             self.checks.insert(check.id.clone(), check);
         }
         let ids: Vec<_> = self.checks_of(service_id).map(|check| check.id.clone()).collect();
@@ -443,7 +452,9 @@ impl State {
         let target = Some(check.definition.alias_service.as_str()).filter(|id| !id.is_empty())?;
         let worst = self.checks_of(target).filter(|other| other.id != check.id).max_by_key(|other| self.health(other));
         let (health, output) = match worst {
-            _ if !self.services.contains_key(target) => (Health::Critical, format!("Aliased service {target:?} is not registered")),
+            _ if !self.services.contains_key(target) => {
+                (Health::Critical, format!("Aliased service {target:?} is not registered"))
+            }
             None => (Health::Passing, "No checks found.".to_owned()),
             Some(other) => match self.health(other) {
                 Health::Passing => (Health::Passing, "All checks passing.".to_owned()),
@@ -531,12 +542,16 @@ mod tests {
         );
         let sidecar = &state.services["web-1-sidecar-proxy"];
         let definition = &sidecar.definition;
-        assert_eq!((definition.name.as_str(), definition.kind.as_str(), definition.port), ("web-sidecar-proxy", "connect-proxy", 21_000));
+        assert_eq!(
+            (definition.name.as_str(), definition.kind.as_str(), definition.port),
+            ("web-sidecar-proxy", "connect-proxy", 21_000)
+        );
         assert_eq!((&definition.tags[0], &definition.meta["version"]), (&"a".to_owned(), &"v1".to_owned()));
         let proxy = definition.proxy.as_ref().expect("a proxy");
         assert_eq!((proxy.destination_service_name.as_str(), proxy.destination_service_id.as_str()), ("web", "web-1"));
         assert_eq!((proxy.local_service_address.as_str(), proxy.local_service_port), ("127.0.0.1", 8_080));
-        let checks: Vec<_> = state.checks_of("web-1-sidecar-proxy").map(|c| (c.id.as_str(), c.name.as_str(), c.observed)).collect();
+        let checks: Vec<_> =
+            state.checks_of("web-1-sidecar-proxy").map(|c| (c.id.as_str(), c.name.as_str(), c.observed)).collect();
         assert_eq!(
             checks,
             [
