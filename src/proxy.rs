@@ -11,6 +11,8 @@ mod limits;
 mod listener;
 mod relay;
 mod secure;
+#[cfg(test)]
+mod simulation;
 mod timer;
 mod upstream;
 mod worker;

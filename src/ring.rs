@@ -7,6 +7,8 @@
 //! [`uring`] is the kernel; [`sim`] is a deterministic one with seeded faults, for tests. Knows no TLS and no Consul.
 
 pub mod probe;
+#[cfg(any(test, feature = "testing"))]
+pub mod sim;
 pub mod uring;
 
 use std::io;

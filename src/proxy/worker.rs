@@ -224,7 +224,7 @@ impl<R: Ring> Worker<R> {
         }
     }
 
-    fn is_over(&self) -> bool {
+    pub(super) fn is_over(&self) -> bool {
         if self.order == Order::Run {
             return false;
         }
@@ -455,6 +455,18 @@ fn slot_of(index: usize) -> u32 {
 
 fn find_listener(listeners: &mut [Option<Listener>], token: Token) -> Option<&mut Listener> {
     listeners.get_mut(token.slot() as usize)?.as_mut().filter(|listener| listener.generation == token.generation())
+}
+
+#[cfg(test)]
+impl Worker<crate::ring::sim::Sim> {
+    /// What must hold when a worker is over: nobody has a socket, a lease or a shared buffer.
+    pub(super) fn assert_nothing_left(&self) {
+        assert_eq!(self.connections.live(), 0, "connections left");
+        assert_eq!(self.ring.pending(), 0, "operations left");
+        assert_eq!(self.ring.available_buffers(), usize::from(SHARED_BUFFERS), "shared buffers lost");
+        assert_eq!(self.pool.leases(), usize::from(SHARED_BUFFERS), "leases lost");
+        assert_eq!((self.held, self.handshakes), (0, 0), "counts off");
+    }
 }
 
 /// Connections by slot, each life of a slot with its own generation.
