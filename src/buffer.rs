@@ -13,7 +13,12 @@ use std::ptr::NonNull;
 
 /// Room for one record of any version and suite with [`HEADROOM_BYTES`] before it: 16 + 13 header and nonce + 16,384 + 17
 /// trailer, rounded up to a cache line.
-pub const SLOT_BYTES: usize = 16_448;
+pub const RECORD_ROOM_BYTES: usize = 16_448;
+/// What every lease has beyond its records: a record that begins in front of it can always be completed where it lies, so
+/// that no partial record ever moves. Mostly address space: its pages become real only when such a record comes.
+pub const SLACK_BYTES: usize = RECORD_ROOM_BYTES;
+/// The smallest lease.
+pub const SLOT_BYTES: usize = RECORD_ROOM_BYTES + SLACK_BYTES;
 /// Where received bytes start in a slot, so that a header fits before them.
 pub const HEADROOM_BYTES: usize = 16;
 /// Records in a medium region.
@@ -40,8 +45,8 @@ impl Class {
     pub const fn bytes(self) -> usize {
         match self {
             Self::Slot => SLOT_BYTES,
-            Self::Medium => (MEDIUM_SLOTS * SLOT_BYTES).next_multiple_of(PAGE_BYTES),
-            Self::Large => (LARGE_SLOTS * SLOT_BYTES).next_multiple_of(PAGE_BYTES),
+            Self::Medium => (MEDIUM_SLOTS * RECORD_ROOM_BYTES + SLACK_BYTES).next_multiple_of(PAGE_BYTES),
+            Self::Large => (LARGE_SLOTS * RECORD_ROOM_BYTES + SLACK_BYTES).next_multiple_of(PAGE_BYTES),
         }
     }
 

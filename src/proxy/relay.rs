@@ -1,8 +1,8 @@
 //! The two byte directions of a connection: plain to mesh is sealed in place, mesh to plain is opened in place.
 //!
 //! Invariant: a flow either receives or sends, never both, so its buffer has one user; it receives again only when all it
-//! had was sent, which is the whole back-pressure. Payload is never copied in user space; only a partial record at the end
-//! of a full buffer moves, and that is counted (`payload_bytes_moved`).
+//! had was sent, which is the whole back-pressure. Payload is never copied in user space, nor moved: a receive stops where
+//! every record that has begun still fits the slack behind it.
 //!
 //! Ends: EOF on the plain leg becomes close_notify and FIN on the mesh leg; close_notify becomes FIN on the plain leg; an
 //! EOF without close_notify, or a reset, becomes a reset on the other leg.
@@ -12,13 +12,15 @@ use std::time::Instant;
 use super::close::{self, CloseReason, Side};
 use super::connection::{Connection, Control, Io, MESH, Next, PLAIN, Stage};
 use super::limits::{REGION_IDLE, SMALL_RECEIVES_MAX};
-use crate::buffer::{Class, HEADROOM_BYTES, Lease, Pool, SLOT_BYTES, Span};
+use crate::buffer::{Class, HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES, SLACK_BYTES, Span};
 use crate::ring::{Completion, Errno, Op, PARTS_MAX, Ring};
 use crate::tls::record::PAYLOAD_BYTES_MAX;
 use crate::tls::{Open, Session};
 
 /// A receive below this counts as small: a region is not worth holding for it.
 const SMALL_RECEIVE_BYTES: usize = PAYLOAD_BYTES_MAX / 4;
+
+const ALERT_RECORD_OVERFLOW: u8 = 22;
 
 /// One byte direction.
 pub(super) struct Flow {
@@ -30,6 +32,8 @@ pub(super) struct Flow {
     /// Opening: raw bytes not yet opened, within the hold. Sealing: the sealed run being sent.
     start: usize,
     end: usize,
+    /// Opening: how long the record at `start` is, as far as known.
+    need: usize,
     /// What of the hold is being sent.
     parts: Vec<(u32, u32)>,
     /// The last receive asked for this much.
@@ -65,6 +69,7 @@ impl Default for Flow {
             small_receives: 0,
             start: 0,
             end: 0,
+            need: 0,
             parts: Vec::new(),
             asked: 0,
             deferred: 0,
@@ -383,7 +388,9 @@ impl Connection {
         if self.open.end > self.open.start {
             let (socket, token) = self.begin(Op::Receive, MESH);
             let Some(lease) = self.open.lease(io.ring) else { return Next::Wait };
-            let span = io.pool.span(lease, self.open.end, lease.class().bytes() - self.open.end);
+            // Up to the slack anything may come; within it only the rest of the record that has begun.
+            let upto = (lease.class().bytes() - SLACK_BYTES).max(self.open.start + self.open.need);
+            let span = io.pool.span(lease, self.open.end, upto - self.open.end);
             self.open.asked = span.len();
             io.ring.receive(socket, &[span], poll_first, token);
             return Next::Wait;
@@ -402,7 +409,7 @@ impl Connection {
         let (socket, token) = self.begin(Op::Receive, MESH);
         let Some(lease) = self.open.lease(io.ring) else { return Next::Wait };
         // A whole number of full records: a stream of these never leaves a partial one at the end.
-        let len = lease.class().bytes() / record * record;
+        let len = (lease.class().bytes() - SLACK_BYTES) / record * record;
         let span = io.pool.span(lease, 0, len);
         self.open.asked = len;
         io.ring.receive(socket, &[span], poll_first, token);
@@ -430,7 +437,7 @@ impl Connection {
     fn open_receive_directly<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
         io.worker.buffer_ring_empty.add(1);
         let Some(lease) = io.pool.lease(Class::Slot) else { return self.close(io, CloseReason::OutOfBuffers, true) };
-        let span = io.pool.span(&lease, HEADROOM_BYTES, SLOT_BYTES - HEADROOM_BYTES);
+        let span = io.pool.span(&lease, HEADROOM_BYTES, RECORD_ROOM_BYTES - HEADROOM_BYTES);
         self.open.hold = Hold::Own(lease);
         self.open.start = HEADROOM_BYTES;
         self.open.end = HEADROOM_BYTES;
@@ -445,10 +452,7 @@ impl Connection {
     fn open_records<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
         self.open.parts.clear();
         let mut payload_bytes = 0_u64;
-        let outcome = loop {
-            if self.open.parts.len() == PARTS_MAX || self.open.start == self.open.end {
-                break Ok(());
-            }
+        while self.open.parts.len() < PARTS_MAX && self.open.start < self.open.end {
             let Some(session) = self.session.as_mut() else { return Next::Wait };
             let Some(lease) = self.open.lease(io.ring) else { return Next::Wait };
             let base = self.open.start;
@@ -467,7 +471,14 @@ impl Connection {
                     self.open.ended = true;
                     self.open.start = self.open.end;
                 }
-                Ok(Open::Incomplete { need }) => break self.make_room(io, need),
+                Ok(Open::Incomplete { need }) if need <= SLACK_BYTES => {
+                    self.open.need = need;
+                    break;
+                }
+                Ok(Open::Incomplete { .. }) => {
+                    self.facts.detail = Some("a record is longer than any suite makes it".into());
+                    return self.refuse(io, ALERT_RECORD_OVERFLOW, CloseReason::ProtocolError);
+                }
                 Ok(Open::Alert { code }) => {
                     self.facts.detail = Some(format!("the peer sent alert {code}").into());
                     return self.close(io, close::alert(code).unwrap_or(CloseReason::PeerReset), true);
@@ -477,9 +488,6 @@ impl Connection {
                     return self.refuse(io, error.alert, CloseReason::ProtocolError);
                 }
             }
-        };
-        if let Err(reason) = outcome {
-            return self.close(io, reason, true);
         }
         self.facts.bytes_from_mesh += payload_bytes;
         io.cells.bytes_from_mesh.add(payload_bytes);
@@ -496,28 +504,6 @@ impl Connection {
         if wanted && !self.seal.ended && !self.legs[MESH].is_pending(Op::Send) {
             let _ = self.send_key_update(io);
         }
-    }
-
-    /// Sees to it that `need` bytes from the partial record's start fit the hold.
-    fn make_room<R: Ring>(&mut self, io: &mut Io<'_, R>, need: usize) -> Result<(), CloseReason> {
-        let Some(lease) = self.open.lease(io.ring) else { return Ok(()) };
-        let capacity = lease.class().bytes();
-        if self.open.start + need <= capacity {
-            return Ok(());
-        }
-        // Payloads before the partial record are still to be sent from where they lie: move only when they are gone.
-        if !self.open.parts.is_empty() {
-            return Ok(());
-        }
-        if need > capacity {
-            return Err(CloseReason::ProtocolError);
-        }
-        let (start, end) = (self.open.start, self.open.end);
-        io.pool.bytes(lease).copy_within(start..end, 0);
-        io.worker.payload_bytes_moved.add((end - start) as u64);
-        self.open.start = 0;
-        self.open.end = end - start;
-        Ok(())
     }
 
     fn send_opened<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {

@@ -5,7 +5,7 @@
 
 use super::close::{self, CloseReason};
 use super::connection::{Connection, Io, MESH, Next, Stage};
-use crate::buffer::{Class, HEADROOM_BYTES, Lease, Pool, SLOT_BYTES};
+use crate::buffer::{Class, HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES};
 use crate::ring::{Completion, Op, Ring};
 use crate::telemetry::cells::Direction;
 use crate::tls::{Failure, FailureKind, Handshake, Progress};
@@ -108,10 +108,10 @@ impl Connection {
             handshaking.input = io.pool.lease(Class::Slot);
         }
         let Some(input) = &handshaking.input else { return self.close(io, CloseReason::OutOfBuffers, true) };
-        if handshaking.filled == SLOT_BYTES {
+        if handshaking.filled == RECORD_ROOM_BYTES {
             return self.too_large(io);
         }
-        let span = io.pool.span(input, handshaking.filled, SLOT_BYTES - handshaking.filled);
+        let span = io.pool.span(input, handshaking.filled, RECORD_ROOM_BYTES - handshaking.filled);
         let (socket, token) = self.begin(Op::Receive, MESH);
         io.ring.receive(socket, &[span], false, token);
         Next::Wait
@@ -137,7 +137,8 @@ impl Connection {
         }
         let Some(input) = &handshaking.input else { return Err(CloseReason::OutOfBuffers) };
         let (own, shared) = io.pool.bytes_of_two(input, io.ring.shared(buffer));
-        let Some(room) = own.get_mut(handshaking.filled..handshaking.filled + received) else {
+        let room = own[..RECORD_ROOM_BYTES].get_mut(handshaking.filled..handshaking.filled + received);
+        let Some(room) = room else {
             self.facts.detail = Some(TOO_LARGE.into());
             return Err(CloseReason::HandshakeFailed);
         };
@@ -206,7 +207,11 @@ impl Connection {
             }
         };
         match input {
-            Some(lease) if filled > 0 => self.open.preload(lease, filled),
+            Some(lease) if filled > 0 => {
+                // What came with the end of the handshake was moved to the front, once a connection.
+                io.worker.payload_bytes_moved.add(filled as u64);
+                self.open.preload(lease, filled);
+            }
             Some(lease) => io.pool.give_back(lease),
             None => {}
         }

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 pub use network::{End, Faults, Network, Random};
 
 use super::{Completion, Local, Remote, Ring, RingError, SHARED_BUFFERS, Socket, Token};
-use crate::buffer::{Class, HEADROOM_BYTES, Lease, Pool, SLOT_BYTES, Span};
+use crate::buffer::{Class, HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES, Span};
 
 /// One worker's ring on a simulated network.
 #[derive(Debug)]
@@ -55,7 +55,7 @@ impl Sim {
     /// When the pool is too small for the shared buffers.
     pub fn new(network: &Network, pool: &mut Pool) -> Self {
         let leases: Vec<_> = (0..SHARED_BUFFERS).map(|_| pool.lease(Class::Slot).expect("room for shared buffers")).collect();
-        let addresses = leases.iter().map(|lease| pool.span(lease, HEADROOM_BYTES, SLOT_BYTES - HEADROOM_BYTES)).collect();
+        let addresses = leases.iter().map(|lease| pool.span(lease, HEADROOM_BYTES, RECORD_ROOM_BYTES - HEADROOM_BYTES)).collect();
         Self {
             network: network.clone(),
             pending: Vec::new(),

@@ -20,7 +20,7 @@ use io_uring::{IoUring, cqueue, opcode, register::Restriction, squeue, types};
 use socket2::SockAddr;
 
 use super::{Completion, Local, Op, PARTS_MAX, Remote, Ring, RingError, SHARED_BUFFERS, Socket, Token, probe};
-use crate::buffer::{Class, HEADROOM_BYTES, Lease, Pool, SLOT_BYTES, Span};
+use crate::buffer::{Class, HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES, Span};
 use crate::sys::{self, EventFd, StreamOptions};
 
 /// Submissions that fit before the queue is flushed on the way.
@@ -236,7 +236,7 @@ impl Ring for Uring {
     }
 
     fn receive_shared(&mut self, socket: Socket, len_max: usize, poll_first: bool, token: Token) {
-        let len = u32::try_from(len_max.min(SLOT_BYTES - HEADROOM_BYTES)).unwrap_or(0);
+        let len = u32::try_from(len_max.min(RECORD_ROOM_BYTES - HEADROOM_BYTES)).unwrap_or(0);
         let entry = opcode::Recv::new(types::Fd(socket.0), std::ptr::null_mut(), len)
             .buf_group(GROUP)
             .ioprio(if poll_first { POLL_FIRST } else { 0 })
@@ -435,7 +435,7 @@ impl SharedBuffers {
                     pool.budget_bytes()
                 ))
             })?;
-            shared.addresses.push(pool.span(&lease, HEADROOM_BYTES, SLOT_BYTES - HEADROOM_BYTES).start.as_ptr() as u64);
+            shared.addresses.push(pool.span(&lease, HEADROOM_BYTES, RECORD_ROOM_BYTES - HEADROOM_BYTES).start.as_ptr() as u64);
             shared.leases.push(lease);
             shared.provide(buffer);
         }
@@ -447,7 +447,7 @@ impl SharedBuffers {
         // SAFETY: the index is below SHARED_BUFFERS. The kernel reads the entry only after the tail below is stored.
         let entry = unsafe { &mut *self.entries.as_ptr().add(index) };
         entry.set_addr(self.addresses[usize::from(buffer)]);
-        entry.set_len(u32::try_from(SLOT_BYTES - HEADROOM_BYTES).unwrap_or(0));
+        entry.set_len(u32::try_from(RECORD_ROOM_BYTES - HEADROOM_BYTES).unwrap_or(0));
         entry.set_bid(buffer);
         self.tail = self.tail.wrapping_add(1);
         // SAFETY: the tail is a field of the first entry, which is ours to write; the kernel only reads it.

@@ -108,7 +108,7 @@ pub struct WorkerCells {
     pub stale_completions: Cell,
     /// Accepts that failed for want of descriptors or memory.
     pub accept_errors: Cell,
-    /// Payload bytes moved in user space (partial records at a region's end).
+    /// Bytes of records that user space moved: those that came in one receive with the end of a handshake.
     pub payload_bytes_moved: Cell,
     /// Buffer bytes leased now (gauge).
     pub buffer_bytes_leased: Cell,
