@@ -18,10 +18,10 @@ use tokio::sync::watch;
 
 use super::channel::Receiver;
 use super::export::Exporter;
-use super::log::ConnectionLog;
+use super::log::{ConnectionLog, Counts};
 use super::record::Event;
 
-pub use listeners::{Listener, Listeners, Unbound, WorkerListener};
+pub use listeners::{Listener, Listeners, Serves, Unbound, WorkerListener};
 pub use series::{Key, Series, Totals};
 
 /// Events taken from the rings by one [`Hub::drain`].
@@ -216,6 +216,11 @@ impl Hub {
         self.exporter.publish_listeners(&self.listeners);
         self.exporter.publish_log(self.log.counts());
         self.exporter.render()
+    }
+
+    /// What became of the connection log's lines.
+    pub fn log_counts(&self) -> Counts {
+        self.log.counts()
     }
 
     /// For what only the admin room knows.

@@ -76,7 +76,7 @@ fn labels_and_values_are_exact() {
     cells.bytes_to_mesh.add(34);
     cells.active.add(2);
     cells.closed[CloseReason::ConnectTimeout as usize].add(5);
-    sender.send(Event::ListenerUp { bind: bind(20_002), cells });
+    sender.send(Event::ListenerUp { bind: bind(20_002), cells: Arc::clone(&cells) });
     hub.drain();
     let text = hub.render();
     let labels = r#"direction="outbound",service="web",upstream="db?dc=\"dc2\"""#;

@@ -9,12 +9,12 @@ use crate::policy::{DefaultPolicy, Ground};
 use crate::telemetry::cells::Direction;
 use crate::telemetry::record::Decision;
 
-pub(in crate::telemetry) fn spiffe(service: &str) -> SpiffeId {
+pub(crate) fn spiffe(service: &str) -> SpiffeId {
     SpiffeId::service("t.consul", "", "", "dc1", service).expect("valid")
 }
 
 /// An inbound connection from `web` to `db` that `allowed` decides on.
-pub(in crate::telemetry) fn inbound(allowed: bool) -> ConnectionRecord {
+pub(crate) fn inbound(allowed: bool) -> ConnectionRecord {
     let (verb, reason) = if allowed { ("allow", CloseReason::Complete) } else { ("deny", CloseReason::Denied) };
     ConnectionRecord {
         start: SystemTime::UNIX_EPOCH + Duration::from_millis(1_767_323_045_006),
@@ -53,7 +53,7 @@ fn written(records: &[ConnectionRecord]) -> String {
 }
 
 /// Everything that `work` says by tracing.
-pub(in crate::telemetry) fn said(work: impl FnOnce()) -> String {
+pub(crate) fn said(work: impl FnOnce()) -> String {
     let file = Arc::new(tempfile::tempfile().expect("file"));
     let subscriber = tracing_subscriber::fmt().with_writer(Arc::clone(&file)).with_ansi(false).finish();
     tracing::subscriber::with_default(subscriber, work);
