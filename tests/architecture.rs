@@ -8,6 +8,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use code::{code_of, squeeze, words};
+
+#[path = "architecture/code.rs"]
+mod code;
+
 /// Which rooms a room may import. A room may always import itself, and `config`, which imports nothing.
 const ARROWS: &[(&str, &[&str])] = &[
     ("config", &[]),
@@ -101,7 +106,7 @@ mod rules {
     use super::*;
 
     /// An arrow that is not in the table, or a room that is not.
-    pub fn arrows(files: &[Source]) -> Vec<String> {
+    pub(crate) fn arrows(files: &[Source]) -> Vec<String> {
         let table: BTreeMap<&str, &[&str]> = ARROWS.iter().copied().collect();
         let mut bad = Vec::new();
         for file in files.iter().filter(|file| file.room() != "lib") {
@@ -120,7 +125,7 @@ mod rules {
     }
 
     /// Rooms that can reach themselves by imports.
-    pub fn cycles(edges: &BTreeMap<String, BTreeSet<String>>) -> Vec<String> {
+    pub(crate) fn cycles(edges: &BTreeMap<String, BTreeSet<String>>) -> Vec<String> {
         let mut bad = Vec::new();
         for start in edges.keys() {
             let mut seen = BTreeSet::new();
@@ -139,7 +144,7 @@ mod rules {
     }
 
     /// Files over the limit. Those over the alarm are printed.
-    pub fn lengths(files: &[Source]) -> Vec<String> {
+    pub(crate) fn lengths(files: &[Source]) -> Vec<String> {
         let mut bad = Vec::new();
         for file in files {
             let lines = file.text.lines().count();
@@ -153,7 +158,7 @@ mod rules {
     }
 
     /// `unsafe` outside its rooms.
-    pub fn unsafe_rooms(files: &[Source]) -> Vec<String> {
+    pub(crate) fn unsafe_rooms(files: &[Source]) -> Vec<String> {
         files
             .iter()
             .filter(|file| !UNSAFE_ROOMS.contains(&file.room()) && words(&code_of(&file.text)).contains("unsafe"))
@@ -162,7 +167,7 @@ mod rules {
     }
 
     /// Files and folders whose name says nothing, `mod.rs` among them.
-    pub fn names(files: &[Source]) -> Vec<String> {
+    pub(crate) fn names(files: &[Source]) -> Vec<String> {
         let empty = |path: &str| {
             path.split('/').any(|part| {
                 let stem = part.strip_suffix(".rs").unwrap_or(part);
@@ -177,7 +182,7 @@ mod rules {
     }
 
     /// Files that do not open with their documentation.
-    pub fn openings(files: &[Source]) -> Vec<String> {
+    pub(crate) fn openings(files: &[Source]) -> Vec<String> {
         files
             .iter()
             .filter(|file| !file.text.starts_with("//! "))
@@ -188,7 +193,7 @@ mod rules {
     }
 
     /// Code that is not written yet.
-    pub fn unfinished(files: &[Source]) -> Vec<String> {
+    pub(crate) fn unfinished(files: &[Source]) -> Vec<String> {
         files
             .iter()
             .filter(|file| {
@@ -200,7 +205,7 @@ mod rules {
     }
 
     /// Locks and blocking channels on data threads. Tests at the end of a file may use them, and so may loom's models.
-    pub fn locks(files: &[Source]) -> Vec<String> {
+    pub(crate) fn locks(files: &[Source]) -> Vec<String> {
         let mut bad = Vec::new();
         for file in files.iter().filter(|file| LOCK_FREE_ROOMS.contains(&file.room()) && !is_test(&file.path)) {
             let code = code_of(&file.text).replace("loom::sync::Mutex", "");
@@ -272,99 +277,6 @@ fn heads(tree: &str) -> Vec<String> {
         }
     }
     names
-}
-
-/// Code without white space around `::`, `{` and `,`, so that a path over several lines reads like one on a single line.
-fn squeeze(code: &str) -> String {
-    let mut out = String::with_capacity(code.len());
-    for word in code.split_whitespace() {
-        let glued = out.ends_with("::") || out.ends_with('{') || out.ends_with(',') || word.starts_with("::");
-        if !glued && !out.is_empty() {
-            out.push(' ');
-        }
-        out.push_str(word);
-    }
-    out
-}
-
-fn words(code: &str) -> BTreeSet<&str> {
-    code.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty()).collect()
-}
-
-/// The text with comments and the insides of literals blanked, lines kept.
-fn code_of(text: &str) -> String {
-    let bytes = text.as_bytes();
-    let mut out = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while at < bytes.len() {
-        let rest = &bytes[at..];
-        let word_before = at > 0 && (bytes[at - 1].is_ascii_alphanumeric() || bytes[at - 1] == b'_');
-        let skipped = match rest {
-            [b'/', b'/', ..] => rest.iter().position(|b| *b == b'\n').unwrap_or(rest.len()),
-            [b'/', b'*', ..] => comment_len(rest),
-            [b'"', ..] => string_len(rest),
-            [b'r' | b'b' | b'c', ..] if !word_before => raw_string_len(rest),
-            [b'\'', b'\\', ..] => 3 + rest[3..].iter().position(|b| *b == b'\'').map_or(rest.len() - 3, |end| end + 1),
-            [b'\'', ..] => char_len(rest),
-            _ => 0,
-        };
-        if skipped == 0 {
-            out.push(bytes[at]);
-            at += 1;
-        } else {
-            out.extend(rest[..skipped].iter().map(|b| if *b == b'\n' { b'\n' } else { b' ' }));
-            at += skipped;
-        }
-    }
-    String::from_utf8_lossy(&out).into_owned()
-}
-
-fn comment_len(rest: &[u8]) -> usize {
-    let (mut level, mut at) = (0_usize, 0);
-    while at < rest.len() {
-        match &rest[at..] {
-            [b'/', b'*', ..] => (level, at) = (level + 1, at + 2),
-            [b'*', b'/', ..] => (level, at) = (level - 1, at + 2),
-            _ => at += 1,
-        }
-        if level == 0 {
-            return at;
-        }
-    }
-    at
-}
-
-fn string_len(rest: &[u8]) -> usize {
-    let mut at = 1;
-    while at < rest.len() {
-        match rest[at] {
-            b'\\' => at += 2,
-            b'"' => return at + 1,
-            _ => at += 1,
-        }
-    }
-    rest.len()
-}
-
-/// `r"…"`, `br#"…"#` and the like; 0 when it is a plain word.
-fn raw_string_len(rest: &[u8]) -> usize {
-    let Some(raw) = rest.iter().take(2).position(|b| *b == b'r') else { return 0 };
-    let hashes = rest[raw + 1..].iter().take_while(|b| **b == b'#').count();
-    let open = raw + 1 + hashes;
-    if rest.get(open) != Some(&b'"') {
-        return 0;
-    }
-    let close: Vec<u8> = std::iter::once(b'"').chain(std::iter::repeat_n(b'#', hashes)).collect();
-    let end = rest[open + 1..].windows(close.len()).position(|window| window == close);
-    end.map_or(rest.len(), |end| open + 1 + end + close.len())
-}
-
-/// `'x'` but not `'lifetime`.
-fn char_len(rest: &[u8]) -> usize {
-    let longest_char_bytes = 4;
-    let end = rest.iter().skip(1).take(longest_char_bytes + 1).position(|b| *b == b'\'').map(|end| end + 2);
-    let Some(end) = end.filter(|end| *end > 2) else { return 0 };
-    std::str::from_utf8(&rest[1..end - 1]).is_ok_and(|inside| inside.chars().count() == 1).then_some(end).unwrap_or(0)
 }
 
 /// All of `src/`.

@@ -29,7 +29,7 @@ pub const EVENTS_PER_DRAIN_MAX: usize = 4_096;
 /// Ejections remembered at once, over all workers.
 const EJECTIONS_MAX: usize = 4_096;
 /// How often counters of closed listeners are folded, and histograms taken in.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What one [`Hub::drain`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
