@@ -1,5 +1,6 @@
 //! ringfence: an L4 mutual-TLS sidecar for Consul Connect on io_uring.
 
+pub mod admin;
 pub mod buffer;
 pub mod config;
 pub mod control;
