@@ -260,6 +260,18 @@ fn a_bad_caller_is_refused_by_the_server_with_its_reason() {
 }
 
 #[test]
+fn a_refused_caller_of_tls13_learns_it_from_the_record_layer() {
+    // Its own handshake is over before the server has seen its certificate.
+    let ca = Ca::new("t.consul");
+    let client = worker(&ca, &Ca::new("t.consul").svid("web")).connect("db", &Arc::from([ca.id("db")])).expect("a handshake");
+    let (mut client, mut server) = (Side::new(client), Side::new(worker(&ca, &ca.svid("db")).accept().expect("a handshake")));
+    run(&mut client, &mut server, || usize::MAX);
+    assert_eq!(server.failure.expect("refused").kind, FailureKind::Certificate);
+    let (mut established, mut wire) = client.establish();
+    assert_eq!(established.session.open(&mut wire), Ok(Open::Alert { code: 48 }), "unknown_ca");
+}
+
+#[test]
 fn a_wrong_answerer_is_refused_before_our_certificate_is_sent() {
     let ca = Ca::new("t.consul");
     let (web, wrong) = (ca.svid("web"), ca.svid("wrong"));
