@@ -2,6 +2,8 @@
 //!
 //! Invariant: nothing unvalidated is published, and nothing published is withdrawn because Consul is away.
 
+pub(crate) mod consul;
+
 use std::sync::Arc;
 use std::time::SystemTime;
 

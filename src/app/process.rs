@@ -1,0 +1,46 @@
+//! What holds for the whole process: limits, core dumps, the kernel's features, panics.
+
+use std::io::Write;
+
+use super::AppError;
+use crate::{ring, sys};
+
+/// Below this, a busy host's sidecar runs out of descriptors: two sockets a connection.
+const DESCRIPTORS_WANTED: u64 = 65_536;
+
+/// Prepares the process for carrying keys and many connections. Call once, before the first sidecar.
+pub fn prepare() -> Result<(), AppError> {
+    // Keys and traffic secrets live in memory: without this a crash would write them to disk.
+    if let Err(error) = sys::forbid_core_dumps() {
+        return Err(AppError::Unavailable(format!("core dumps cannot be switched off: {error}; keys must not reach a disk")));
+    }
+    match sys::raise_descriptor_limit() {
+        Ok((before, now)) if now < DESCRIPTORS_WANTED => {
+            tracing::warn!(before, now, "few file descriptors: raise LimitNOFILE to {DESCRIPTORS_WANTED} or more");
+        }
+        Ok((before, now)) => tracing::debug!(before, now, "descriptor limit"),
+        Err(error) => tracing::warn!(%error, "the descriptor limit cannot be raised"),
+    }
+    let probe = ring::probe().map_err(|error| AppError::Unavailable(error.to_string()))?;
+    if probe.missing.is_empty() {
+        tracing::debug!(kernel = probe.kernel, "io_uring has all that is needed");
+        return Ok(());
+    }
+    Err(AppError::Unavailable(format!("kernel {} lacks: {}", probe.kernel, probe.missing.join("; "))))
+}
+
+/// Makes a panic in any thread end the process with one clear line, so that no half-dead sidecar keeps its port.
+pub fn abort_on_panic() {
+    std::panic::set_hook(Box::new(|info| {
+        let thread = std::thread::current();
+        let name = thread.name().unwrap_or("unnamed");
+        let message = info.payload_as_str().unwrap_or("no message");
+        let place = info.location().map_or_else(|| "an unknown place".to_owned(), ToString::to_string);
+        // Standard error may be closed; there is nobody else to tell.
+        let _ = writeln!(
+            std::io::stderr(),
+            "ringfence: fault in thread `{name}` at {place}: {message}; the process ends at once, please report this line"
+        );
+        std::process::abort();
+    }));
+}
