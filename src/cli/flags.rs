@@ -343,7 +343,7 @@ impl std::fmt::Debug for Secret {
 }
 
 /// The flag that `proxy` came from, for messages.
-pub(super) fn describe(proxy: &config::Proxy) -> String {
+fn describe(proxy: &config::Proxy) -> String {
     match proxy {
         config::Proxy::SidecarFor(id) => format!("-sidecar-for {id}"),
         config::Proxy::ProxyId(id) => format!("-proxy-id {id}"),

@@ -37,8 +37,6 @@ pub(super) struct Answer {
     pub(super) status: u16,
     /// The agent's clock, to the second.
     pub(super) date: Option<SystemTime>,
-    /// X-Consul-Index.
-    pub(super) index: Option<u64>,
     body: Bytes,
 }
 
@@ -121,14 +119,13 @@ impl Http {
         let status = response.status().as_u16();
         let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
         let date = header("date").and_then(http_date);
-        let index = header("x-consul-index").and_then(|text| text.parse().ok());
         let body = Limited::new(response.into_body(), BODY_BYTES_MAX)
             .collect()
             .await
             .map_err(|error| detail(format!("the answer broke off or is larger than {BODY_BYTES_MAX} bytes: {error}")))?
             .to_bytes();
         driver.abort();
-        Ok(Answer { status, date, index, body })
+        Ok(Answer { status, date, body })
     }
 
     fn request(
