@@ -1,6 +1,7 @@
 //! One sidecar: its workers, its rotation thread, its admin thread.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -16,11 +17,15 @@ use crate::proxy::{self, Workers};
 use crate::store::{self, Viewer};
 use crate::telemetry::cells::WorkerCells;
 use crate::telemetry::channel;
+use crate::telemetry::hub::Hub;
+use crate::telemetry::log::{ConnectionLog, Destination, Reopener};
 
 /// Wishes of the admin port that may wait.
 const ACTIONS_MAX: usize = 16;
 /// Commands to the control plane that may wait; a reload that finds no room is one of many.
 const COMMANDS_MAX: usize = 16;
+/// Reasons of ended threads that may wait: one a thread.
+const ENDED_MAX: usize = 2;
 /// How long a thread that was told to end is waited for. Covers a token logout at the agent.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a wait looks again.
@@ -38,7 +43,8 @@ pub struct Sidecar {
     admin_address: SocketAddr,
     admin_shutdown: watch::Sender<bool>,
     actions: mpsc::Receiver<Action>,
-    ended: mpsc::UnboundedReceiver<AppError>,
+    reopener: Reopener,
+    ended: mpsc::Receiver<AppError>,
     rotation: JoinHandle<()>,
     admin: JoinHandle<()>,
 }
@@ -48,6 +54,9 @@ impl Sidecar {
     pub fn start(settings: config::Sidecar) -> Result<Self, AppError> {
         let config::Sidecar { consul, plane, admin: admin_settings, connection_log } = settings;
         let (listener, admin_address) = threads::bind_admin(admin_settings.bind)?;
+        let reopener = Reopener::default();
+        let log = ConnectionLog::open(&destination(connection_log), &reopener)
+            .map_err(|error| AppError::Config(format!("connection log: {error}")))?;
         let (mut publisher, readers) = store::new(Snapshot::default(), plane.workers);
         let (senders, receivers): (Vec<_>, Vec<_>) = (0..plane.workers).map(|_| channel::pair()).unzip();
         let cells = receivers.iter().map(|receiver| Arc::clone(&receiver.cells)).collect();
@@ -56,16 +65,16 @@ impl Sidecar {
         let (commands, commands_receiver) = mpsc::channel(COMMANDS_MAX);
         let (actions_sender, actions) = mpsc::channel(ACTIONS_MAX);
         let (admin_shutdown, shutdown_receiver) = watch::channel(false);
-        let (ended_sender, ended) = mpsc::unbounded_channel();
+        let (ended_sender, ended) = mpsc::channel(ENDED_MAX);
         let viewer = publisher.viewer();
         let context = admin::Context {
-            receivers,
+            hub: Hub::new(receivers, log),
             viewer: viewer.clone(),
             status: status.clone(),
             lifecycle: lifecycle_receiver,
             actions: actions_sender,
+            settings: admin::Settings { access_log: access_log(admin_settings.access_log), reopener: reopener.clone() },
         };
-        let _ = connection_log;
 
         let workers = proxy::spawn(&plane, readers, senders)
             .map_err(|error| AppError::Unavailable(format!("workers cannot start: {error}")))?;
@@ -87,6 +96,7 @@ impl Sidecar {
             admin_address,
             admin_shutdown,
             actions,
+            reopener,
             ended,
             rotation,
             admin,
@@ -177,7 +187,9 @@ impl Sidecar {
     }
 
     /// Opens log files again.
-    pub fn reopen_logs(&self) {}
+    pub fn reopen_logs(&self) {
+        self.reopener.reopen();
+    }
 
     /// Stops accepting. Live connections go on until the drain time is over; their intentions stay enforced, because the
     /// control plane runs on until [`Self::stop`].
@@ -224,6 +236,20 @@ impl Sidecar {
         let joined = self.rotation.join().and_then(|()| self.admin.join());
         joined.map_err(|_| AppError::Internal("a thread panicked".to_owned()))
     }
+}
+
+fn destination(target: config::LogTarget) -> Destination {
+    match target {
+        config::LogTarget::None => Destination::None,
+        config::LogTarget::Stdout => Destination::Stdout,
+        config::LogTarget::Stderr => Destination::Stderr,
+        config::LogTarget::File(path) => Destination::File(path),
+    }
+}
+
+/// The flag is a path, and people write `/dev/stdout`.
+fn access_log(path: Option<PathBuf>) -> Destination {
+    path.map_or(Destination::None, |path| path.to_str().map_or_else(|| Destination::File(path.clone()), Destination::from))
 }
 
 /// Sockets that the workers hold when all is bound: TCP listeners on each worker, unix sockets on one.

@@ -13,7 +13,7 @@ use crate::mesh::Snapshot;
 use crate::store::Publisher;
 
 /// What ended, to whoever supervises.
-pub(super) type Ended = mpsc::UnboundedSender<AppError>;
+pub(super) type Ended = mpsc::Sender<AppError>;
 
 /// Starts the rotation thread.
 pub(super) fn rotation(
@@ -27,7 +27,7 @@ pub(super) fn rotation(
     spawn("rotation", move |runtime| {
         if let Err(error) = runtime.block_on(control::run(settings, workers, publisher, status, commands)) {
             // Nobody listens any more when the sidecar is already going.
-            let _ = ended.send(AppError::Config(error.to_string()));
+            let _ = ended.try_send(AppError::Config(error.to_string()));
         }
     })
 }
@@ -44,7 +44,7 @@ pub(super) fn admin(
             match tokio::net::TcpListener::from_std(listener) {
                 Ok(listener) => admin::run(listener, context, shutdown).await,
                 Err(error) => {
-                    let _ = ended.send(AppError::Internal(format!("the admin port's socket cannot be used: {error}")));
+                    let _ = ended.try_send(AppError::Internal(format!("the admin port's socket cannot be used: {error}")));
                 }
             }
         });

@@ -40,6 +40,16 @@ pub enum Direction {
     Outbound,
 }
 
+impl Direction {
+    /// Its name in logs and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Inbound => "inbound",
+            Self::Outbound => "outbound",
+        }
+    }
+}
+
 /// What one worker counts for one listener. The admin thread adds the workers' cells up by `name`.
 #[derive(Debug)]
 #[repr(align(128))]
