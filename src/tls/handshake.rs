@@ -269,9 +269,8 @@ impl Handshake {
             Rustls::Server(connection) => connection.peer_certificates(),
             Rustls::Client(connection) => connection.peer_certificates(),
         };
-        let (leaf, intermediates) = chain
-            .and_then(<[_]>::split_first)
-            .ok_or_else(|| Failure::from_rustls(&rustls::Error::NoCertificatesPresented))?;
+        let (leaf, intermediates) =
+            chain.and_then(<[_]>::split_first).ok_or_else(|| Failure::from_rustls(&rustls::Error::NoCertificatesPresented))?;
         let now = UnixTime::now();
         match &self.expected {
             Some(expected) => self.trust.expected_peer(leaf, intermediates, expected, now),

@@ -227,10 +227,8 @@ impl Session {
 
     fn data(&mut self, record_len: usize, payload: Range<usize>) -> Result<Open, RecordError> {
         if payload.is_empty() {
-            self.empty_left = self
-                .empty_left
-                .checked_sub(1)
-                .ok_or(RecordError::unexpected("the peer sent too many empty records in a row"))?;
+            self.empty_left =
+                self.empty_left.checked_sub(1).ok_or(RecordError::unexpected("the peer sent too many empty records in a row"))?;
         } else {
             self.empty_left = EMPTY_RECORDS_MAX;
             self.control_left = CONTROL_RECORDS_MAX;

@@ -47,12 +47,10 @@ impl Failure {
     pub(super) fn from_rustls(error: &Error) -> Self {
         match error {
             Error::AlertReceived(description) => Self::alert(u8::from(*description)),
-            Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => {
-                match inner.downcast_ref::<VerifyError>() {
-                    Some(error) => Self::from_verify(error),
-                    None => Self::new(FailureKind::Certificate, format!("the peer's certificate is refused: {inner}")),
-                }
-            }
+            Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => match inner.downcast_ref::<VerifyError>() {
+                Some(error) => Self::from_verify(error),
+                None => Self::new(FailureKind::Certificate, format!("the peer's certificate is refused: {inner}")),
+            },
             Error::InvalidCertificate(reason) => {
                 Self::new(FailureKind::Certificate, format!("the peer's certificate is refused: {reason}{}", remedy(reason)))
             }

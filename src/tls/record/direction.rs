@@ -208,7 +208,10 @@ impl Drop for Direction {
 fn strip(plain: &[u8], start: usize) -> Result<(u8, Range<usize>), RecordError> {
     // Payload, type and padding together (RFC 8446 section 5.4).
     if plain.len() > PAYLOAD_BYTES_MAX + 1 {
-        return Err(RecordError::new(alert::RECORD_OVERFLOW, "the peer sent a record with more padding than the standard allows"));
+        return Err(RecordError::new(
+            alert::RECORD_OVERFLOW,
+            "the peer sent a record with more padding than the standard allows",
+        ));
     }
     match plain.iter().rposition(|byte| *byte != 0) {
         Some(at) => Ok((plain[at], start..start + at)),

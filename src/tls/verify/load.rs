@@ -235,12 +235,7 @@ fn names_service(id: &SpiffeId, expected: &str) -> bool {
 }
 
 /// Both roles: the same leaf is shown to callers and to those that we call.
-fn check_trusted(
-    chain: &[CertificateDer<'static>],
-    id: &SpiffeId,
-    bundle: &TrustBundle,
-    now: UnixTime,
-) -> Result<(), SvidError> {
+fn check_trusted(chain: &[CertificateDer<'static>], id: &SpiffeId, bundle: &TrustBundle, now: UnixTime) -> Result<(), SvidError> {
     let trust = Trust::new(bundle, provider::algorithms())?;
     for role in [Role::Client, Role::Server] {
         trust.check(&chain[0], &chain[1..], role, now).map_err(|source| SvidError::Untrusted {
