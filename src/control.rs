@@ -2,8 +2,6 @@
 //!
 //! Invariant: nothing unvalidated is published, and nothing published is withdrawn because Consul is away.
 
-pub(crate) mod consul;
-
 use std::sync::Arc;
 use std::time::SystemTime;
 
