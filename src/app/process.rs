@@ -34,7 +34,7 @@ pub fn abort_on_panic() {
     std::panic::set_hook(Box::new(|info| {
         let thread = std::thread::current();
         let name = thread.name().unwrap_or("unnamed");
-        let message = info.payload_as_str().unwrap_or("no message");
+        let message = message(info.payload());
         let place = info.location().map_or_else(|| "an unknown place".to_owned(), ToString::to_string);
         // Standard error may be closed; there is nobody else to tell.
         let _ = writeln!(
@@ -43,4 +43,22 @@ pub fn abort_on_panic() {
         );
         std::process::abort();
     }));
+}
+
+/// What a panic says: the payload of `panic!` is one of these two.
+fn message(payload: &dyn std::any::Any) -> &str {
+    let text = payload.downcast_ref::<&str>().copied();
+    text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_kinds_of_panic_message_are_told() {
+        assert_eq!(message(&"plain"), "plain");
+        assert_eq!(message(&String::from("formatted")), "formatted");
+        assert_eq!(message(&7), "no message");
+    }
 }

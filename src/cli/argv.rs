@@ -171,7 +171,7 @@ fn unknown(name: &str, known: &Known) -> UsageError {
 
 /// The candidate that is the fewest edits away, if it is near enough to be meant.
 pub(super) fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let edits_max = (word.chars().count() / 3).clamp(1, 4);
+    let edits_max = (word.chars().count() / 2).clamp(1, 4);
     candidates
         .map(|candidate| (edits(word, candidate), candidate))
         .filter(|(edits, _)| *edits <= edits_max)

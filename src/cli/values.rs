@@ -42,7 +42,7 @@ pub(super) fn agent_address(text: &str, tls: bool) -> Result<AgentAddress, Strin
     if prefix.contains(['?', '#']) {
         return Err(wrong("a query or fragment cannot be part of it"));
     }
-    let (host, port) = split_host_port(authority).map_err(|what| wrong(what))?;
+    let (host, port) = split_host_port(authority).map_err(wrong)?;
     if host.is_empty() {
         return Err(wrong("the host is missing"));
     }

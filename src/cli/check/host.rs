@@ -112,7 +112,7 @@ fn log_file(what: &str, path: &Path, report: &mut Report) {
     let (target, opened) = if path.exists() {
         (path, std::fs::OpenOptions::new().append(true).open(path).map(drop))
     } else {
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
         (folder, std::fs::read_dir(folder).map(drop))
     };
     match opened {

@@ -16,6 +16,8 @@ use crate::store;
 
 /// How long the control plane may take until every service has all that it needs.
 const READY_TIMEOUT: Duration = Duration::from_secs(15);
+/// A problem that is still there after this time is a finding and not a beginning.
+const PROBLEM_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long endpoints may take after that: they are not part of readiness.
 const ENDPOINTS_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long the control plane may take to end; it may log a token out.
@@ -73,7 +75,13 @@ struct Collected {
 }
 
 async fn collect(status: &watch::Receiver<Status>, viewer: &store::Viewer<Snapshot>) -> Collected {
-    wait(READY_TIMEOUT, || status.borrow().ready).await;
+    let started = Instant::now();
+    wait(READY_TIMEOUT, || {
+        let status = status.borrow();
+        let problem = status.services.iter().any(|service| service.problem.is_some());
+        status.ready || problem && started.elapsed() > PROBLEM_TIMEOUT
+    })
+    .await;
     wait(ENDPOINTS_TIMEOUT, || {
         let snapshot = viewer.current();
         let mut upstreams = snapshot.services.iter().flat_map(|service| &service.upstreams);
