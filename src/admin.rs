@@ -1,7 +1,7 @@
 //! The admin thread: drains what workers say, answers on the admin port, writes the logs.
 //!
 //! Invariant: nothing here can delay a worker or a rotation. The hub is drained by a tick whatever the port is doing, and
-//! every request, connection and wait has a bound ([`server`]). Secrets never leave: keys and tokens are not reachable from
+//! every request, connection and wait has a bound (`server`). Secrets never leave: keys and tokens are not reachable from
 //! here but through `Svid`, of which only the public parts are printed.
 //!
 //! **The port has no password**, as Envoy's has none: whoever reaches it can stop the proxy. It is made for loopback, where

@@ -16,6 +16,7 @@ use crate::store::{Publisher, Reader};
 use crate::telemetry::cells::{Direction, ListenerCells};
 use crate::telemetry::channel::{self, Sender};
 use crate::telemetry::log::ConnectionLog;
+use crate::telemetry::log::tests::{inbound, said};
 use crate::telemetry::record::Event;
 
 /// Would be seen in any answer that prints the key, as text, base64 or numbers.
@@ -356,6 +357,20 @@ async fn idle_clients_are_bounded_and_the_tick_goes_on() {
 }
 
 #[tokio::test]
+async fn a_port_that_others_can_reach_is_warned_of() {
+    let exposed = TcpListener::bind("0.0.0.0:0").await.expect("a free port");
+    let local = TcpListener::bind("[::1]:0").await;
+    let text = said(|| warn_if_exposed(&exposed));
+    assert!(text.contains("WARN") && text.contains("0.0.0.0:") && text.contains("-admin-bind"), "{text}");
+    // A host may have no IPv6.
+    let local = match local {
+        Ok(local) => local,
+        Err(_) => TcpListener::bind("127.0.0.1:0").await.expect("a free port"),
+    };
+    assert!(!said(|| warn_if_exposed(&local)).contains("WARN"));
+}
+
+#[tokio::test]
 async fn shutdown_takes_the_last_events_and_writes_the_logs_out() {
     let folder = tempfile::tempdir().expect("folder");
     let (connections, access) = (folder.path().join("c.log"), folder.path().join("a.log"));
@@ -363,12 +378,14 @@ async fn shutdown_takes_the_last_events_and_writes_the_logs_out() {
     let mut port = port_with(Destination::File(connections.clone()), settings).await;
     let _open = TcpStream::connect(port.address).await.expect("an idle client does not hold the end up");
     assert_eq!(port.ask("GET", "/help").await.status, 200);
-    for _ in 0..channel::EVENTS_MAX {
-        port.worker.send(Event::Connection(Box::new(crate::telemetry::log::tests::inbound(true))));
+    // Fewer bytes than the log may hold back, so that a slow disk cannot make it drop lines.
+    let records = channel::EVENTS_MAX / 2;
+    for _ in 0..records {
+        port.worker.send(Event::Connection(Box::new(inbound(true))));
     }
     port.shutdown.send_replace(true);
     tokio::time::timeout(Duration::from_secs(5), port.running).await.expect("ends in time").expect("ends well");
-    assert_eq!(std::fs::read_to_string(connections).expect("log").lines().count(), channel::EVENTS_MAX);
+    assert_eq!(std::fs::read_to_string(connections).expect("log").lines().count(), records);
     let access = std::fs::read_to_string(access).expect("access log");
     assert!(access.contains("\"GET /help\" 200 "), "{access}");
 }

@@ -1,6 +1,6 @@
 //! The connection log: one JSON line a connection, and a warning for whoever is turned away.
 //!
-//! Invariant: nothing here blocks ([`spool`]), and no line holds a secret: identities, addresses and sizes only. Probes are
+//! Invariant: nothing here blocks (`spool`), and no line holds a secret: identities, addresses and sizes only. Probes are
 //! counted, not logged. A denial is always told to the operator, at most once in [`DENIAL_INTERVAL`] for a source and a
 //! service, with the count of those in between.
 //!

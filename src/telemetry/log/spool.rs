@@ -213,7 +213,7 @@ impl Spool {
 }
 
 impl Drop for Spool {
-    /// Writes out what is left, for [`CLOSE_WAIT_MAX`] at most: a stuck reader does not keep the process alive.
+    /// Writes out what is left, for `CLOSE_WAIT_MAX` at most: a stuck reader does not keep the process alive.
     fn drop(&mut self) {
         self.flush();
         let Some(Writer { batches, thread }) = self.writer.take() else { return };
