@@ -9,6 +9,8 @@ pub mod alert;
 #[cfg(any(test, feature = "testing"))]
 pub mod fixtures;
 pub mod handshake;
+#[cfg(test)]
+mod harness;
 pub mod provider;
 pub mod record;
 pub mod verify;

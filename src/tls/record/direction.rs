@@ -93,6 +93,12 @@ impl Direction {
         self.sequence
     }
 
+    /// Pretends that so many records were sealed or opened.
+    #[cfg(test)]
+    pub(super) fn jump(&mut self, sequence: u64) {
+        self.sequence = sequence;
+    }
+
     /// Whether the suite limits the records under one key at all.
     pub(super) fn is_limited(&self) -> bool {
         self.records_max != u64::MAX

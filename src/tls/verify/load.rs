@@ -39,9 +39,9 @@ pub enum SvidError {
     #[error("the private key does not belong to the leaf {id} (serial {serial}): ask the agent for the leaf again")]
     KeyMismatch {
         /// The leaf's identity.
-        id: SpiffeId,
+        id: Box<str>,
         /// Its serial number.
-        serial: String,
+        serial: Box<str>,
     },
     /// The leaf is no SVID.
     #[error("the leaf is not a usable SVID: {0}")]
@@ -50,11 +50,11 @@ pub enum SvidError {
     #[error("the leaf is for {presented}, expected service {expected:?} of trust domain {trust_domain}: check -sidecar-for")]
     OtherService {
         /// Who the leaf names.
-        presented: SpiffeId,
+        presented: Box<str>,
         /// The service asked for.
-        expected: String,
+        expected: Box<str>,
         /// Our trust domain.
-        trust_domain: String,
+        trust_domain: Box<str>,
     },
     /// Too early or too late.
     #[error(
@@ -63,9 +63,9 @@ pub enum SvidError {
     )]
     NotValidNow {
         /// The leaf's identity.
-        id: SpiffeId,
+        id: Box<str>,
         /// Its serial number.
-        serial: String,
+        serial: Box<str>,
         /// Start.
         from: u64,
         /// End.
@@ -77,14 +77,14 @@ pub enum SvidError {
     #[error("the leaf {id} does not chain to the roots of {trust_domain} ({roots} known): {source}; fetch roots and leaf again")]
     Untrusted {
         /// The leaf's identity.
-        id: SpiffeId,
+        id: Box<str>,
         /// Our trust domain.
-        trust_domain: String,
+        trust_domain: Box<str>,
         /// How many roots there are.
         roots: usize,
         /// What chain building said.
         #[source]
-        source: VerifyError,
+        source: Box<VerifyError>,
     },
     /// The bundle itself.
     #[error(transparent)]
@@ -142,19 +142,19 @@ pub fn svid(
         key,
     };
     if CertifiedKey::new(svid.chain.clone(), signing).keys_match().is_err() {
-        return Err(SvidError::KeyMismatch { id, serial });
+        return Err(SvidError::KeyMismatch { id: id.as_str().into(), serial: serial.into() });
     }
     if id.trust_domain() != bundle.trust_domain.to_lowercase() || !names_service(&id, expected_service) {
         return Err(SvidError::OtherService {
-            presented: id,
-            expected: expected_service.to_owned(),
-            trust_domain: bundle.trust_domain.to_string(),
+            presented: id.as_str().into(),
+            expected: expected_service.into(),
+            trust_domain: bundle.trust_domain.as_ref().into(),
         });
     }
     let now = UnixTime::since_unix_epoch(now.duration_since(UNIX_EPOCH).unwrap_or_default());
     if !validity.contains(now.as_secs()) {
         let Validity { not_before: from, not_after: until } = validity;
-        return Err(SvidError::NotValidNow { id, serial, from, until, now: now.as_secs() });
+        return Err(SvidError::NotValidNow { id: id.as_str().into(), serial: serial.into(), from, until, now: now.as_secs() });
     }
     check_trusted(&svid.chain, &id, bundle, now)?;
     Ok(svid)
@@ -239,10 +239,10 @@ fn check_trusted(chain: &[CertificateDer<'static>], id: &SpiffeId, bundle: &Trus
     let trust = Trust::new(bundle, provider::algorithms())?;
     for role in [Role::Client, Role::Server] {
         trust.check(&chain[0], &chain[1..], role, now).map_err(|source| SvidError::Untrusted {
-            id: id.clone(),
-            trust_domain: bundle.trust_domain.to_string(),
+            id: id.as_str().into(),
+            trust_domain: bundle.trust_domain.as_ref().into(),
             roots: bundle.roots.len(),
-            source,
+            source: Box::new(source),
         })?;
     }
     Ok(())
