@@ -61,6 +61,7 @@ async fn serve(flags: &Flags) -> anyhow::Result<Exit> {
         datacenter: flags.datacenter.clone(),
         leaf_ttl: flags.leaf_ttl,
         default_policy: flags.default_policy,
+        ..AgentSettings::default()
     };
     let agent = Agent::start(settings).await.map_err(|error| AppError::Config(format!("embedded agent: {error}")))?;
     super::print(&banner(flags, agent.address()));

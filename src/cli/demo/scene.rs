@@ -142,10 +142,10 @@ fn expect(answer: Answer, what: &str) -> anyhow::Result<Answer> {
 async fn start_agent(bind: SocketAddr) -> anyhow::Result<Agent> {
     let settings = AgentSettings {
         bind,
-        file: None,
         datacenter: config::DATACENTER.to_owned(),
         leaf_ttl: config::EMBEDDED_LEAF_TTL,
         default_policy: DefaultPolicy::Deny,
+        ..AgentSettings::default()
     };
     Agent::start(settings).await.context("the embedded agent cannot start")
 }
