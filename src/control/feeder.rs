@@ -61,8 +61,7 @@ impl Feeder {
             return Err(ControlError::Config("no proxy to run: give -sidecar-for, -proxy-id or -service".into()));
         }
         if let config::TokenSource::Static(text) = &settings.token {
-            token::Secret::new(text.clone())
-                .map_err(|why| ControlError::Config(format!("the ACL token cannot be used: {why}")))?;
+            token::Secret::new(text.clone()).map_err(|why| ControlError::Config(format!("the ACL token cannot be used: {why}")))?;
         }
         let client = Client::new(&settings, Token::new(&settings.token))?;
         let (sender, events) = mpsc::channel(EVENTS_MAX);

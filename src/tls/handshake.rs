@@ -3,7 +3,7 @@
 //! Invariant: rustls is never shown a byte behind the record that completes the handshake, so application data, tickets and
 //! alerts that follow in the same buffer stay in `incoming` for the record layer. A record is taken out of `incoming` as it
 //! arrives and kept here until rustls is done with it, so `consumed` bytes are never needed again and a buffer of any size
-//! makes progress. What a peer can make us keep is bounded by [`KEPT_BYTES_MAX`].
+//! makes progress. What a peer can make us keep is bounded by `KEPT_BYTES_MAX`.
 //!
 //! Must not know sockets, timers (the caller bounds the time) or policy. Hostile bytes end in a [`Failure`].
 

@@ -94,8 +94,9 @@ impl Budget {
     /// A place for one blocking query, or `None`: poll. A refusal asks one lower query to make room.
     pub(crate) fn enter(&self, class: Class) -> Option<Place> {
         let shared = &self.shared;
-        let reserved: usize =
-            (0..class as usize).map(|higher| load(&shared.wanted[higher]).saturating_sub(load(&shared.used[higher]))).sum();
+        let reserved: usize = (0..class as usize)
+            .map(|higher| load(&shared.wanted[higher]).saturating_sub(load(&shared.used[higher])))
+            .sum();
         if shared.in_use() + reserved >= load(&shared.limit) {
             if class < Class::Background && load(&shared.used[Class::Background as usize]) > 0 {
                 shared.yield_one.notify_one();
