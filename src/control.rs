@@ -4,7 +4,7 @@
 
 mod backoff;
 mod build;
-mod consul;
+pub(crate) mod consul;
 mod definition;
 mod feeder;
 mod opaque;

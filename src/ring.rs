@@ -16,6 +16,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+pub use probe::{Probe, probe};
+
 use crate::buffer::{Lease, Span};
 
 /// Entries of the buffer ring that idle sockets receive into.

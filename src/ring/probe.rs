@@ -17,8 +17,6 @@ pub struct Probe {
     pub kernel: String,
     /// Waiting is not counted as iowait (6.15): without it an idle proxy looks busy to load averages.
     pub no_iowait: bool,
-    /// Sends are retried by the kernel until complete on every supported version; kept for reports.
-    pub operations_missing: Vec<&'static str>,
 }
 
 /// Asks the kernel, and explains a refusal.
@@ -57,7 +55,7 @@ pub fn probe() -> Result<Probe, RingError> {
             KERNEL_MIN.1
         )));
     }
-    Ok(Probe { kernel, no_iowait: ring.params().is_feature_no_iowait(), operations_missing: missing })
+    Ok(Probe { kernel, no_iowait: ring.params().is_feature_no_iowait() })
 }
 
 /// Turns the error of `io_uring_setup` into its cause and remedy.
