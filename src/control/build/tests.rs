@@ -236,7 +236,7 @@ fn a_refused_definition_keeps_the_accepted_one_and_says_so() {
     let transparent = serde_json::from_value(crate::control::fixture("agent-service-transparent")).expect("parses");
     bench.tell(Key::Definition(0), Update::Definition(Box::new(transparent)));
     assert_eq!(bench.build().len(), 1);
-    let status = report::status(&mut bench.state, true, now());
+    let status = report::status(&mut bench.state, true, true, now());
     assert!(!status.ready);
     assert!(status.services[0].problem.as_ref().expect("a problem").contains("transparent"), "{status:?}");
 }
@@ -244,7 +244,7 @@ fn a_refused_definition_keeps_the_accepted_one_and_says_so() {
 #[test]
 fn readiness_needs_everything_and_stays() {
     let mut bench = Bench::new();
-    let ready = |bench: &mut Bench| report::status(&mut bench.state, true, now()).ready;
+    let ready = |bench: &mut Bench| report::status(&mut bench.state, true, true, now()).ready;
     bench.define();
     bench.identify();
     assert!(!ready(&mut bench));
@@ -252,9 +252,10 @@ fn readiness_needs_everything_and_stays() {
     bench.tell(key.clone(), Update::Intentions(Vec::new()));
     assert!(!ready(&mut bench), "the default is not known");
     bench.tell(key.clone(), Update::Default(DefaultPolicy::Deny));
+    assert!(!report::status(&mut bench.state, false, true, now()).ready, "known, but not published");
     assert!(ready(&mut bench));
     bench.state.apply(Event { key, what: What::Trouble("500".into()) }, Instant::now(), now());
-    let status = report::status(&mut bench.state, false, now());
+    let status = report::status(&mut bench.state, true, false, now());
     assert!(status.ready && !status.agent_reachable);
     assert_eq!(status.services[0].problem.as_deref(), Some("500"));
 }

@@ -99,9 +99,8 @@ impl Budget {
     /// A place for one blocking query, or `None`: poll. A refusal asks one lower query to make room.
     pub(crate) fn enter(&self, class: Class) -> Option<Place> {
         let shared = &self.shared;
-        let reserved: usize = (0..class as usize)
-            .map(|higher| load(&shared.wanted[higher]).saturating_sub(load(&shared.used[higher])))
-            .sum();
+        let reserved: usize =
+            (0..class as usize).map(|higher| load(&shared.wanted[higher]).saturating_sub(load(&shared.used[higher]))).sum();
         if shared.in_use() + reserved >= load(&shared.limit) {
             shared.ask_to_yield(class);
             return None;

@@ -27,12 +27,8 @@ use crate::control::ControlError;
 /// Bound on name resolution, TCP and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Where distributions keep the system's roots; the first that exists is used, as Go does.
-const SYSTEM_ROOTS: [&str; 4] = [
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/ca-bundle.pem",
-    "/etc/ssl/cert.pem",
-];
+const SYSTEM_ROOTS: [&str; 4] =
+    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem"];
 
 /// The byte stream under HTTP.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -141,9 +137,9 @@ fn client_config(tls: &AgentTls) -> Result<ClientConfig, ControlError> {
             let bytes = zeroize::Zeroizing::new(read(key)?);
             let key_der = PrivateKeyDer::from_pem_slice(&bytes)
                 .map_err(|_| ControlError::Config(format!("-client-key {}: no PEM private key in it", key.display())))?;
-            builder.with_client_auth_cert(chain, key_der).map_err(|error| {
-                ControlError::Config(format!("-client-cert {} with its key: {error}", cert.display()))
-            })
+            builder
+                .with_client_auth_cert(chain, key_der)
+                .map_err(|error| ControlError::Config(format!("-client-cert {} with its key: {error}", cert.display())))
         }
         _ => Err(ControlError::Config("-client-cert and -client-key must be given together".into())),
     }
@@ -152,8 +148,8 @@ fn client_config(tls: &AgentTls) -> Result<ClientConfig, ControlError> {
 fn roots(tls: &AgentTls) -> Result<rustls::RootCertStore, ControlError> {
     let mut files: Vec<PathBuf> = tls.ca_file.iter().cloned().collect();
     if let Some(folder) = &tls.ca_path {
-        let entries = std::fs::read_dir(folder)
-            .map_err(|error| ControlError::Config(format!("-ca-path {}: {error}", folder.display())))?;
+        let entries =
+            std::fs::read_dir(folder).map_err(|error| ControlError::Config(format!("-ca-path {}: {error}", folder.display())))?;
         files.extend(entries.filter_map(|entry| entry.ok().map(|entry| entry.path())).filter(|path| path.is_file()));
     }
     if tls.ca_file.is_none() && tls.ca_path.is_none() {
@@ -282,7 +278,8 @@ mod tests {
             }
         });
         let address = AgentAddress::Http { host: "127.0.0.1".into(), port, tls: true, prefix: "/consul".into() };
-        let right = AgentTls { ca_file: Some(ca_file.clone()), server_name: Some("server.dc1.consul".into()), ..AgentTls::default() };
+        let right =
+            AgentTls { ca_file: Some(ca_file.clone()), server_name: Some("server.dc1.consul".into()), ..AgentTls::default() };
         let request = Request::get(Endpoint::Roots, &["x"]);
         let made = client(address.clone(), right.clone()).expect("a client");
         assert_eq!(made.call(&request).await.expect("an answer").index, Some(7));

@@ -6,10 +6,7 @@ fn name(service: &str) -> Name {
 }
 
 fn wire_leaf(svid: &Svid) -> wire::Leaf {
-    wire::Leaf {
-        cert_pem: chain_pem(&svid.chain),
-        private_key_pem: wire::Private(zeroize::Zeroizing::new(key_pem(&svid.key))),
-    }
+    wire::Leaf { cert_pem: chain_pem(&svid.chain), private_key_pem: wire::Private(zeroize::Zeroizing::new(key_pem(&svid.key))) }
 }
 
 fn wire_roots(active: &Ca, others: &[&Ca]) -> wire::Roots {

@@ -45,7 +45,10 @@ pub(super) async fn watch(cx: &Context) {
                 tokio::time::sleep(jittered(ABSENT_INTERVAL)).await;
             }
             Turn::Failed(
-                AgentError::Forbidden { .. } | AgentError::TokenUnknown { .. } | AgentError::Rejected { .. } | AgentError::Server { .. },
+                AgentError::Forbidden { .. }
+                | AgentError::TokenUnknown { .. }
+                | AgentError::Rejected { .. }
+                | AgentError::Server { .. },
             ) => {
                 if !known {
                     cx.data(Update::Mesh(DEFAULT)).await;
