@@ -131,7 +131,9 @@ fn upstream(
 /// The targets of an upstream, or `None` while a part of the answer is missing.
 fn resolve_targets(state: &State, definition: &Definition, spec: &definition::Upstream) -> Option<Vec<Target>> {
     let own = state.datacenter(definition)?;
-    let trust_domain = state.identities.trust_domain()?;
+    // While a new trust domain has no leaf of ours yet, peers are expected in the one that our identity belongs to.
+    let in_use = state.identities.current(&definition.name).map(|identity| &*identity.bundle.trust_domain);
+    let trust_domain = in_use.or_else(|| state.identities.trust_domain())?;
     match &spec.destination {
         Destination::Unsupported(_) => None,
         Destination::Query { name, datacenter } => {

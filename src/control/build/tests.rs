@@ -53,6 +53,15 @@ impl Bench {
         self.tell(Key::Leaf(name("airflow-worker")), Update::Leaf(leaf));
     }
 
+    /// The agent came back as another cluster, and our new leaf is not there yet.
+    fn other_trust_domain(&mut self) {
+        let other = Ca::new("other.consul");
+        let pem = chain_pem(std::slice::from_ref(other.certificate()));
+        let root = wire::Root { id: "b".into(), root_cert: pem, signing_key_id: String::new() };
+        let roots = wire::Roots { active_root_id: "b".into(), trust_domain: "other.consul".into(), roots: vec![root] };
+        self.tell(Key::Roots, Update::Roots(roots));
+    }
+
     /// Answers every chain of the definition with one target in `datacenter`, reached as `gateway` says.
     fn chains(&mut self, datacenter: &str, gateway: chain::Gateway) {
         for key in self.state.wanted() {
@@ -154,9 +163,12 @@ fn a_new_chain_keeps_the_old_targets_until_its_own_are_known() {
     bench.define();
     bench.identify();
     bench.chains("dc1", chain::Gateway::None);
+    bench.other_trust_domain();
     let instance = |address| vec![Instance::simple("old-warehouse", "dc1", (address, 1), ("198.51.100.1", 2), Health::Passing)];
     bench.health("old-warehouse", "dc1", health::Kind::Connect, instance("10.0.0.1"));
-    assert_eq!(addresses(&bench.targets("old-warehouse")[0]), [("10.0.0.1:1".to_owned(), true)]);
+    let first = bench.targets("old-warehouse").remove(0);
+    assert_eq!(addresses(&first), [("10.0.0.1:1".to_owned(), true)]);
+    assert_eq!(first.expected[0].trust_domain(), "t.consul", "peers are expected where our certificate belongs");
     bench.chains("dc2", chain::Gateway::None);
     assert_eq!(&*bench.targets("old-warehouse")[0].id, "old-warehouse.default.dc1", "still the old target");
     let remote = vec![Instance::simple("old-warehouse", "dc2", ("10.9.9.9", 1), ("198.51.100.1", 2), Health::Passing)];

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, watch};
 
 /// Blocking queries open at once.
 pub(crate) const BLOCKING_QUERIES_MAX: usize = 160;
@@ -19,7 +19,9 @@ pub(crate) const SHORT_REQUESTS_MAX: usize = 16;
 /// Idle connections kept for short requests.
 pub(crate) const IDLE_CONNECTIONS_MAX: usize = 8;
 /// The limit never falls below this.
-const LIMIT_MIN: usize = 8;
+const LIMIT_MIN: usize = 4;
+/// Nor do short requests at once.
+const SHORT_MIN: usize = 2;
 /// At most one lowering in this time: an agent's restart resets every connection at once and must count once.
 const LOWER_INTERVAL: Duration = Duration::from_secs(2);
 /// How fast the limit grows back.
@@ -50,6 +52,8 @@ pub(crate) struct Budget {
 #[derive(Debug)]
 struct Shared {
     limit: AtomicUsize,
+    short: Semaphore,
+    short_total: AtomicUsize,
     wanted: [AtomicUsize; CLASSES.len()],
     used: [AtomicUsize; CLASSES.len()],
     /// Asks one holder of that class to make room.
@@ -82,6 +86,8 @@ impl Budget {
         Self {
             shared: Arc::new(Shared {
                 limit: AtomicUsize::new(limit),
+                short: Semaphore::new(SHORT_REQUESTS_MAX),
+                short_total: AtomicUsize::new(SHORT_REQUESTS_MAX),
                 wanted: Default::default(),
                 used: Default::default(),
                 yield_one: Default::default(),
@@ -109,6 +115,12 @@ impl Budget {
         Some(Place { shared: Arc::clone(shared), class })
     }
 
+    /// Waits for the turn of a short request.
+    pub(crate) async fn short(&self) -> Option<SemaphorePermit<'_>> {
+        // Never closed; a closed one would only lose the bound.
+        self.shared.short.acquire().await.ok()
+    }
+
     /// Ends when the holder of a place should give it up; never for leaves and policy.
     pub(crate) async fn asked_to_yield(&self, class: Class) {
         match class {
@@ -125,12 +137,19 @@ impl Budget {
         }
         moved.lowered = Some(now);
         self.shared.moved.send_replace(moved);
+        let total = load(&self.shared.short_total);
+        let fewer = self.shared.short.forget_permits((total / 2).min(total.saturating_sub(SHORT_MIN)));
+        self.shared.short_total.store(total - fewer, Ordering::Relaxed);
         let in_use = self.shared.in_use();
-        let limit = load(&self.shared.limit).min(in_use.max(LIMIT_MIN));
+        let before = load(&self.shared.limit);
+        let limit = before.min(in_use.max(LIMIT_MIN));
         let lowered = (limit - limit / 8).max(LIMIT_MIN);
         self.shared.limit.store(lowered, Ordering::Relaxed);
         if in_use > lowered {
             self.shared.ask_to_yield(Class::Policy);
+        }
+        if lowered == before {
+            return;
         }
         tracing::warn!(limit = lowered, "the agent refuses connections; fewer blocking queries, the rest is polled");
     }
@@ -140,8 +159,14 @@ impl Budget {
         let mut moved = *self.shared.moved.borrow();
         let limit = load(&self.shared.limit);
         let recent = |at: Option<Instant>| at.is_some_and(|last| now.duration_since(last) < GROW_INTERVAL);
-        if limit >= BLOCKING_QUERIES_MAX || recent(moved.lowered) || recent(moved.grown) {
+        let short = load(&self.shared.short_total);
+        let full = limit >= BLOCKING_QUERIES_MAX && short >= SHORT_REQUESTS_MAX;
+        if full || recent(moved.lowered) || recent(moved.grown) {
             return;
+        }
+        if short < SHORT_REQUESTS_MAX {
+            self.shared.short.add_permits(1);
+            self.shared.short_total.store(short + 1, Ordering::Relaxed);
         }
         moved.grown = Some(now);
         self.shared.moved.send_replace(moved);
@@ -247,5 +272,10 @@ mod tests {
             budget.congested(start + Duration::from_secs(1_000) + LOWER_INTERVAL * step);
         }
         assert_eq!(load(&budget.shared.limit), LIMIT_MIN);
+        assert_eq!(budget.shared.short.available_permits(), SHORT_MIN);
+        for step in 0..100 {
+            budget.grow(start + Duration::from_secs(10_000) + GROW_INTERVAL * step);
+        }
+        assert_eq!(budget.shared.short.available_permits(), SHORT_REQUESTS_MAX);
     }
 }

@@ -15,10 +15,9 @@ use hyper::{Method, StatusCode};
 use hyper_util::client::legacy;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
-use super::budget::{BLOCKING_QUERIES_MAX, Budget, IDLE_CONNECTIONS_MAX, SHORT_REQUESTS_MAX};
+use super::budget::{BLOCKING_QUERIES_MAX, Budget, IDLE_CONNECTIONS_MAX};
 use super::connector::Connector;
 use super::error::{AgentError, Endpoint};
 use super::token::{Secret, Token};
@@ -95,7 +94,6 @@ struct Shared {
     datacenter: Option<String>,
     token: Arc<Token>,
     budget: Budget,
-    short: Semaphore,
     reachable: AtomicBool,
 }
 
@@ -154,7 +152,6 @@ impl Client {
                 datacenter: set(&settings.datacenter),
                 token,
                 budget: Budget::new(BLOCKING_QUERIES_MAX),
-                short: Semaphore::new(SHORT_REQUESTS_MAX),
                 reachable: AtomicBool::new(false),
             }),
         })
@@ -178,10 +175,9 @@ impl Client {
         self.shared.connector.reload()
     }
 
-    /// A call that answers at once. At most [`SHORT_REQUESTS_MAX`] are under way.
+    /// A call that answers at once. At most `SHORT_REQUESTS_MAX` are under way.
     pub(crate) async fn call(&self, request: &Request) -> Result<Response, AgentError> {
-        // The semaphore is never closed; a closed one would only lose the bound.
-        let _turn = self.shared.short.acquire().await;
+        let _turn = self.shared.budget.short().await;
         self.send(request, SHORT_TIMEOUT).await
     }
 
@@ -210,7 +206,12 @@ impl Client {
         let outcome = result.as_ref().map_or_else(AgentError::outcome, |_| "ok");
         metrics::counter!("ringfence_agent_requests_total", "endpoint" => request.endpoint.name(), "outcome" => outcome)
             .increment(1);
-        let reachable = result.as_ref().map_or_else(AgentError::answered, |_| true);
+        let reachable = match result {
+            Ok(_) => true,
+            // Whoever refuses a connection is there.
+            Err(error) if error.congestion() => self.reachable(),
+            Err(error) => error.answered(),
+        };
         if self.shared.reachable.swap(reachable, Ordering::Relaxed) != reachable {
             metrics::gauge!("ringfence_agent_connected").set(if reachable { 1.0 } else { 0.0 });
             match result {
