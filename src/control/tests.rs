@@ -199,6 +199,13 @@ async fn a_token_file_is_read_again_when_the_agent_forgets_the_token() {
     });
     running.until("the new token", |running| running.endpoints() == ["127.0.0.1:21004"]).await;
     assert!(!fake.asked(" second").is_empty());
+    std::fs::write(&file, "third\n").expect("written");
+    running.commands.send(Command::Reload).await.expect("running");
+    running.until("the token of the reload", |_| !fake.asked(" third").is_empty()).await;
+    // The agent does not know it: what was learned stays, empty lists included.
+    fake.set("/v1/health/connect/db", Answer::ok(32, "[]"));
+    running.until("the refusal", |running| running.problem().contains("does not know the ACL token")).await;
+    assert_eq!(running.endpoints(), ["127.0.0.1:21004"]);
     let status = format!("{:?}", running.status.borrow().clone());
     assert!(!status.contains("second") && !status.contains("first"));
 }

@@ -139,6 +139,7 @@ impl Client {
             .pool_idle_timeout(IDLE_TIMEOUT)
             .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
             .build(connector.clone());
+        metrics::gauge!("ringfence_agent_connected").set(0.0);
         let set = |value: &Option<String>| value.clone().filter(|text| !text.is_empty());
         Ok(Self {
             shared: Arc::new(Shared {
@@ -198,11 +199,11 @@ impl Client {
             Ok(result) => result,
             Err(_) => Err(AgentError::Timeout { endpoint: request.endpoint, after: timeout }),
         };
-        self.account(request, &result);
+        self.account(request, token.as_ref(), &result);
         result
     }
 
-    fn account(&self, request: &Request, result: &Result<Response, AgentError>) {
+    fn account(&self, request: &Request, token: Option<&Secret>, result: &Result<Response, AgentError>) {
         let outcome = result.as_ref().map_or_else(AgentError::outcome, |_| "ok");
         metrics::counter!("ringfence_agent_requests_total", "endpoint" => request.endpoint.name(), "outcome" => outcome)
             .increment(1);
@@ -220,9 +221,13 @@ impl Client {
             }
         }
         match result {
+            // These answer only whom they know.
+            Ok(_) if matches!(request.endpoint, Endpoint::Definition | Endpoint::Match | Endpoint::Chain) => {
+                self.shared.token.accepted();
+            }
             Ok(_) => {}
             Err(error) if error.congestion() => self.shared.budget.congested(Instant::now()),
-            Err(AgentError::TokenUnknown { .. }) if matches!(request.auth, Auth::Current) => self.shared.token.suspect(),
+            Err(AgentError::TokenUnknown { .. }) if matches!(request.auth, Auth::Current) => self.shared.token.suspect(token),
             Err(_) => {}
         }
     }
