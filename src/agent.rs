@@ -9,7 +9,7 @@
 //!
 //! Inside: `state` holds what is known and moves the index, `shared` puts one lock around it and lets queries wait,
 //! `http` is the face, `definition`/`entries`/`intentions`/`query` decode with `schema`, `ca`/`leaf` issue, `view`/`central`/`chain`
-//! answer, `check` probes, `file` reloads.
+//! answer, `check` probes, `file` (with `hcl`) reloads.
 
 mod ca;
 mod central;
@@ -20,6 +20,7 @@ mod duration;
 mod entries;
 mod file;
 mod filter;
+mod hcl;
 mod http;
 mod intentions;
 mod leaf;

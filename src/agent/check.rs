@@ -110,14 +110,12 @@ impl Check {
 
     /// The check that keeps a service in maintenance.
     pub(super) fn maintenance(id: String, reason: &str) -> Self {
-        let definition = CheckDefinition { name: "Service Maintenance Mode".to_owned(), notes: reason.to_owned(), ..CheckDefinition::default() };
-        Self { kind: "maintenance", ..Self::new(id, definition, false) }
+        Self { kind: "maintenance", ..Self::new(id, CheckDefinition::bare("Service Maintenance Mode", reason, "critical"), false) }
     }
 
     /// A check that exists only to carry a pinned health.
     pub(super) fn pinned(id: String) -> Self {
-        let definition = CheckDefinition { name: "Pinned Health".to_owned(), status: "passing".to_owned(), ..CheckDefinition::default() };
-        Self::new(id, definition, false)
+        Self::new(id, CheckDefinition::bare("Pinned Health", "", "passing"), false)
     }
 
     /// Records a result; tells whether the health or an alias's text changed.

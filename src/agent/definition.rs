@@ -177,6 +177,11 @@ impl CheckDefinition {
         Self { name: name.to_owned(), tcp: target, interval: duration::format(interval), ..Self::default() }
     }
 
+    /// A check that nothing feeds.
+    pub(super) fn bare(name: &str, notes: &str, status: &str) -> Self {
+        Self { name: name.to_owned(), notes: notes.to_owned(), status: status.to_owned(), ..Self::default() }
+    }
+
     /// An alias of another service's health.
     pub(super) fn alias(service_id: &str) -> Self {
         let name = format!("Connect Sidecar Aliasing {service_id}");

@@ -138,7 +138,7 @@ impl Params {
     }
 
     fn get(&self, key: &str) -> Option<&str> {
-        self.all(key).next()
+        self.0.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
     }
 
     /// A switch: `?passing`, `?passing=1`, `?passing=true`.
