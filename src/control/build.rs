@@ -106,7 +106,11 @@ fn upstream(
                 let old = old_targets.iter().find(|old| old.id == next.id);
                 keep(next, old)
             });
-            (kept.collect(), chain.map_or(Balance::RoundRobin, |chain| chain.balance), chain.and_then(|chain| chain.connect_timeout))
+            (
+                kept.collect(),
+                chain.map_or(Balance::RoundRobin, |chain| chain.balance),
+                chain.and_then(|chain| chain.connect_timeout),
+            )
         }
         (None, Some(old)) => (old.targets.clone(), old.balance, Some(old.connect_timeout)),
         (None, None) => (Vec::new(), Balance::RoundRobin, None),
@@ -164,14 +168,7 @@ fn chain_target(state: &State, target: &chain::Target, own: &str, trust_domain: 
 }
 
 /// A prepared query is one target; whoever it names may answer.
-fn query_target(
-    state: &State,
-    name: &str,
-    datacenter: &str,
-    list: &[Instance],
-    own: &str,
-    trust_domain: &str,
-) -> Option<Target> {
+fn query_target(state: &State, name: &str, datacenter: &str, list: &[Instance], own: &str, trust_domain: &str) -> Option<Target> {
     let mut expected: Vec<SpiffeId> = list
         .iter()
         .filter_map(|instance| {

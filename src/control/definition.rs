@@ -124,14 +124,7 @@ pub(crate) fn parse(service: &wire::Service) -> Result<Definition, String> {
         }
     }
     unique_binds(public.as_ref(), &upstreams)?;
-    Ok(Definition {
-        proxy_id: service.id.clone(),
-        name,
-        datacenter: service.datacenter.clone(),
-        public,
-        upstreams,
-        warnings,
-    })
+    Ok(Definition { proxy_id: service.id.clone(), name, datacenter: service.datacenter.clone(), public, upstreams, warnings })
 }
 
 /// A service that exists only on the command line.
@@ -178,7 +171,8 @@ fn app_address(text: &str) -> Result<App, String> {
     if let Some(path) = text.strip_prefix("unix://") {
         return Ok(App::Unix(path.into()));
     }
-    let (host, port) = text.rsplit_once(':').ok_or_else(|| format!("-service-addr `{text}` must be HOST:PORT or unix:///PATH"))?;
+    let (host, port) =
+        text.rsplit_once(':').ok_or_else(|| format!("-service-addr `{text}` must be HOST:PORT or unix:///PATH"))?;
     let port = port.parse().map_err(|_| format!("-service-addr `{text}`: `{port}` is no port"))?;
     let host = host.trim_start_matches('[').trim_end_matches(']');
     Ok(App::Tcp { host: if host.is_empty() { "127.0.0.1".into() } else { host.into() }, port })
@@ -228,20 +222,23 @@ fn public(service: &wire::Service, config: &Opaque<'_>, warnings: &mut Vec<Strin
     let ip = bind_ip(&address, Ipv4Addr::UNSPECIFIED, "proxy.config.bind_address")?;
     let app = if proxy.local_service_socket_path.is_empty() {
         if proxy.local_service_port == 0 {
-            return Err(format!("`{}` has neither local_service_port nor local_service_socket_path: no app to reach", service.id));
+            return Err(format!(
+                "`{}` has neither local_service_port nor local_service_socket_path: no app to reach",
+                service.id
+            ));
         }
         let host = &proxy.local_service_address;
-        App::Tcp {
-            host: if host.is_empty() { "127.0.0.1".into() } else { host.clone() },
-            port: proxy.local_service_port,
-        }
+        App::Tcp { host: if host.is_empty() { "127.0.0.1".into() } else { host.clone() }, port: proxy.local_service_port }
     } else {
         App::Unix(PathBuf::from(&proxy.local_service_socket_path))
     };
     Ok(Some(Public {
         bind: Bind::Tcp(SocketAddr::new(ip, port)),
         app,
-        local_connect_timeout: positive(lenient(config.millis("local_connect_timeout_ms"), warnings), config::LOCAL_CONNECT_TIMEOUT),
+        local_connect_timeout: positive(
+            lenient(config.millis("local_connect_timeout_ms"), warnings),
+            config::LOCAL_CONNECT_TIMEOUT,
+        ),
         handshake_timeout: positive(lenient(config.millis("handshake_timeout_ms"), warnings), config::HANDSHAKE_TIMEOUT),
         max_inbound_connections: lenient(config.small("max_inbound_connections"), warnings).unwrap_or(0),
     }))
@@ -256,7 +253,8 @@ fn note_ignored(proxy: &wire::Proxy, config: &Opaque<'_>, warnings: &mut Vec<Str
     config.ignore(&HARMLESS_KEYS);
     warnings.extend(config.unread().iter().map(|key| format!("proxy.config.{} has no effect", key.escape_default())));
     if proxy.expose.checks || !proxy.expose.paths.is_empty() {
-        warnings.push("expose has no effect: nothing is let in without mutual TLS, so rewritten HTTP checks will fail".to_owned());
+        warnings
+            .push("expose has no effect: nothing is let in without mutual TLS, so rewritten HTTP checks will fail".to_owned());
     }
     for extension in &proxy.envoy_extensions {
         warnings.push(format!("Envoy extension {} has no effect", extension.name.escape_default()));
@@ -439,10 +437,7 @@ mod tests {
         assert_eq!(warehouse.max_connections, Some(64));
         assert_eq!((warehouse.outlier.max_failures, warehouse.outlier.interval), (3, Duration::from_secs(5)));
         assert_eq!(warehouse.connect_timeout, Some(Duration::from_millis(2_500)));
-        assert_eq!(
-            definition.upstreams[2].bind,
-            Bind::Unix { path: "/run/mesh/broker.sock".into(), mode: Some(0o660) }
-        );
+        assert_eq!(definition.upstreams[2].bind, Bind::Unix { path: "/run/mesh/broker.sock".into(), mode: Some(0o660) });
         assert_eq!(definition.upstreams[3].mesh_gateway, "local");
         assert_eq!(definition.warnings, ["proxy.config.envoy_prometheus_bind_addr has no effect"]);
     }
@@ -498,10 +493,7 @@ mod tests {
             name: "batch".into(),
             listen: Some("127.0.0.1:20000".parse().expect("address")),
             service_address: Some("[::1]:8080".into()),
-            upstreams: vec![config::UpstreamFlag {
-                destination: "db".into(),
-                bind: "127.0.0.1:9191".parse().expect("address"),
-            }],
+            upstreams: vec![config::UpstreamFlag { destination: "db".into(), bind: "127.0.0.1:9191".parse().expect("address") }],
         };
         let definition = from_flags(&flags, &config::Consul::default()).expect("accepted");
         assert_eq!(definition.public.expect("public").app, App::Tcp { host: "::1".into(), port: 8_080 });

@@ -33,9 +33,13 @@ pub(crate) enum Class {
     Leaf = 0,
     /// Roots and intentions: changes must arrive within milliseconds.
     Policy = 1,
-    /// Answered from the agent's memory as well: polling is nearly as good.
+    /// Endpoints and chains, answered from the agent's memory as well: polling is nearly as good.
     Background = 2,
+    /// Registrations: the agent's own, changed seldom, one a service.
+    Definition = 3,
 }
+
+const CLASSES: [Class; 4] = [Class::Leaf, Class::Policy, Class::Background, Class::Definition];
 
 /// The accounts. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -46,9 +50,10 @@ pub(crate) struct Budget {
 #[derive(Debug)]
 struct Shared {
     limit: AtomicUsize,
-    wanted: [AtomicUsize; 3],
-    used: [AtomicUsize; 3],
-    yield_one: Notify,
+    wanted: [AtomicUsize; CLASSES.len()],
+    used: [AtomicUsize; CLASSES.len()],
+    /// Asks one holder of that class to make room.
+    yield_one: [Notify; CLASSES.len()],
     moved: watch::Sender<Moved>,
 }
 
@@ -79,7 +84,7 @@ impl Budget {
                 limit: AtomicUsize::new(limit),
                 wanted: Default::default(),
                 used: Default::default(),
-                yield_one: Notify::new(),
+                yield_one: Default::default(),
                 moved: watch::Sender::new(Moved::default()),
             }),
         }
@@ -94,23 +99,20 @@ impl Budget {
     /// A place for one blocking query, or `None`: poll. A refusal asks one lower query to make room.
     pub(crate) fn enter(&self, class: Class) -> Option<Place> {
         let shared = &self.shared;
-        let reserved: usize = (0..class as usize)
-            .map(|higher| load(&shared.wanted[higher]).saturating_sub(load(&shared.used[higher])))
-            .sum();
+        let reserved: usize =
+            (0..class as usize).map(|higher| load(&shared.wanted[higher]).saturating_sub(load(&shared.used[higher]))).sum();
         if shared.in_use() + reserved >= load(&shared.limit) {
-            if class < Class::Background && load(&shared.used[Class::Background as usize]) > 0 {
-                shared.yield_one.notify_one();
-            }
+            shared.ask_to_yield(class);
             return None;
         }
         shared.used[class as usize].fetch_add(1, Ordering::Relaxed);
         Some(Place { shared: Arc::clone(shared), class })
     }
 
-    /// Ends when the holder of a background place should give it up; never for the other classes.
+    /// Ends when the holder of a place should give it up; never for leaves and policy.
     pub(crate) async fn asked_to_yield(&self, class: Class) {
         match class {
-            Class::Background => self.shared.yield_one.notified().await,
+            Class::Background | Class::Definition => self.shared.yield_one[class as usize].notified().await,
             Class::Leaf | Class::Policy => std::future::pending().await,
         }
     }
@@ -127,9 +129,8 @@ impl Budget {
         let limit = load(&self.shared.limit).min(in_use.max(LIMIT_MIN));
         let lowered = (limit - limit / 8).max(LIMIT_MIN);
         self.shared.limit.store(lowered, Ordering::Relaxed);
-        let background = load(&self.shared.used[Class::Background as usize]);
-        if in_use > lowered && background > 0 {
-            self.shared.yield_one.notify_one();
+        if in_use > lowered {
+            self.shared.ask_to_yield(Class::Policy);
         }
         tracing::warn!(limit = lowered, "the agent refuses connections; fewer blocking queries, the rest is polled");
     }
@@ -156,6 +157,14 @@ impl Budget {
 impl Shared {
     fn in_use(&self) -> usize {
         self.used.iter().map(load).sum()
+    }
+
+    /// Asks one holder of the lowest class in use below `class`.
+    fn ask_to_yield(&self, class: Class) {
+        let lowest = CLASSES.iter().rev().find(|lower| load(&self.used[**lower as usize]) > 0);
+        if let Some(lower) = lowest.filter(|lower| **lower > class && **lower >= Class::Background) {
+            self.yield_one[*lower as usize].notify_one();
+        }
     }
 }
 
@@ -204,6 +213,9 @@ mod tests {
     async fn a_higher_class_makes_a_background_query_yield() {
         let budget = Budget::new(2);
         let _held = (budget.enter(Class::Background).expect("room"), budget.enter(Class::Background).expect("room"));
+        assert!(budget.enter(Class::Definition).is_none());
+        let asked = tokio::time::timeout(Duration::from_millis(20), budget.asked_to_yield(Class::Background)).await;
+        assert!(asked.is_err(), "a lower class asks nobody");
         let _wanted = budget.announce(Class::Leaf);
         assert!(budget.enter(Class::Leaf).is_none());
         tokio::time::timeout(Duration::from_secs(1), budget.asked_to_yield(Class::Background)).await.expect("asked");

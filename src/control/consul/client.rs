@@ -312,8 +312,10 @@ impl Response {
     /// The body as JSON. `null` and anything unexpected is an error, never a default.
     pub(crate) fn json<T: serde::de::DeserializeOwned>(&self, endpoint: Endpoint) -> Result<T, AgentError> {
         // serde's messages quote at most a short piece of a value, and never one of a string that was expected to be one.
-        serde_json::from_slice(&self.body)
-            .map_err(|error| AgentError::Malformed { endpoint, detail: format!("line {} column {}: {:?}", error.line(), error.column(), error.classify()) })
+        serde_json::from_slice(&self.body).map_err(|error| AgentError::Malformed {
+            endpoint,
+            detail: format!("line {} column {}: {:?}", error.line(), error.column(), error.classify()),
+        })
     }
 }
 

@@ -100,7 +100,8 @@ async fn log_in(settings: &Login, client: &Client) -> Result<(Secret, Option<Sys
     request.auth = Auth::Anonymous;
     let explain = |error: AgentError| format!("login with auth method `{}` failed: {error}", settings.method);
     let answer: Answer = client.call(&request).await.and_then(|response| response.json(Endpoint::Login)).map_err(explain)?;
-    let secret = Secret::new(answer.secret_id.0).map_err(|why| format!("the agent answered the login with a token, but {why}"))?;
+    let secret =
+        Secret::new(answer.secret_id.0).map_err(|why| format!("the agent answered the login with a token, but {why}"))?;
     Ok((secret, answer.expiration_time.as_deref().and_then(wire::rfc3339)))
 }
 

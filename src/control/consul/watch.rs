@@ -164,7 +164,10 @@ pub(crate) async fn follow(
 
 /// What one turn of the loop brought.
 pub(crate) enum Turn {
-    Answer { response: Response, changed: bool },
+    Answer {
+        response: Response,
+        changed: bool,
+    },
     Failed(AgentError),
     /// A nudge, a new token or a request to make room: turn again.
     Interrupted,
