@@ -36,7 +36,8 @@ fn the_app_sees_nothing_and_the_log_says_why() {
         // The wildcard may hold alone for a moment; what counts is the state that settles.
         received.is_empty() && db.connections().last().is_some_and(|line| line["by"].to_string().contains("web"))
     });
-    let line = db.wait_connection("a denial by intention", |line| line["decision"] == "denied" && line["by"].to_string().contains("web"));
+    let line = db
+        .wait_connection("a denial by intention", |line| line["decision"] == "denied" && line["by"].to_string().contains("web"));
     assert!(line["by"].to_string().to_lowercase().contains("deny"), "by: {}", line["by"]);
 
     // And once allowed, the banner comes.

@@ -29,11 +29,16 @@ fn redirect_subset_and_failover() {
 
     // `database` is no service at all: it redirects to a subset of db, whose identity then answers.
     expect(&cast, cast.database, "v2");
-    let line = cast.web.wait_connection("through the redirect", |line| line["upstream"] == "database" && line["destination"].is_string());
+    let line = cast
+        .web
+        .wait_connection("through the redirect", |line| line["upstream"] == "database" && line["destination"].is_string());
     assert!(line["destination"].as_str().is_some_and(|id| id.ends_with("/svc/db")), "the redirect's target answers: {line}");
 
     // Both subsets change places while traffic could go on.
-    consul.configure(&resolver("db", &json!({"DefaultSubset": "v2", "Subsets": subsets(), "Failover": {"*": {"Service": "backup"}}})));
+    consul.configure(&resolver(
+        "db",
+        &json!({"DefaultSubset": "v2", "Subsets": subsets(), "Failover": {"*": {"Service": "backup"}}}),
+    ));
     expect(&cast, cast.db, "v2");
 
     // db goes into maintenance: the failover's identity is another service's.
@@ -42,7 +47,9 @@ fn redirect_subset_and_failover() {
         consul.client().put(&path, &serde_json::Value::Null).ok("maintenance");
     }
     expect(&cast, cast.db, "backup");
-    cast.web.wait_connection("through the failover", |line| line["destination"].as_str().is_some_and(|id| id.ends_with("/svc/backup")));
+    cast.web.wait_connection("through the failover", |line| {
+        line["destination"].as_str().is_some_and(|id| id.ends_with("/svc/backup"))
+    });
 
     // And back.
     let path = "/v1/agent/service/maintenance/db-2-sidecar-proxy?enable=false";
@@ -73,7 +80,10 @@ impl Cast {
         consul.register(&Definition::new("backup").app(apps[2].address));
         let (database, db) = (ports::free_address(), ports::free_address());
         consul.register(&Definition::new("web").upstream("database", database).upstream("db", db));
-        consul.configure(&resolver("db", &json!({"DefaultSubset": "v1", "Subsets": subsets(), "Failover": {"*": {"Service": "backup"}}})));
+        consul.configure(&resolver(
+            "db",
+            &json!({"DefaultSubset": "v1", "Subsets": subsets(), "Failover": {"*": {"Service": "backup"}}}),
+        ));
         consul.configure(&resolver("database", &json!({"Redirect": {"Service": "db", "ServiceSubset": "v2"}})));
         consul.allow("web", "db");
         consul.allow("web", "backup");

@@ -45,7 +45,8 @@ fn a_login_is_renewed_before_it_ends_and_logged_out_at_the_end() {
     let folder = support::scratch();
     let bearer = folder.path().join("jwt");
     std::fs::write(&bearer, make_auth_method(&consul)).expect("bearer token file");
-    let arguments = ["-login-method", "hosts", "-login-bearer-token-file", bearer.to_str().expect("a path"), "-login-meta", "host=test"];
+    let arguments =
+        ["-login-method", "hosts", "-login-bearer-token-file", bearer.to_str().expect("a path"), "-login-meta", "host=test"];
     let (_web, mut db, upstream) = start(&consul, app.address, &arguments);
     let first = login_tokens(&consul);
     assert_eq!(first.len(), 1, "one login: {first:?}");
@@ -73,7 +74,9 @@ fn start(consul: &Consul, app: std::net::SocketAddr, arguments: &[&str]) -> (Sid
     consul.allow("web", "db");
     let db = Sidecar::of("db").token(None).arguments(arguments).arguments(&["-drain-time", "1s"]).start(consul);
     let web = Sidecar::start(consul, "web");
-    wait_for("the first echo", PATIENCE, || round_trip(upstream, b"first").map_err(|error| format!("{error}\n{}", db.process.tail())));
+    wait_for("the first echo", PATIENCE, || {
+        round_trip(upstream, b"first").map_err(|error| format!("{error}\n{}", db.process.tail()))
+    });
     (web, db, upstream)
 }
 

@@ -2,7 +2,14 @@
 //!
 //! Invariant: everything a test starts ends with the test (each child also dies with the thread that started it), no
 //! port is fixed, and a failure shows the last log lines of the program that failed.
-#![allow(dead_code, unused_imports, unreachable_pub, missing_docs, missing_debug_implementations, reason = "each test uses its own part")]
+#![allow(
+    dead_code,
+    unused_imports,
+    unreachable_pub,
+    missing_docs,
+    missing_debug_implementations,
+    reason = "each test uses its own part"
+)]
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "the bans keep worker threads free; these are tests")]
 
 pub mod agent;

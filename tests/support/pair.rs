@@ -71,9 +71,8 @@ impl<M: Mesh> Pair<M> {
     /// Waits until an echo comes through (for an app that echoes).
     pub fn wait_open(self) -> Self {
         wait_for("the first echo through the pair", PATIENCE, || {
-            traffic::echo(self.upstream, b"first").map_err(|error| {
-                format!("{error}\n{}\n{}", self.web.process.tail(), self.db.process.tail())
-            })
+            traffic::echo(self.upstream, b"first")
+                .map_err(|error| format!("{error}\n{}\n{}", self.web.process.tail(), self.db.process.tail()))
         });
         self
     }

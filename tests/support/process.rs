@@ -45,12 +45,10 @@ impl Process {
         if let Some(folder) = command.get_current_dir() {
             guarded.current_dir(folder);
         }
-        let child = guarded
-            .stdin(Stdio::null())
-            .stdout(output.try_clone().expect("log file"))
-            .stderr(output)
-            .spawn()
-            .unwrap_or_else(|error| panic!("{name} does not start ({:?}): {error}; run scripts/setup", command.get_program()));
+        let child =
+            guarded.stdin(Stdio::null()).stdout(output.try_clone().expect("log file")).stderr(output).spawn().unwrap_or_else(
+                |error| panic!("{name} does not start ({:?}): {error}; run scripts/setup", command.get_program()),
+            );
         Self { name: name.to_owned(), child, log: log.to_owned(), _folder: None }
     }
 
