@@ -34,7 +34,7 @@ fn sixty_four_services_in_one_process() {
     }
     let most = (0..20)
         .map(|_| {
-            std::thread::sleep(std::time::Duration::from_millis(250));
+            support::pause(std::time::Duration::from_millis(250));
             connections_to(consul.address().port())
         })
         .max();

@@ -18,7 +18,7 @@ fn the_servers_are_away_for_half_a_minute() {
     let mut live = Live::open(pair.upstream);
     let load = Load::start(pair.upstream, 50);
     pair.mesh.server().kill();
-    std::thread::sleep(OUTAGE);
+    support::pause(OUTAGE);
     live.ping().expect("a live connection during the outage");
     pair.mesh.server().start();
     pair.mesh.wait_ready();
@@ -34,10 +34,10 @@ fn the_agent_is_killed_and_started_again() {
     let load = Load::start(pair.upstream, 50);
     for _ in 0..2 {
         pair.mesh.agent().kill();
-        std::thread::sleep(Duration::from_secs(5));
+        support::pause(Duration::from_secs(5));
         pair.mesh.agent().start();
         pair.mesh.wait_ready();
-        std::thread::sleep(Duration::from_secs(2));
+        support::pause(Duration::from_secs(2));
     }
     load.stop().assert_flawless(400);
     assert_changes_arrive(&pair, &mut live);

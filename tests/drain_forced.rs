@@ -19,7 +19,7 @@ fn at_the_end_of_the_drain_time() {
     let mut live = Live::open(pair.upstream);
     let start = Instant::now();
     pair.db.process.signal("TERM");
-    std::thread::sleep(Duration::from_secs(1));
+    support::pause(Duration::from_secs(1));
     live.ping().expect("a live connection within the drain time");
     live.wait_cut(Duration::from_secs(10));
     let cut = start.elapsed();

@@ -28,7 +28,7 @@ fn live_connections_end_by_themselves() {
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(3) {
         live.iter_mut().for_each(|live| live.ping().expect("a live connection while draining"));
-        std::thread::sleep(Duration::from_millis(100));
+        support::pause(Duration::from_millis(100));
     }
     assert!(pair.web.process.exit_status().is_none() && pair.db.process.exit_status().is_none(), "it left its connections");
     drop(live);

@@ -35,7 +35,7 @@ fn exhaust(pair: &Pair<Agent>, address: std::net::SocketAddr) {
     let flood = (0..CONNECTIONS).filter_map(|_| connect(address).ok()).collect::<Vec<_>>();
     for _ in 0..20 {
         live.ping().expect("a live connection while descriptors are out");
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        support::pause(std::time::Duration::from_millis(50));
     }
     let errors = |sidecar: &support::Sidecar| {
         let count = sidecar.process.output().matches("descriptor").count();

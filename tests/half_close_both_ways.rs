@@ -4,8 +4,8 @@ mod support;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::sync::mpsc;
 
+use support::servers::reports;
 use support::{Custom, Pair, bytes, traffic, wait_for};
 
 const LENGTH: usize = 3_000_000;
@@ -35,14 +35,13 @@ fn the_client_closes_first_and_still_reads() {
 
 #[test]
 fn the_server_closes_first_and_still_reads() {
-    let (sender, received) = mpsc::channel();
-    let sender = std::sync::Mutex::new(sender);
+    let (sender, received) = reports();
     let app = Custom::start(move |mut stream| {
         let _ = stream.write_all(&bytes(3, LENGTH));
         let _ = stream.shutdown(Shutdown::Write);
         let mut rest = Vec::new();
         let result = stream.read_to_end(&mut rest).map(|_| rest);
-        let _ = sender.lock().expect("sender").send(result.map_err(|error| error.to_string()));
+        sender.send(result.map_err(|error| error.to_string()));
     });
     let pair = Pair::local(app.address);
     wait_for("what comes after the server's half-close", support::PATIENCE, || {
@@ -52,10 +51,10 @@ fn the_server_closes_first_and_still_reads() {
             return Err(format!("greeting of {} bytes, {end:?}", greeting.len()));
         }
         // The far half is closed; ours must still carry.
-        std::thread::sleep(std::time::Duration::from_millis(200));
+        support::pause(std::time::Duration::from_millis(200));
         stream.write_all(&bytes(4, LENGTH)).map_err(|error| error.to_string())?;
         stream.shutdown(Shutdown::Write).map_err(|error| error.to_string())?;
-        let rest = received.recv_timeout(support::PATIENCE).map_err(|error| error.to_string())??;
+        let rest = received.next()?;
         if rest == bytes(4, LENGTH) { Ok(()) } else { Err(format!("{} bytes arrived after the half-close", rest.len())) }
     });
 }

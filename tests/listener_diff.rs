@@ -39,7 +39,7 @@ fn untouched_listeners_keep_their_connections() {
 
     // A change that concerns no address at all.
     agent.register(&web.upstream_with("db", kept, &serde_json::json!({"connect_timeout_ms": 1_234})).upstream("cache", added));
-    std::thread::sleep(std::time::Duration::from_secs(1));
+    support::pause(std::time::Duration::from_secs(1));
     on_kept.ping().expect("a live connection after a change of a timeout");
     assert_eq!(listening_inodes(kept.port()), inode, "the listener was bound again for a timeout");
     sidecar.assert_healthy();

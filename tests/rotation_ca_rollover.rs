@@ -22,7 +22,7 @@ fn no_connection_fails_while_the_root_changes() {
     pair.mesh.rotate_ca();
     wait_until("new leaves on both sides", NEW_LEAF_MAX, || serials(&pair.web) != before.0 && serials(&pair.db) != before.1);
     // The load must see the state after the change too.
-    std::thread::sleep(Duration::from_secs(2));
+    support::pause(Duration::from_secs(2));
     load.stop().assert_flawless(500);
     for live in &mut live {
         live.ping().expect("a connection from before the rotation");

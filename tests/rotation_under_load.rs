@@ -25,7 +25,7 @@ fn nobody_notices() {
     });
     for _ in 0..ROTATIONS {
         pair.mesh.rotate_ca();
-        std::thread::sleep(Duration::from_secs(1));
+        support::pause(Duration::from_secs(1));
         live.iter_mut().for_each(|live| live.ping().expect("a live connection after a rotation"));
     }
     wait_until("a new leaf is in use", support::PATIENCE, || leaf_serials(&pair.web) != before);

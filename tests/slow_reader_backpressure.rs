@@ -42,9 +42,9 @@ fn memory_stays_flat_while_the_reader_sleeps() {
 
     let mut stream = traffic::connect(pair.upstream).expect("web's upstream listens");
     stream.write_all(b"go").expect("the wish");
-    std::thread::sleep(Duration::from_secs(2));
+    support::pause(Duration::from_secs(2));
     let early = written.load(Ordering::Relaxed);
-    std::thread::sleep(Duration::from_secs(3));
+    support::pause(Duration::from_secs(3));
     let stalled = written.load(Ordering::Relaxed);
     let after = (pair.web.process.resident_kib(), pair.db.process.resident_kib());
     println!("stalled after {stalled} bytes; resident KiB before {before:?}, after {after:?}");

@@ -30,7 +30,7 @@ fn trickled_handshakes_end_in_time() {
         }
         pair.echo(b"meanwhile").unwrap_or_else(|error| panic!("turn {turn}: {error}"));
         turn += 1;
-        std::thread::sleep(Duration::from_millis(200));
+        support::pause(Duration::from_millis(200));
     }
     wait_until("all tricklers are cut and counted", support::PATIENCE, || {
         pair.db.closed("handshake_timeout") >= TRICKLERS as u64

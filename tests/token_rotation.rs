@@ -28,7 +28,7 @@ fn a_rewritten_token_file_is_read_again() {
     let (_, next) = consul.make_token(&identity);
     std::fs::write(&file, format!("{next}\n")).expect("token file");
     consul.delete_token(&accessor);
-    std::thread::sleep(Duration::from_secs(3));
+    support::pause(Duration::from_secs(3));
     load.stop().assert_flawless(30);
 
     // Only a valid token can learn of this change.

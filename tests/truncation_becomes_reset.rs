@@ -4,18 +4,17 @@ mod support;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::sync::mpsc;
 
+use support::servers::{Reports, reports};
 use support::traffic::{End, read_to_end};
 use support::{Agent, Custom, Definition, Mesh, PATIENCE, Pair, Sidecar, ports, tls, traffic};
 
 /// An app that reports what it read and how the connection ended.
-fn reporting_app() -> (Custom, mpsc::Receiver<(Vec<u8>, End)>) {
-    let (sender, received) = mpsc::channel();
-    let sender = std::sync::Mutex::new(sender);
+fn reporting_app() -> (Custom, Reports<(Vec<u8>, End)>) {
+    let (sender, received) = reports();
     let app = Custom::start(move |stream| {
         stream.set_read_timeout(Some(PATIENCE)).expect("read timeout");
-        let _ = sender.lock().expect("sender").send(read_to_end(&stream));
+        sender.send(read_to_end(&stream));
     });
     (app, received)
 }
@@ -41,13 +40,13 @@ fn a_peer_without_close_notify_is_a_reset_for_the_app() {
     clean.conn.send_close_notify();
     clean.flush().expect("close_notify goes out");
     clean.sock.shutdown(Shutdown::Write).expect("FIN");
-    assert_eq!(received.recv_timeout(PATIENCE).expect("the app's report"), (b"all of it".to_vec(), End::Clean));
+    assert_eq!(received.next(), (b"all of it".to_vec(), End::Clean));
 
     let mut cut = tls::client(pair.public, Some(&web)).expect("a mesh client");
     cut.write_all(b"half of").expect("a write");
     cut.flush().expect("the write goes out");
     cut.sock.shutdown(Shutdown::Write).expect("FIN without close_notify");
-    let (_, end) = received.recv_timeout(PATIENCE).expect("the app's report");
+    let (_, end) = received.next();
     assert_eq!(end, End::Reset, "the app took a truncated stream for a finished one");
     pair.db.wait_closed("truncated");
 }
@@ -66,7 +65,7 @@ fn a_server_without_close_notify_is_a_reset_for_the_client() {
             let _ = stream.write_all(b"half of").and_then(|()| stream.flush());
             let _ = stream.sock.shutdown(Shutdown::Write);
             // The socket stays open for a while so that nothing but the FIN can end the stream.
-            std::thread::sleep(std::time::Duration::from_secs(2));
+            support::pause(std::time::Duration::from_secs(2));
         }
     });
     let web = Sidecar::start(&agent, "web");
@@ -104,6 +103,6 @@ fn a_reset_of_the_client_is_a_reset_for_the_app() {
     // The reset must not overtake the bytes on the way to the app.
     support::wait_until("the app has the connection", PATIENCE, || app.accepted() > 0);
     traffic::reset(client);
-    assert_eq!(received.recv_timeout(PATIENCE).expect("the app's report").1, End::Reset);
+    assert_eq!(received.next().1, End::Reset);
     pair.web.wait_closed("local_reset");
 }

@@ -55,6 +55,11 @@ pub fn wait_until(what: &str, limit: Duration, mut condition: impl FnMut() -> bo
     wait_for(what, limit, || if condition() { Ok(()) } else { Err("not yet".to_owned()) });
 }
 
+/// Lets a span of time pass: for states that must last, never for ones that must come.
+pub fn pause(span: Duration) {
+    std::thread::sleep(span);
+}
+
 /// A folder that other users may enter (PostgreSQL runs as its own user) and that goes with the test.
 pub fn scratch() -> tempfile::TempDir {
     use std::os::unix::fs::PermissionsExt;

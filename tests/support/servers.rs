@@ -57,6 +57,32 @@ impl Drop for Custom {
     }
 }
 
+/// The end of a channel that a server's closure holds.
+pub struct Reporter<T>(std::sync::Mutex<std::sync::mpsc::Sender<T>>);
+
+/// What a server has seen, in order.
+pub struct Reports<T>(std::sync::mpsc::Receiver<T>);
+
+/// A way for a server's closure to tell the test what it saw.
+pub fn reports<T>() -> (Reporter<T>, Reports<T>) {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    (Reporter(std::sync::Mutex::new(sender)), Reports(receiver))
+}
+
+impl<T> Reporter<T> {
+    pub fn send(&self, report: T) {
+        // A test that has ended listens no more.
+        let _ = self.0.lock().expect("no reporting thread panics").send(report);
+    }
+}
+
+impl<T> Reports<T> {
+    /// The next report; fails when none comes.
+    pub fn next(&self) -> T {
+        self.0.recv_timeout(super::PATIENCE).expect("the app's report")
+    }
+}
+
 /// Sends everything back, and half-closes when the client has.
 pub struct Echo;
 
