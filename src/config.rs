@@ -33,6 +33,87 @@ pub const WORKER_HANDSHAKES_MAX: u32 = 1_024;
 /// Buffer memory that one worker may lease.
 pub const WORKER_BUFFER_BYTES_MAX: usize = 64 << 20;
 
+/// Where `ringfence agent` and `ringfence demo` listen: loopback, because the embedded agent has no access control.
+pub const EMBEDDED_AGENT_BIND: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8_500);
+/// How long the embedded agent's leaf certificates live: Consul's default.
+pub const EMBEDDED_LEAF_TTL: Duration = Duration::from_secs(72 * 3_600);
+/// Consul's own default datacenter name.
+pub const DATACENTER: &str = "dc1";
+/// Beyond the drain time, how long the workers have to close what is left before the process ends without them.
+pub const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// One sidecar process, whole.
+#[derive(Debug, Clone, Default)]
+pub struct Sidecar {
+    /// The feeder.
+    pub consul: Consul,
+    /// The workers.
+    pub plane: DataPlane,
+    /// The admin port.
+    pub admin: Admin,
+    /// Where each connection's line goes.
+    pub connection_log: LogTarget,
+}
+
+/// The admin port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Admin {
+    /// `-admin-bind`; port 0 lets the system choose.
+    pub bind: SocketAddr,
+    /// `-admin-access-log-path`; `None` (and `/dev/null`, Consul's default) writes none.
+    pub access_log: Option<PathBuf>,
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self { bind: ADMIN_BIND, access_log: None }
+    }
+}
+
+/// `-connection-log`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum LogTarget {
+    /// No connection log; counters still count.
+    None,
+    /// Standard output: where Envoy's users look for access logs.
+    #[default]
+    Stdout,
+    /// Standard error, among the process's own log lines.
+    Stderr,
+    /// A file, appended to, opened again on SIGHUP.
+    File(PathBuf),
+}
+
+/// The process's own log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Logging {
+    /// `-log-level`: trace, debug, info, warn or error.
+    pub level: LogLevel,
+    /// `-log-json`: one JSON object a line.
+    pub json: bool,
+}
+
+impl Default for Logging {
+    fn default() -> Self {
+        Self { level: LogLevel::Info, json: false }
+    }
+}
+
+/// How much the process says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogLevel {
+    /// Everything.
+    Trace,
+    /// What a developer asks for.
+    Debug,
+    /// State changes.
+    Info,
+    /// What should be looked at.
+    Warn,
+    /// What is broken.
+    Error,
+}
+
 /// What the data plane needs to know, whatever the control plane is.
 #[derive(Debug, Clone)]
 pub struct DataPlane {

@@ -2,6 +2,16 @@
 //!
 //! Invariant: nothing unvalidated is published, and nothing published is withdrawn because Consul is away.
 
+mod backoff;
+mod build;
+pub(crate) mod consul;
+mod definition;
+mod feeder;
+mod opaque;
+mod report;
+mod rotation;
+mod state;
+
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -12,7 +22,7 @@ use crate::mesh::Snapshot;
 use crate::store::Publisher;
 
 /// What the control plane says of itself, for readiness and the admin port.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Status {
     /// Every proxy has its definition, identity, policy and listeners published at least once.
     pub ready: bool,
@@ -23,7 +33,7 @@ pub struct Status {
 }
 
 /// One proxy's state.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServiceStatus {
     /// The registration's id, or the flag's text until it is resolved.
     pub proxy_id: Arc<str>,
@@ -59,12 +69,27 @@ pub enum ControlError {
 }
 
 /// Runs until [`Command::Stop`]. `workers` is how many TLS configurations each identity needs.
+///
+/// Publishes into `publisher` and tells `status` of every change. Ends in an error only before anything runs.
 pub async fn run(
-    _settings: config::Consul,
-    _workers: usize,
-    _publisher: Publisher<Snapshot>,
-    _status: watch::Sender<Status>,
-    _commands: tokio::sync::mpsc::Receiver<Command>,
+    settings: config::Consul,
+    workers: usize,
+    publisher: Publisher<Snapshot>,
+    status: watch::Sender<Status>,
+    commands: tokio::sync::mpsc::Receiver<Command>,
 ) -> Result<(), ControlError> {
-    todo!()
+    feeder::Feeder::new(settings, workers, publisher, status)?.run(commands).await;
+    Ok(())
 }
+
+/// The `response` of a captured answer of Consul 1.10.
+#[cfg(test)]
+pub(crate) fn fixture(name: &str) -> serde_json::Value {
+    let path = format!("{}/tests/fixtures/consul-1.10/{name}.json", env!("CARGO_MANIFEST_DIR"));
+    let text = std::fs::read_to_string(&path).expect("the fixture is there");
+    let mut capture: serde_json::Value = serde_json::from_str(&text).expect("the fixture is JSON");
+    capture["response"].take()
+}
+
+#[cfg(test)]
+mod tests;

@@ -6,4 +6,8 @@
 pub mod cells;
 pub mod channel;
 pub mod close;
+pub mod export;
+pub mod hub;
+mod limiter;
+pub mod log;
 pub mod record;

@@ -6,11 +6,15 @@
 //! bytes end in a [`Failure`], never in a panic, and a failed session stays failed.
 
 pub mod alert;
+#[cfg(any(test, feature = "testing"))]
+pub mod fixtures;
 pub mod handshake;
+#[cfg(test)]
+mod harness;
 pub mod provider;
 pub mod record;
 pub mod verify;
 
 pub use handshake::{Established, Failure, FailureKind, Handshake, Progress, Step};
 pub use provider::{TlsError, TlsParams, WorkerTls};
-pub use record::{Open, Session};
+pub use record::{Open, RecordError, Session};

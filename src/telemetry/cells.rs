@@ -40,6 +40,16 @@ pub enum Direction {
     Outbound,
 }
 
+impl Direction {
+    /// Its name in logs and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Inbound => "inbound",
+            Self::Outbound => "outbound",
+        }
+    }
+}
+
 /// What one worker counts for one listener. The admin thread adds the workers' cells up by `name`.
 #[derive(Debug)]
 #[repr(align(128))]
@@ -108,7 +118,7 @@ pub struct WorkerCells {
     pub stale_completions: Cell,
     /// Accepts that failed for want of descriptors or memory.
     pub accept_errors: Cell,
-    /// Payload bytes moved in user space (partial records at a region's end).
+    /// Bytes of records that user space moved: those that came in one receive with the end of a handshake.
     pub payload_bytes_moved: Cell,
     /// Buffer bytes leased now (gauge).
     pub buffer_bytes_leased: Cell,

@@ -40,9 +40,11 @@ impl Sender {
     }
 }
 
-impl Receiver {
-    /// The next event, if there is one.
-    pub fn next(&mut self) -> Option<Event> {
+impl Iterator for Receiver {
+    type Item = Event;
+
+    /// The next event, if there is one now; after `None` there may be more later.
+    fn next(&mut self) -> Option<Event> {
         self.events.pop().ok()
     }
 }

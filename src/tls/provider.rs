@@ -1,8 +1,24 @@
 //! TLS configurations of one identity for one worker.
+//!
+//! Invariant: every reference count that a handshake touches belongs to one worker: provider, key, chain, verifier and
+//! configurations are built per [`WorkerTls`], never shared between two (only the expected IDs of a target are the snapshot's).
+//! A full handshake is done every time: no tickets, no session store, so verification cannot be skipped.
+//!
+//! Must not know policy or sockets. Fails with a [`TlsError`] at build time, or for a name in `connect` not at all.
 
+use std::fmt;
 use std::sync::Arc;
 
+use rustls::client::{Resumption, UnbufferedClientConnection};
+use rustls::crypto::ring::{self, cipher_suite as suites};
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
+use rustls::pki_types::{IpAddr, Ipv4Addr, ServerName};
+use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::{ClientConfig, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
+
 use super::handshake::Handshake;
+use super::verify::{AnswererVerifier, BundleError, CallerVerifier, Trust};
 use crate::identity::{SpiffeId, Svid, TrustBundle};
 
 /// What mesh configuration may change about TLS.
@@ -14,10 +30,19 @@ pub struct TlsParams {
     pub tls13: bool,
 }
 
+impl Default for TlsParams {
+    /// Both versions: Envoy dials with 1.2, our own kind with 1.3.
+    fn default() -> Self {
+        Self { tls12: true, tls13: true }
+    }
+}
+
 /// One identity's rustls configurations for one worker; not shared between cores.
 #[derive(Clone)]
 pub struct WorkerTls {
-    _private: (),
+    server: Arc<ServerConfig>,
+    client: Arc<ClientConfig>,
+    trust: Arc<Trust>,
 }
 
 /// Why configurations could not be made.
@@ -26,21 +51,137 @@ pub enum TlsError {
     /// rustls refused key, chain or roots.
     #[error("TLS configuration refused: {0}")]
     Rustls(#[from] rustls::Error),
+    /// The roots cannot be used.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// Both versions are switched off.
+    #[error("TLS 1.2 and TLS 1.3 are both switched off: check TLSMinVersion and TLSMaxVersion of the mesh config entry")]
+    NoVersion,
 }
 
 impl WorkerTls {
     /// Configurations for `svid` trusting `bundle`.
-    pub fn new(_svid: &Svid, _bundle: &Arc<TrustBundle>, _params: &TlsParams) -> Result<Self, TlsError> {
-        todo!()
+    pub fn new(svid: &Svid, bundle: &Arc<TrustBundle>, params: &TlsParams) -> Result<Self, TlsError> {
+        let versions = versions(params)?;
+        let provider = Arc::new(provider());
+        let trust = Arc::new(Trust::new(bundle, provider.signature_verification_algorithms)?);
+        let key = ring::sign::any_supported_type(&svid.key)?;
+        let certified = CertifiedKey::new(svid.chain.clone(), key);
+        certified.keys_match()?;
+        let resolver = Arc::new(SingleCertAndKey::from(certified));
+
+        let mut server = ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_protocol_versions(&versions)?
+            .with_client_cert_verifier(Arc::new(CallerVerifier { trust: Arc::clone(&trust) }))
+            .with_cert_resolver(resolver.clone());
+        server.enable_secret_extraction = true;
+        server.send_tls13_tickets = 0;
+        server.session_storage = Arc::new(NoServerSessionStorage {});
+
+        let mut client = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&versions)?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(nobody(&trust)))
+            .with_client_cert_resolver(resolver);
+        client.enable_secret_extraction = true;
+        client.resumption = Resumption::disabled();
+
+        Ok(Self { server: Arc::new(server), client: Arc::new(client), trust })
     }
 
     /// A server-role handshake: client certificate required, any service of the trust domain accepted.
     pub fn accept(&self) -> Result<Handshake, TlsError> {
-        todo!()
+        let connection = UnbufferedServerConnection::new(Arc::clone(&self.server))?;
+        Ok(Handshake::server(connection, Arc::clone(&self.trust)))
     }
 
     /// A client-role handshake that sends `sni` and accepts exactly one of `expected`.
-    pub fn connect(&self, _sni: &str, _expected: &Arc<[SpiffeId]>) -> Result<Handshake, TlsError> {
-        todo!()
+    ///
+    /// An `sni` that is no valid DNS name is left out: it routes nothing between sidecars, and the identity is what counts.
+    pub fn connect(&self, sni: &str, expected: &Arc<[SpiffeId]>) -> Result<Handshake, TlsError> {
+        let mut config = ClientConfig::clone(&self.client);
+        let verifier = AnswererVerifier { trust: Arc::clone(&self.trust), expected: Arc::clone(expected) };
+        config.dangerous().set_certificate_verifier(Arc::new(verifier));
+        let name = match ServerName::try_from(sni) {
+            Ok(name @ ServerName::DnsName(_)) => name.to_owned(),
+            _ => {
+                config.enable_sni = false;
+                ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0; 4])))
+            }
+        };
+        let connection = UnbufferedClientConnection::new(Arc::new(config), name)?;
+        Ok(Handshake::client(connection, Arc::clone(&self.trust), Arc::clone(expected)))
+    }
+}
+
+impl fmt::Debug for WorkerTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WorkerTls").field("trust", &self.trust).finish_non_exhaustive()
+    }
+}
+
+/// The signature algorithms that chains and handshakes may use: ECDSA, RSA and Ed25519.
+pub(super) fn algorithms() -> WebPkiSupportedAlgorithms {
+    ring::default_provider().signature_verification_algorithms
+}
+
+/// The verifier of the base configuration, which accepts nobody; each connection brings its own.
+fn nobody(trust: &Arc<Trust>) -> AnswererVerifier {
+    AnswererVerifier { trust: Arc::clone(trust), expected: Arc::from([]) }
+}
+
+/// AES-128-GCM first, as BoringSSL orders them: the cheapest per byte on machines with AES instructions, and ample.
+fn provider() -> CryptoProvider {
+    const SUITES: [SupportedCipherSuite; 9] = [
+        suites::TLS13_AES_128_GCM_SHA256,
+        suites::TLS13_AES_256_GCM_SHA384,
+        suites::TLS13_CHACHA20_POLY1305_SHA256,
+        suites::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+        suites::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+        suites::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+        suites::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+        suites::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+        suites::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+    ];
+    CryptoProvider { cipher_suites: SUITES.to_vec(), ..ring::default_provider() }
+}
+
+fn versions(params: &TlsParams) -> Result<Vec<&'static SupportedProtocolVersion>, TlsError> {
+    let mut versions = Vec::with_capacity(2);
+    if params.tls13 {
+        versions.push(&rustls::version::TLS13);
+    }
+    if params.tls12 {
+        versions.push(&rustls::version::TLS12);
+    }
+    if versions.is_empty() { Err(TlsError::NoVersion) } else { Ok(versions) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tls::fixtures::Ca;
+
+    #[test]
+    fn no_reference_count_is_shared_between_workers() {
+        let ca = Ca::new("t.consul");
+        let svid = ca.svid("web");
+        let bundle = ca.bundle();
+        let make = || WorkerTls::new(&svid, &bundle, &TlsParams::default()).expect("a configuration");
+        let (one, two) = (make(), make());
+        assert!(!Arc::ptr_eq(&one.trust, &two.trust));
+        assert!(!Arc::ptr_eq(one.server.crypto_provider(), two.server.crypto_provider()));
+        assert_eq!(Arc::strong_count(&bundle), 1, "the bundle is copied, not held");
+    }
+
+    #[test]
+    fn a_foreign_key_and_no_version_are_refused() {
+        let ca = Ca::new("t.consul");
+        let mut svid = ca.svid("web");
+        let none = TlsParams { tls12: false, tls13: false };
+        assert!(matches!(WorkerTls::new(&svid, &ca.bundle(), &none), Err(TlsError::NoVersion)));
+        svid.key = ca.svid("db").key.clone_key();
+        let refused = WorkerTls::new(&svid, &ca.bundle(), &TlsParams::default());
+        assert!(matches!(refused, Err(TlsError::Rustls(rustls::Error::InconsistentKeys(_)))));
     }
 }

@@ -1,0 +1,181 @@
+//! The admin thread: drains what workers say, answers on the admin port, writes the logs.
+//!
+//! Invariant: nothing here can delay a worker or a rotation. The hub is drained by a tick whatever the port is doing, and
+//! every request, connection and wait has a bound (`server`). Secrets never leave: keys and tokens are not reachable from
+//! here but through `Svid`, of which only the public parts are printed.
+//!
+//! **The port has no password**, as Envoy's has none: whoever reaches it can stop the proxy. It is made for loopback, where
+//! reaching it means being on the host; binding it elsewhere warns. Requests that change something are refused when a
+//! browser page sent them.
+//!
+//! Knows no proxy and no ring: what it asks of the process it sends as an [`Action`]. A failing access log is an error line,
+//! never the end of the port.
+
+mod access;
+mod health;
+mod routes;
+mod server;
+mod snapshot;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpListener;
+use tokio::sync::{Mutex, mpsc, watch};
+
+use crate::control::Status;
+use crate::mesh::Snapshot;
+use crate::store::Viewer;
+use crate::telemetry::hub::Hub;
+use crate::telemetry::log::{Destination, Reopener, Rfc3339};
+
+/// How often the hub is drained while workers have something to say.
+const TICK_MIN: Duration = Duration::from_millis(20);
+/// How often it is drained when they have not: an idle process wakes up six times a second.
+const TICK_MAX: Duration = Duration::from_millis(160);
+/// Drains that may follow one another without a pause for requests.
+const DRAINS_IN_A_ROW_MAX: usize = 4;
+/// Drains at the end, so that the last connections reach the log: more than all rings of 64 workers hold.
+const LAST_DRAINS_MAX: usize = 256;
+
+/// What the process is doing, decided by `app`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Lifecycle {
+    /// Workers are not running yet.
+    #[default]
+    Starting,
+    /// Serving.
+    Live,
+    /// No new connections; the open ones go on until they end or the drain time is over.
+    Draining,
+}
+
+/// What a request asks of the process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Stop accepting and let the open connections end.
+    Drain,
+    /// End at once.
+    Quit,
+    /// Open log files again.
+    ReopenLogs,
+}
+
+/// How the port behaves.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// `-admin-access-log-path`; Envoy's default is `/dev/null`.
+    pub access_log: Destination,
+    /// Makes the access log open its file again; the same one as the connection log's.
+    pub reopener: Reopener,
+}
+
+/// Everything that the admin thread needs.
+#[derive(Debug)]
+pub struct Context {
+    /// The workers' events and counters.
+    pub hub: Hub,
+    /// What is enforced.
+    pub viewer: Viewer<Snapshot>,
+    /// What the control plane says of itself.
+    pub status: watch::Receiver<Status>,
+    /// What the process is doing.
+    pub lifecycle: watch::Receiver<Lifecycle>,
+    /// Where requests for the process go.
+    pub actions: mpsc::Sender<Action>,
+    /// How the port behaves.
+    pub settings: Settings,
+}
+
+/// What requests and the tick share. The hub's lock is tokio's, on one thread, and never held across an await: it only
+/// satisfies the compiler that two tasks do not use the hub at once.
+#[derive(Debug)]
+struct Shared {
+    hub: Mutex<Hub>,
+    viewer: Viewer<Snapshot>,
+    status: watch::Receiver<Status>,
+    lifecycle: watch::Receiver<Lifecycle>,
+    actions: mpsc::Sender<Action>,
+    access: Mutex<access::AccessLog>,
+    /// Whether the process was ready once; see [`health`].
+    was_ready: AtomicBool,
+    start: Instant,
+}
+
+/// Serves until `shutdown` turns true or its sender is gone; then ends the open requests, takes the workers' last events
+/// and writes the logs out. To lose no record, end the workers first.
+pub async fn run(listener: TcpListener, mut context: Context, mut shutdown: watch::Receiver<bool>) {
+    warn_if_exposed(&listener);
+    if !context.hub.install_recorder() {
+        tracing::debug!("another metrics recorder is installed; metrics of the control plane are not on /metrics");
+    }
+    let shared = Arc::new(Shared::new(context));
+    let ticking = tokio::spawn(tick(Arc::clone(&shared)));
+    server::serve(listener, routes::router(Arc::clone(&shared)), &mut shutdown).await;
+    ticking.abort();
+    shared.finish().await;
+}
+
+impl Shared {
+    fn new(context: Context) -> Self {
+        let Context { hub, viewer, status, lifecycle, actions, settings } = context;
+        Self {
+            hub: Mutex::new(hub),
+            viewer,
+            status,
+            lifecycle,
+            actions,
+            access: Mutex::new(access::AccessLog::open(&settings.access_log, &settings.reopener)),
+            was_ready: AtomicBool::new(false),
+            start: Instant::now(),
+        }
+    }
+
+    async fn finish(&self) {
+        let mut hub = self.hub.lock().await;
+        for _ in 0..LAST_DRAINS_MAX {
+            if !hub.drain().more {
+                break;
+            }
+        }
+    }
+}
+
+/// Drains the hub for ever: quickly while there are events, ever more slowly when there are none.
+async fn tick(shared: Arc<Shared>) {
+    let mut pause = TICK_MIN;
+    loop {
+        let mut events = 0;
+        {
+            let mut hub = shared.hub.lock().await;
+            for _ in 0..DRAINS_IN_A_ROW_MAX {
+                let progress = hub.drain();
+                events += progress.events;
+                if !progress.more {
+                    break;
+                }
+            }
+            // Readiness latches even when nobody asks at the right moment.
+            health::state(&shared, &hub);
+        }
+        shared.access.lock().await.flush();
+        pause = if events > 0 { TICK_MIN } else { (pause * 2).min(TICK_MAX) };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+fn warn_if_exposed(listener: &TcpListener) {
+    match listener.local_addr() {
+        Ok(address) if !address.ip().is_loopback() => tracing::warn!(
+            %address,
+            remedy = "bind it to 127.0.0.1 or ::1 (-admin-bind), or keep strangers out with a firewall",
+            "the admin port has no password and is reachable from other hosts: anybody there can stop this proxy"
+        ),
+        Ok(address) => tracing::info!(%address, "admin port is open"),
+        Err(error) => tracing::warn!(%error, "the admin port's address is not known"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,97 @@
+//! HTTP/1.1 under bounds.
+//!
+//! Invariant: at most [`CONNECTIONS_MAX`] connections at once, each with [`HEAD_BYTES_MAX`] of request head, a wait of
+//! [`HEAD_TIMEOUT`] for it, and a life of [`CONNECTION_LIFE_MAX`]. Further clients wait in the kernel's backlog. So a slow
+//! or hostile client costs a bounded amount of memory, for a bounded time. Bodies are never read: no route has one.
+//!
+//! Knows routes only as a service. A failed accept is retried after a pause; a failed connection concerns its client alone.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::ConnectInfo;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
+
+/// Connections served at once.
+pub(super) const CONNECTIONS_MAX: usize = 64;
+/// Bytes of a request's head, and of the buffer for reading.
+const HEAD_BYTES_MAX: usize = 16 << 10;
+/// Wait for a whole request head, and between two requests of a connection.
+pub(super) const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// After this a connection may finish its request and is closed.
+const CONNECTION_LIFE_MAX: Duration = Duration::from_secs(60);
+/// How long an open request may go on once its connection must end, or the process.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
+/// Pause after a failed accept (descriptors ran out).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Accepts and serves until `shutdown` turns true or its sender is gone, and then until open requests have ended.
+pub(super) async fn serve(listener: TcpListener, router: Router, shutdown: &mut watch::Receiver<bool>) {
+    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let ending = shutdown.clone();
+    let mut connections = JoinSet::new();
+    let accepting = async {
+        loop {
+            let (stream, peer, permit) = accept(&listener, &room).await;
+            // Finished tasks are taken off here, so the set holds no more than there are permits.
+            while connections.try_join_next().is_some() {}
+            connections.spawn(connection(stream, peer, permit, router.clone(), ending.clone()));
+        }
+    };
+    tokio::select! {
+        () = accepting => {}
+        _ = shutdown.wait_for(|shutdown| *shutdown) => {}
+    }
+    drop(listener);
+    let finish = async { while connections.join_next().await.is_some() {} };
+    // What is not done by then is dropped with the set.
+    let _ = tokio::time::timeout(FINISH_TIMEOUT * 2, finish).await;
+}
+
+async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> (TcpStream, SocketAddr, OwnedSemaphorePermit) {
+    loop {
+        let permit = match Arc::clone(room).acquire_owned().await {
+            Ok(permit) => permit,
+            // The semaphore is never closed; were it ever, accepting would end and nothing else.
+            Err(_) => std::future::pending().await,
+        };
+        match listener.accept().await {
+            Ok((stream, peer)) => return (stream, peer, permit),
+            Err(error) => {
+                tracing::warn!(%error, "the admin port cannot accept; it tries again");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn connection(
+    stream: TcpStream,
+    peer: SocketAddr,
+    _permit: OwnedSemaphorePermit,
+    router: Router,
+    mut shutdown: watch::Receiver<bool>,
+) {
+    let router = router.layer(axum::Extension(ConnectInfo(peer)));
+    let serving = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let mut serving = std::pin::pin!(serving);
+    tokio::select! {
+        _ = serving.as_mut() => return,
+        () = tokio::time::sleep(CONNECTION_LIFE_MAX) => {}
+        _ = shutdown.wait_for(|shutdown| *shutdown) => {}
+    }
+    serving.as_mut().graceful_shutdown();
+    // An error or a timeout here concerns a client that is gone or does not read.
+    let _ = tokio::time::timeout(FINISH_TIMEOUT, serving).await;
+}

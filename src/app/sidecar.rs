@@ -1,0 +1,320 @@
+//! One sidecar: its workers, its rotation thread, its admin thread.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, watch};
+
+use super::{AppError, threads};
+use crate::admin::{self, Action, Lifecycle};
+use crate::config;
+use crate::control::{Command, Status};
+use crate::mesh::{Bind, Snapshot};
+use crate::proxy::{self, Workers};
+use crate::store::{self, Viewer};
+use crate::telemetry::cells::WorkerCells;
+use crate::telemetry::channel;
+use crate::telemetry::hub::Hub;
+use crate::telemetry::log::{ConnectionLog, Destination, Reopener};
+
+/// Wishes of the admin port that may wait.
+const ACTIONS_MAX: usize = 16;
+/// Commands to the control plane that may wait; a reload that finds no room is one of many.
+const COMMANDS_MAX: usize = 16;
+/// Reasons of ended threads that may wait: one a thread.
+const ENDED_MAX: usize = 2;
+/// How long a thread that was told to end is waited for. Covers a token logout at the agent.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a wait looks again.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
+
+/// A running sidecar. Dropped without [`Self::stop`], its threads go on until the process ends.
+#[derive(Debug)]
+pub struct Sidecar {
+    workers: Workers,
+    cells: Vec<Arc<WorkerCells>>,
+    viewer: Viewer<Snapshot>,
+    status: watch::Receiver<Status>,
+    commands: mpsc::Sender<Command>,
+    lifecycle: watch::Sender<Lifecycle>,
+    admin_address: SocketAddr,
+    admin_shutdown: watch::Sender<bool>,
+    actions: mpsc::Receiver<Action>,
+    reopener: Reopener,
+    ended: mpsc::Receiver<AppError>,
+    rotation: JoinHandle<()>,
+    admin: JoinHandle<()>,
+}
+
+impl Sidecar {
+    /// Starts every thread and returns; readiness comes later ([`Self::wait_ready`]).
+    pub fn start(settings: config::Sidecar) -> Result<Self, AppError> {
+        let config::Sidecar { consul, plane, admin: admin_settings, connection_log } = settings;
+        let (listener, admin_address) = threads::bind_admin(admin_settings.bind)?;
+        let reopener = Reopener::default();
+        let log = ConnectionLog::open(&destination(connection_log), &reopener)
+            .map_err(|error| AppError::Config(format!("connection log: {error}")))?;
+        let (mut publisher, readers) = store::new(Snapshot::default(), plane.workers);
+        let (senders, receivers): (Vec<_>, Vec<_>) = (0..plane.workers).map(|_| channel::pair()).unzip();
+        let cells = receivers.iter().map(|receiver| Arc::clone(&receiver.cells)).collect();
+        let (status_sender, status) = watch::channel(Status::default());
+        let (lifecycle, lifecycle_receiver) = watch::channel(Lifecycle::Starting);
+        let (commands, commands_receiver) = mpsc::channel(COMMANDS_MAX);
+        let (actions_sender, actions) = mpsc::channel(ACTIONS_MAX);
+        let (admin_shutdown, shutdown_receiver) = watch::channel(false);
+        let (ended_sender, ended) = mpsc::channel(ENDED_MAX);
+        let viewer = publisher.viewer();
+        let context = admin::Context {
+            hub: Hub::new(receivers, log),
+            viewer: viewer.clone(),
+            status: status.clone(),
+            lifecycle: lifecycle_receiver,
+            actions: actions_sender,
+            settings: admin::Settings { access_log: access_log(admin_settings.access_log), reopener: reopener.clone() },
+        };
+
+        let workers = proxy::spawn(&plane, readers, senders)
+            .map_err(|error| AppError::Unavailable(format!("workers cannot start: {error}")))?;
+        for wake in workers.wakes() {
+            publisher.add_wake(wake);
+        }
+        let started = threads::admin(listener, context, shutdown_receiver, ended_sender.clone()).and_then(|admin| {
+            let rotation = threads::rotation(consul, plane.workers, publisher, status_sender, commands_receiver, ended_sender)?;
+            Ok((admin, rotation))
+        });
+        let (admin, rotation) = started.inspect_err(|_| workers.stop())?;
+        Ok(Self {
+            workers,
+            cells,
+            viewer,
+            status,
+            commands,
+            lifecycle,
+            admin_address,
+            admin_shutdown,
+            actions,
+            reopener,
+            ended,
+            rotation,
+            admin,
+        })
+    }
+
+    /// Where the admin port listens.
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin_address
+    }
+
+    /// What the control plane says of itself.
+    pub fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    /// What is being enforced.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.viewer.current()
+    }
+
+    /// Whether every service has all that it needs, every worker has it too, and every listener is bound.
+    pub fn is_ready(&self) -> bool {
+        self.missing().is_none()
+    }
+
+    /// What is missing for readiness, for a person.
+    pub(super) fn missing(&self) -> Option<String> {
+        let status = self.status.borrow();
+        if !status.ready {
+            let problems: Vec<String> = status
+                .services
+                .iter()
+                .filter_map(|service| Some(format!("{}: {}", service.proxy_id, service.problem.as_deref()?)))
+                .collect();
+            return Some(match (problems.is_empty(), status.agent_reachable) {
+                (false, _) => problems.join("; "),
+                (true, false) => "the Consul agent has not answered yet".to_owned(),
+                (true, true) => "waiting for definition, certificate and intentions".to_owned(),
+            });
+        }
+        let snapshot = self.viewer.current();
+        if self.viewer.acknowledged() < 1 {
+            return Some("a worker has not taken up the configuration yet".to_owned());
+        }
+        let (wanted, bound) = (listeners_wanted(&snapshot, self.cells.len()), self.listeners_bound());
+        (bound < wanted).then(|| format!("{bound} of {wanted} listening sockets are bound; the log names those that cannot be"))
+    }
+
+    fn listeners_bound(&self) -> u64 {
+        self.cells.iter().map(|cells| cells.listeners.value()).sum()
+    }
+
+    /// Waits until it is ready. The error says what is missing.
+    pub async fn wait_ready(&mut self, timeout: Duration) -> Result<(), AppError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Ok(error) = self.ended.try_recv() {
+                return Err(error);
+            }
+            let Some(missing) = self.missing() else {
+                self.set_live();
+                return Ok(());
+            };
+            if Instant::now() >= deadline {
+                return Err(AppError::Config(format!("not ready after {timeout:?}: {missing}")));
+            }
+            tokio::time::sleep(POLL_INTERVAL).await;
+        }
+    }
+
+    /// Tells the admin port that readiness was reached.
+    pub(super) fn set_live(&self) {
+        self.lifecycle.send_if_modified(|lifecycle| {
+            let starting = *lifecycle == Lifecycle::Starting;
+            if starting {
+                *lifecycle = Lifecycle::Live;
+            }
+            starting
+        });
+    }
+
+    /// Reads token and certificate files again and opens log files again.
+    pub fn reload(&self) {
+        // A full queue holds reloads already.
+        let _ = self.commands.try_send(Command::Reload);
+        self.reopen_logs();
+    }
+
+    /// Opens log files again.
+    pub fn reopen_logs(&self) {
+        self.reopener.reopen();
+    }
+
+    /// Stops accepting. Live connections go on until the drain time is over; their intentions stay enforced, because the
+    /// control plane runs on until [`Self::stop`].
+    pub fn drain(&self) {
+        self.lifecycle.send_replace(Lifecycle::Draining);
+        self.workers.drain();
+    }
+
+    /// Whether the workers have ended: after a drain, when the last connection has.
+    pub fn is_finished(&self) -> bool {
+        self.workers.is_finished()
+    }
+
+    /// The next wish of the admin port. Pends for ever when there will be none.
+    pub(super) async fn next_action(&mut self) -> Action {
+        match self.actions.recv().await {
+            Some(action) => action,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Why a thread ended unasked, as soon as one does.
+    pub(crate) fn take_failure(&mut self) -> Option<AppError> {
+        self.ended.try_recv().ok()
+    }
+
+    /// Closes everything at once and waits for the threads, with a bound.
+    pub async fn stop(self) -> Result<(), AppError> {
+        self.lifecycle.send_replace(Lifecycle::Draining);
+        self.workers.stop();
+        let workers_ended = wait(|| self.workers.is_finished(), config::STOP_GRACE).await;
+        // The rotation thread logs its token out; a full queue or an ended thread needs no command.
+        let _ = self.commands.try_send(Command::Stop);
+        let rotation_ended = wait(|| self.rotation.is_finished(), JOIN_TIMEOUT).await;
+        // Last, so that the log lines of the connections just closed are written.
+        self.admin_shutdown.send_replace(true);
+        let admin_ended = wait(|| self.admin.is_finished(), JOIN_TIMEOUT).await;
+        let threads = [("worker", workers_ended), ("rotation", rotation_ended), ("admin", admin_ended)];
+        let late: Vec<&str> = threads.iter().filter(|(_, ended)| !ended).map(|(name, _)| *name).collect();
+        if !late.is_empty() {
+            return Err(AppError::Internal(format!("threads did not end in time: {}", late.join(", "))));
+        }
+        self.workers.join().map_err(|error| AppError::Internal(format!("a worker ended badly: {error}")))?;
+        let joined = self.rotation.join().and_then(|()| self.admin.join());
+        joined.map_err(|_| AppError::Internal("a thread panicked".to_owned()))
+    }
+}
+
+fn destination(target: config::LogTarget) -> Destination {
+    match target {
+        config::LogTarget::None => Destination::None,
+        config::LogTarget::Stdout => Destination::Stdout,
+        config::LogTarget::Stderr => Destination::Stderr,
+        config::LogTarget::File(path) => Destination::File(path),
+    }
+}
+
+/// The flag is a path, and people write `/dev/stdout`.
+fn access_log(path: Option<PathBuf>) -> Destination {
+    path.map_or(Destination::None, |path| path.to_str().map_or_else(|| Destination::File(path.clone()), Destination::from))
+}
+
+/// Sockets that the workers hold when all is bound: TCP listeners on each worker, unix sockets on one.
+fn listeners_wanted(snapshot: &Snapshot, workers: usize) -> u64 {
+    let binds = snapshot.services.iter().flat_map(|service| {
+        service.public.iter().map(|public| &public.bind).chain(service.upstreams.iter().map(|upstream| &upstream.bind))
+    });
+    binds.map(|bind| if matches!(bind, Bind::Tcp(_)) { workers as u64 } else { 1 }).sum()
+}
+
+/// Whether `done` came true within `timeout`.
+async fn wait(done: impl Fn() -> bool, timeout: Duration) -> bool {
+    let deadline = Instant::now() + timeout;
+    while !done() {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        tokio::time::sleep(POLL_INTERVAL).await;
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::{PublicListener, Service};
+    use crate::policy::Intentions;
+
+    fn service(binds: Bind) -> Arc<Service> {
+        Arc::new(Service {
+            name: "web".into(),
+            proxy_id: "web-sidecar-proxy".into(),
+            identity: None,
+            intentions: Arc::new(Intentions::unknown()),
+            public: Some(Arc::new(PublicListener {
+                bind: binds,
+                app: Vec::new(),
+                local_connect_timeout: config::LOCAL_CONNECT_TIMEOUT,
+                handshake_timeout: config::HANDSHAKE_TIMEOUT,
+                max_inbound_connections: 0,
+            })),
+            upstreams: Vec::new(),
+        })
+    }
+
+    #[test]
+    fn tcp_listeners_count_on_every_worker_and_unix_sockets_once() {
+        let tcp = Bind::Tcp("127.0.0.1:21000".parse().expect("address"));
+        let unix = Bind::Unix { path: "/run/x.sock".into(), mode: None };
+        let snapshot = Snapshot { generation: 1, services: vec![service(tcp), service(unix)] };
+        assert_eq!(listeners_wanted(&snapshot, 4), 5);
+        assert_eq!(listeners_wanted(&Snapshot::default(), 4), 0);
+    }
+
+    #[test]
+    fn an_admin_port_in_use_names_the_flag() {
+        let (_held, address) = threads::bind_admin("127.0.0.1:0".parse().expect("address")).expect("free port");
+        let error = threads::bind_admin(address).expect_err("taken");
+        assert!(matches!(error, AppError::Config(_)));
+        assert!(error.to_string().contains("-admin-bind") && error.to_string().contains(&address.to_string()), "{error}");
+    }
+
+    #[tokio::test]
+    async fn waits_have_an_end() {
+        assert!(!wait(|| false, Duration::from_millis(20)).await);
+        assert!(wait(|| true, Duration::ZERO).await);
+    }
+}

@@ -1,0 +1,191 @@
+//! The main thread of `ringfence connect`: signals, wishes of the admin port, what systemd is told.
+//!
+//! SIGTERM and SIGINT drain, then end; a second one ends at once. SIGHUP reloads.
+
+use std::time::{Duration, Instant};
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::{AppError, Sidecar, notify, process};
+use crate::admin::Action;
+use crate::config;
+
+/// How often readiness, ended threads and the drain's progress are looked at.
+const TICK: Duration = Duration::from_millis(50);
+
+/// Runs one sidecar until a signal or the admin port ends it.
+pub fn run(settings: config::Sidecar) -> Result<(), AppError> {
+    process::prepare()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| AppError::Unavailable(format!("the main thread's runtime cannot start: {error}")))?;
+    runtime.block_on(async {
+        let drain_time = settings.plane.drain_time;
+        // Before the first thread: from here on no signal kills a half-started process.
+        let mut signals = Signals::new()?;
+        let mut sidecar = Sidecar::start(settings)?;
+        tracing::info!(admin = %sidecar.admin_address(), pid = std::process::id(), "started");
+        let ended = Supervision::new(drain_time).run(&mut sidecar, &mut signals).await;
+        // A failure is worth more to the reader than what stopping says after it.
+        let stopped = sidecar.stop().await;
+        ended.and(stopped)
+    })
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hang_up: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, AppError> {
+        let on = |kind| signal(kind).map_err(|error| AppError::Internal(format!("signals cannot be received: {error}")));
+        Ok(Self {
+            terminate: on(SignalKind::terminate())?,
+            interrupt: on(SignalKind::interrupt())?,
+            hang_up: on(SignalKind::hangup())?,
+        })
+    }
+}
+
+/// What woke the main thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wake {
+    End,
+    Reload,
+    Asked(Action),
+    Tick,
+}
+
+struct Supervision {
+    drain_time: Duration,
+    /// READY=1 was sent.
+    ready: bool,
+    /// The admin port asked for a drain: workers without connections are no fault.
+    listeners_drained: bool,
+    /// When the drain must be over.
+    drain_deadline: Option<Instant>,
+    /// The last STATUS= sent.
+    told: String,
+}
+
+/// Whether to go on.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    GoOn,
+    End,
+}
+
+impl Supervision {
+    fn new(drain_time: Duration) -> Self {
+        Self { drain_time, ready: false, listeners_drained: false, drain_deadline: None, told: String::new() }
+    }
+
+    async fn run(&mut self, sidecar: &mut Sidecar, signals: &mut Signals) -> Result<(), AppError> {
+        let mut ticks = tokio::time::interval(TICK);
+        loop {
+            let wake = tokio::select! {
+                _ = signals.terminate.recv() => Wake::End,
+                _ = signals.interrupt.recv() => Wake::End,
+                _ = signals.hang_up.recv() => Wake::Reload,
+                action = sidecar.next_action() => Wake::Asked(action),
+                _ = ticks.tick() => Wake::Tick,
+            };
+            let next = match wake {
+                Wake::End => self.end_asked(sidecar),
+                Wake::Asked(Action::Quit) => Next::End,
+                Wake::Asked(Action::Drain) => {
+                    // Envoy's /drain_listeners: no new connections, the process stays until it is told to end.
+                    self.listeners_drained = true;
+                    sidecar.drain();
+                    Next::GoOn
+                }
+                Wake::Asked(Action::ReopenLogs) => {
+                    sidecar.reopen_logs();
+                    Next::GoOn
+                }
+                Wake::Reload => {
+                    self.reload(sidecar);
+                    Next::GoOn
+                }
+                Wake::Tick => self.tick(sidecar)?,
+            };
+            if next == Next::End {
+                notify::stopping("closing");
+                return Ok(());
+            }
+        }
+    }
+
+    /// The first signal drains, the second ends at once.
+    fn end_asked(&mut self, sidecar: &Sidecar) -> Next {
+        if self.drain_deadline.is_some() || self.drain_time.is_zero() {
+            tracing::info!("ending at once");
+            return Next::End;
+        }
+        tracing::info!(drain_time = ?self.drain_time, "draining: no new connections; a second signal ends at once");
+        notify::stopping("draining");
+        sidecar.drain();
+        self.drain_deadline = Some(Instant::now() + self.drain_time);
+        Next::GoOn
+    }
+
+    fn reload(&self, sidecar: &Sidecar) {
+        tracing::info!("reloading tokens, certificates of the agent connection and log files");
+        notify::reloading();
+        sidecar.reload();
+        // systemd waits for this line; before the first readiness it would be a lie.
+        if self.ready {
+            notify::ready(&self.told);
+        }
+    }
+
+    fn tick(&mut self, sidecar: &mut Sidecar) -> Result<Next, AppError> {
+        if let Some(error) = sidecar.take_failure() {
+            return Err(error);
+        }
+        if let Some(deadline) = self.drain_deadline {
+            let over = Instant::now() >= deadline;
+            if over {
+                tracing::info!("drain time is over: closing what is left");
+            }
+            return Ok(if over || sidecar.is_finished() { Next::End } else { Next::GoOn });
+        }
+        if self.listeners_drained {
+            return Ok(Next::GoOn);
+        }
+        if sidecar.is_finished() {
+            return Err(AppError::Internal("the workers ended unasked; the log lines above say why".to_owned()));
+        }
+        self.tell(sidecar);
+        Ok(Next::GoOn)
+    }
+
+    /// Tells systemd and the log about readiness, once, and about problems as they change.
+    fn tell(&mut self, sidecar: &Sidecar) {
+        let missing = sidecar.missing();
+        let text = missing.as_deref().map_or_else(
+            || format!("serving {}", services(sidecar)),
+            |missing| if self.ready { format!("serving with the last good state: {missing}") } else { missing.to_owned() },
+        );
+        let newly_ready = missing.is_none() && !self.ready;
+        if newly_ready {
+            self.ready = true;
+            sidecar.set_live();
+            notify::ready(&text);
+            tracing::info!("ready: {text}");
+        } else if text != self.told {
+            notify::status(&text);
+            tracing::info!("{text}");
+        }
+        self.told = text;
+    }
+}
+
+fn services(sidecar: &Sidecar) -> String {
+    let status = sidecar.status();
+    let names: Vec<&str> = status.services.iter().map(|one| one.service.as_deref().unwrap_or(&one.proxy_id)).collect();
+    names.join(", ")
+}

@@ -1,0 +1,76 @@
+//! The two tokio threads: `rotation` and `admin`.
+
+use std::net::{SocketAddr, TcpListener};
+use std::thread::JoinHandle;
+
+use tokio::sync::{mpsc, watch};
+
+use super::AppError;
+use crate::admin;
+use crate::config;
+use crate::control::{self, Command, Status};
+use crate::mesh::Snapshot;
+use crate::store::Publisher;
+
+/// What ended, to whoever supervises.
+pub(super) type Ended = mpsc::Sender<AppError>;
+
+/// Starts the rotation thread.
+pub(super) fn rotation(
+    settings: config::Consul,
+    workers: usize,
+    publisher: Publisher<Snapshot>,
+    status: watch::Sender<Status>,
+    commands: mpsc::Receiver<Command>,
+    ended: Ended,
+) -> Result<JoinHandle<()>, AppError> {
+    spawn("rotation", move |runtime| {
+        if let Err(error) = runtime.block_on(control::run(settings, workers, publisher, status, commands)) {
+            // Nobody listens any more when the sidecar is already going.
+            let _ = ended.try_send(AppError::Config(error.to_string()));
+        }
+    })
+}
+
+/// Starts the admin thread on a socket that is bound already.
+pub(super) fn admin(
+    listener: TcpListener,
+    context: admin::Context,
+    shutdown: watch::Receiver<bool>,
+    ended: Ended,
+) -> Result<JoinHandle<()>, AppError> {
+    spawn("admin", move |runtime| {
+        runtime.block_on(async move {
+            match tokio::net::TcpListener::from_std(listener) {
+                Ok(listener) => admin::run(listener, context, shutdown).await,
+                Err(error) => {
+                    let _ = ended.try_send(AppError::Internal(format!("the admin port's socket cannot be used: {error}")));
+                }
+            }
+        });
+    })
+}
+
+/// Binds the admin port. Taken before anything else starts, so that a second sidecar with the same port never takes part
+/// in the first one's listeners.
+pub(super) fn bind_admin(bind: SocketAddr) -> Result<(TcpListener, SocketAddr), AppError> {
+    let bound = TcpListener::bind(bind).and_then(|listener| {
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        Ok((listener, address))
+    });
+    bound.map_err(|error| {
+        let remedy = match error.kind() {
+            std::io::ErrorKind::AddrInUse => "another sidecar runs there; choose another port with -admin-bind",
+            std::io::ErrorKind::AddrNotAvailable => "this host has no such address; -admin-bind localhost:19000 always works",
+            _ => "choose another address with -admin-bind",
+        };
+        AppError::Config(format!("admin port {bind} cannot be bound: {error}; {remedy}"))
+    })
+}
+
+fn spawn(name: &str, body: impl FnOnce(tokio::runtime::Runtime) + Send + 'static) -> Result<JoinHandle<()>, AppError> {
+    let failed = |error: std::io::Error| AppError::Unavailable(format!("thread `{name}` cannot start: {error}; raise TasksMax"));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    std::thread::Builder::new().name(name.to_owned()).spawn(move || body(runtime)).map_err(failed)
+}

@@ -1,0 +1,219 @@
+//! Opens connections to the agent: TCP, TLS or a unix socket.
+//!
+//! Invariant: with TLS, an agent is believed only by the configured roots, unless verification was switched off, which is
+//! said loudly. The files are read at start and again by [`Connector::reload`]; a bad file then keeps the old state.
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use hyper::Uri;
+use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+
+use crate::config::{AgentAddress, AgentTls};
+use crate::control::ControlError;
+
+/// Bound on name resolution, TCP and TLS together.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Where distributions keep the system's roots; the first that exists is used, as Go does.
+const SYSTEM_ROOTS: [&str; 4] = [
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+];
+
+/// The byte stream under HTTP.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+impl Connection for Box<dyn Stream> {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+/// Makes connections to one agent.
+#[derive(Clone)]
+pub(crate) struct Connector {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    address: AgentAddress,
+    tls: AgentTls,
+    server_name: Option<ServerName<'static>>,
+    client: ArcSwapOption<ClientConfig>,
+}
+
+impl Connector {
+    /// Reads the TLS files if the address wants TLS.
+    pub(crate) fn new(address: &AgentAddress, tls: &AgentTls) -> Result<Self, ControlError> {
+        let (server_name, client) = match address {
+            AgentAddress::Http { host, tls: true, .. } => {
+                let name = tls.server_name.as_ref().unwrap_or(host).clone();
+                let parsed = ServerName::try_from(name.clone())
+                    .map_err(|_| ControlError::Config(format!("`{name}` cannot be a TLS server name; set -tls-server-name")))?;
+                if tls.skip_verify {
+                    tracing::warn!(
+                        "CONSUL_HTTP_SSL_VERIFY=false: whoever answers at {host} is believed to be the Consul agent and \
+                         receives the ACL token; use CONSUL_CACERT instead"
+                    );
+                }
+                (Some(parsed), Some(Arc::new(client_config(tls)?)))
+            }
+            _ => (None, None),
+        };
+        let client = ArcSwapOption::from(client);
+        Ok(Self { inner: Arc::new(Inner { address: address.clone(), tls: tls.clone(), server_name, client }) })
+    }
+
+    /// Reads the files again. On error the old configuration stays in use.
+    pub(crate) fn reload(&self) -> Result<(), ControlError> {
+        if self.inner.server_name.is_some() {
+            self.inner.client.store(Some(Arc::new(client_config(&self.inner.tls)?)));
+        }
+        Ok(())
+    }
+
+    async fn connect(self) -> std::io::Result<TokioIo<Box<dyn Stream>>> {
+        let stream: Box<dyn Stream> = match &self.inner.address {
+            AgentAddress::Unix(path) => Box::new(UnixStream::connect(path).await?),
+            AgentAddress::Http { host, port, .. } => {
+                let tcp = TcpStream::connect((host.as_str(), *port)).await?;
+                tcp.set_nodelay(true)?;
+                match (&self.inner.server_name, self.inner.client.load_full()) {
+                    (Some(name), Some(config)) => {
+                        Box::new(tokio_rustls::TlsConnector::from(config).connect(name.clone(), tcp).await?)
+                    }
+                    _ => Box::new(tcp),
+                }
+            }
+        };
+        Ok(TokioIo::new(stream))
+    }
+}
+
+impl tower_service::Service<Uri> for Connector {
+    type Response = TokioIo<Box<dyn Stream>>;
+    type Error = std::io::Error;
+    type Future = Pin<Box<dyn Future<Output = std::io::Result<Self::Response>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Uri) -> Self::Future {
+        let connect = self.clone().connect();
+        Box::pin(async move {
+            tokio::time::timeout(CONNECT_TIMEOUT, connect)
+                .await
+                .unwrap_or_else(|_| Err(std::io::Error::new(std::io::ErrorKind::TimedOut, "connecting took too long")))
+        })
+    }
+}
+
+fn client_config(tls: &AgentTls) -> Result<ClientConfig, ControlError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
+        .with_safe_default_protocol_versions()
+        .map_err(|error| ControlError::Config(format!("TLS towards the agent: {error}")))?;
+    let builder = if tls.skip_verify {
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(BelieveAnybody(provider)))
+    } else {
+        builder.with_root_certificates(roots(tls)?)
+    };
+    match (&tls.client_cert, &tls.client_key) {
+        (None, None) => Ok(builder.with_no_client_auth()),
+        (Some(cert), Some(key)) => {
+            let chain = certificates(cert)?;
+            let bytes = zeroize::Zeroizing::new(read(key)?);
+            let key_der = PrivateKeyDer::from_pem_slice(&bytes)
+                .map_err(|_| ControlError::Config(format!("-client-key {}: no PEM private key in it", key.display())))?;
+            builder.with_client_auth_cert(chain, key_der).map_err(|error| {
+                ControlError::Config(format!("-client-cert {} with its key: {error}", cert.display()))
+            })
+        }
+        _ => Err(ControlError::Config("-client-cert and -client-key must be given together".into())),
+    }
+}
+
+fn roots(tls: &AgentTls) -> Result<rustls::RootCertStore, ControlError> {
+    let mut files: Vec<PathBuf> = tls.ca_file.iter().cloned().collect();
+    if let Some(folder) = &tls.ca_path {
+        let entries = std::fs::read_dir(folder)
+            .map_err(|error| ControlError::Config(format!("-ca-path {}: {error}", folder.display())))?;
+        files.extend(entries.filter_map(|entry| entry.ok().map(|entry| entry.path())).filter(|path| path.is_file()));
+    }
+    if tls.ca_file.is_none() && tls.ca_path.is_none() {
+        files.extend(SYSTEM_ROOTS.iter().map(PathBuf::from).find(|path| path.is_file()));
+    }
+    let mut store = rustls::RootCertStore::empty();
+    for file in &files {
+        store.add_parsable_certificates(certificates(file)?);
+    }
+    if store.is_empty() {
+        return Err(ControlError::Config("no CA certificate to check the agent with; set -ca-file or CONSUL_CACERT".into()));
+    }
+    Ok(store)
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, ControlError> {
+    CertificateDer::pem_slice_iter(&read(path)?)
+        .collect::<Result<_, _>>()
+        .map_err(|_| ControlError::Config(format!("{}: malformed PEM", path.display())))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, ControlError> {
+    std::fs::read(path).map_err(|error| ControlError::Config(format!("{}: {error}", path.display())))
+}
+
+/// CONSUL_HTTP_SSL_VERIFY=false.
+#[derive(Debug)]
+struct BelieveAnybody(Arc<rustls::crypto::CryptoProvider>);
+
+impl ServerCertVerifier for BelieveAnybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &rustls::DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, cert, signed, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &rustls::DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, signed, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}

@@ -1,0 +1,188 @@
+//! The data plane: one thread a core, each with its own ring, listeners, connections and buffers.
+//!
+//! Invariant: a worker shares nothing that is written on the data path. It reads snapshots from `store`, orders from one
+//! atomic, and writes counters that only it writes.
+//!
+//! Knows no Consul, no HTTP, and no clock but the loop's.
+
+mod close;
+mod connection;
+mod limits;
+mod listener;
+mod relay;
+mod secure;
+#[cfg(test)]
+mod simulation;
+mod timer;
+mod upstream;
+mod worker;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::thread::JoinHandle;
+
+use crate::buffer::Pool;
+use crate::config::DataPlane;
+use crate::mesh::Snapshot;
+use crate::ring::RingError;
+use crate::ring::uring::Uring;
+use crate::store::{Reader, Wake};
+use crate::sys::{self, EventFd, StreamOptions};
+use crate::telemetry::channel::Sender;
+
+/// Why the data plane could not start or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ProxyError {
+    /// The ring refused.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// Buffers, descriptors or threads could not be had.
+    #[error("cannot start worker {worker}: {what}: {source}")]
+    Start {
+        /// Which worker.
+        worker: usize,
+        /// What failed.
+        what: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// Readers or senders do not match the number of workers.
+    #[error("{workers} workers need as many snapshot readers and event senders, not {readers} and {senders}")]
+    Mismatch {
+        /// Workers wanted.
+        workers: usize,
+        /// Readers given.
+        readers: usize,
+        /// Senders given.
+        senders: usize,
+    },
+    /// A worker thread panicked: a broken invariant.
+    #[error("worker {0} ended by a panic")]
+    Panicked(usize),
+}
+
+/// What the process orders of its workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Order {
+    Run = 0,
+    Drain = 1,
+    Stop = 2,
+}
+
+/// The order in force, shared with every worker. It only ever moves up.
+#[derive(Debug, Default)]
+struct Orders(AtomicU8);
+
+impl Orders {
+    fn raise(&self, order: Order) {
+        self.0.fetch_max(order as u8, Ordering::AcqRel);
+    }
+
+    fn current(&self) -> Order {
+        match self.0.load(Ordering::Acquire) {
+            0 => Order::Run,
+            1 => Order::Drain,
+            _ => Order::Stop,
+        }
+    }
+}
+
+/// The running workers.
+#[derive(Debug)]
+pub struct Workers {
+    orders: Arc<Orders>,
+    threads: Vec<JoinHandle<Result<(), ProxyError>>>,
+    wakes: Vec<EventFd>,
+}
+
+/// Starts one thread a worker, `worker-N`, pinned to the cores this process may use.
+pub fn spawn(plane: &DataPlane, readers: Vec<Reader<Snapshot>>, senders: Vec<Sender>) -> Result<Workers, ProxyError> {
+    if readers.len() != plane.workers || senders.len() != plane.workers {
+        return Err(ProxyError::Mismatch { workers: plane.workers, readers: readers.len(), senders: senders.len() });
+    }
+    let orders = Arc::new(Orders::default());
+    let gates = Arc::new(listener::Gates::default());
+    let cores = sys::allowed_cores();
+    let mut workers = Workers { orders: Arc::clone(&orders), threads: Vec::new(), wakes: Vec::new() };
+    for (index, (reader, telemetry)) in readers.into_iter().zip(senders).enumerate() {
+        let start = |what: &'static str| move |source| ProxyError::Start { worker: index, what, source };
+        let wake = EventFd::new().map_err(start("eventfd"))?;
+        workers.wakes.push(wake.try_clone().map_err(start("eventfd"))?);
+        let mut pool = Pool::new(plane.buffer_bytes_max).map_err(start("mapping buffers"))?;
+        let ring = Uring::new(&mut pool, StreamOptions { keepalive: plane.keepalive }, wake)?;
+        let core = plane.pin.then(|| cores.get(index % cores.len().max(1)).copied()).flatten();
+        let parts = worker::Parts {
+            index,
+            ring,
+            pool,
+            reader,
+            telemetry,
+            plane: plane.clone(),
+            orders: Arc::clone(&orders),
+            gates: Arc::clone(&gates),
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("worker-{index}"))
+            .spawn(move || {
+                if let Some(core) = core {
+                    // A core that went away since is no reason not to serve.
+                    let _ = sys::pin_to_core(core);
+                }
+                worker::Worker::new(parts).run()
+            })
+            .map_err(start("spawning its thread"))?;
+        workers.threads.push(thread);
+    }
+    Ok(workers)
+}
+
+impl Workers {
+    /// Handles that rouse each worker, for the publisher.
+    pub fn wakes(&self) -> Vec<Box<dyn Wake>> {
+        self.wakes.iter().filter_map(|wake| wake.try_clone().ok()).map(|wake| Box::new(Waker(wake)) as Box<dyn Wake>).collect()
+    }
+
+    /// Stops accepting; live connections go on until the drain time is over.
+    pub fn drain(&self) {
+        self.order(Order::Drain);
+    }
+
+    /// Ends every connection at once.
+    pub fn stop(&self) {
+        self.order(Order::Stop);
+    }
+
+    fn order(&self, order: Order) {
+        self.orders.raise(order);
+        for wake in &self.wakes {
+            wake.signal();
+        }
+    }
+
+    /// Whether every worker has ended.
+    pub fn is_finished(&self) -> bool {
+        self.threads.iter().all(JoinHandle::is_finished)
+    }
+
+    /// Waits for every worker to end, after `drain` or `stop`.
+    pub fn join(self) -> Result<(), ProxyError> {
+        let mut first = Ok(());
+        for (index, thread) in self.threads.into_iter().enumerate() {
+            let ended = thread.join().unwrap_or(Err(ProxyError::Panicked(index)));
+            if first.is_ok() {
+                first = ended;
+            }
+        }
+        first
+    }
+}
+
+struct Waker(EventFd);
+
+impl Wake for Waker {
+    fn wake(&self) {
+        self.0.signal();
+    }
+}

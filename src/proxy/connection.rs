@@ -1,0 +1,480 @@
+//! One proxied connection as a state machine: completions and deadlines go in, operations on the ring come out, and what
+//! only the worker can do comes back as a [`Next`].
+//!
+//! Invariant: no byte reaches the local app before [`Authorized`] was shown to [`Connection::dial_app`]; a socket is closed
+//! and a lease given back only when nothing is pending on it; a connection ends exactly once, with one reason.
+//!
+//! Knows no listener, no snapshot and no clock but `Io::now`. `relay` holds the two byte directions, `secure` the
+//! handshake.
+
+use std::time::{Duration, Instant};
+
+use super::close::{self, CloseReason, Side};
+use super::limits::LINGER;
+use super::relay::Flow;
+use super::secure::Handshaking;
+use crate::buffer::{Class, Lease, Pool};
+use crate::mesh::Address;
+use crate::policy::Authorized;
+use crate::ring::{Completion, Op, Remote, Ring, Socket, Token};
+use crate::telemetry::cells::{Direction, ListenerCells, WorkerCells};
+use crate::telemetry::record::ConnectionRecord;
+use crate::tls::Session;
+
+/// What a connection may use while it is stepped.
+pub(super) struct Io<'a, R> {
+    pub(super) ring: &'a mut R,
+    pub(super) pool: &'a mut Pool,
+    pub(super) worker: &'a WorkerCells,
+    pub(super) cells: &'a ListenerCells,
+    pub(super) now: Instant,
+}
+
+/// What the worker must do for a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Nothing: an operation or a deadline is pending.
+    Wait,
+    /// The peer is known: decide, then call `dial_app` or `refuse`.
+    Authorise,
+    /// The app's current address did not answer: `dial_app` with the next one, or `close`.
+    AppFailed,
+    /// The endpoint did not answer: choose another and `dial_endpoint`, or `close` with this reason.
+    EndpointFailed(CloseReason),
+    /// The endpoint answered and its identity holds.
+    EndpointReady,
+    /// Over: nothing is pending, everything is given back.
+    Over,
+}
+
+/// The two legs of a connection.
+pub(super) const PLAIN: usize = 0;
+pub(super) const MESH: usize = 1;
+
+/// What is pending on a leg.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Pending(u8);
+
+impl Pending {
+    fn bit(op: Op) -> u8 {
+        match op {
+            Op::Connect => 1,
+            Op::Receive => 2,
+            Op::Send => 4,
+            Op::Cancel => 8,
+            Op::Accept | Op::AcceptCancel | Op::Wake | Op::Close => 0,
+        }
+    }
+}
+
+/// One socket of a connection.
+#[derive(Debug, Default)]
+pub(super) struct Leg {
+    pub(super) socket: Option<Socket>,
+    pending: Pending,
+    /// The last receive left bytes in the socket.
+    pub(super) nonempty: bool,
+}
+
+impl Leg {
+    pub(super) fn is_pending(&self, op: Op) -> bool {
+        self.pending.0 & Pending::bit(op) != 0
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.pending == Pending::default()
+    }
+
+    fn begin(&mut self, op: Op) {
+        assert!(!self.is_pending(op), "one {op:?} at a time on a leg");
+        self.pending.0 |= Pending::bit(op);
+    }
+
+    fn end(&mut self, op: Op) {
+        self.pending.0 &= !Pending::bit(op);
+    }
+}
+
+/// Where a connection stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Waits for a certificate or an endpoint.
+    Held,
+    /// TLS handshake on the mesh leg.
+    Handshake,
+    /// Outbound: dialing the endpoint. Inbound: dialing the app.
+    Connecting,
+    /// Bytes flow.
+    Relay,
+    /// A failed mesh leg is being taken down so that another endpoint can be tried.
+    Retreat(CloseReason),
+    /// The peer gets a moment to read its alert.
+    Linger,
+    /// Pending operations are being cancelled.
+    Closing,
+}
+
+pub(super) struct Connection {
+    pub(super) slot: u32,
+    pub(super) generation: u32,
+    pub(super) listener: u32,
+    pub(super) direction: Direction,
+    pub(super) stage: Stage,
+    pub(super) legs: [Leg; 2],
+    pub(super) seal: Flow,
+    pub(super) open: Flow,
+    pub(super) handshaking: Option<Box<Handshaking>>,
+    pub(super) session: Option<Box<Session>>,
+    pub(super) control: Control,
+    pub(super) authorized: Option<Authorized>,
+    pub(super) facts: Box<ConnectionRecord>,
+    pub(super) accepted: Instant,
+    /// When the current dial began.
+    pub(super) dialed: Instant,
+    pub(super) deadline: Option<Instant>,
+    /// The deadline that the worker's wheel knows of.
+    pub(super) armed: Option<Instant>,
+    /// Which of the app's addresses is being dialed.
+    pub(super) app_index: usize,
+    /// Endpoints that this connection has tried.
+    pub(super) tried: Vec<std::net::SocketAddr>,
+    /// The endpoint whose active count this connection holds.
+    pub(super) endpoint: Option<std::net::SocketAddr>,
+    /// Counted by the worker among those that wait for a certificate.
+    pub(super) held: bool,
+    reset: bool,
+}
+
+/// What the mesh leg's send slot carries besides data.
+#[derive(Debug, Default)]
+pub(super) enum Control {
+    /// Nothing.
+    #[default]
+    None,
+    /// A KeyUpdate.
+    KeyUpdate(Lease),
+    /// close_notify, after which the sending side is shut.
+    CloseNotify(Lease),
+    /// A fatal alert, after which the connection lingers.
+    Alert(Lease),
+}
+
+impl Connection {
+    pub(super) fn new(
+        slot: u32,
+        generation: u32,
+        listener: u32,
+        socket: Socket,
+        facts: Box<ConnectionRecord>,
+        now: Instant,
+    ) -> Self {
+        let direction = facts.direction;
+        let mut legs = [Leg::default(), Leg::default()];
+        let accepted_leg = match direction {
+            Direction::Inbound => MESH,
+            Direction::Outbound => PLAIN,
+        };
+        legs[accepted_leg].socket = Some(socket);
+        Self {
+            slot,
+            generation,
+            listener,
+            direction,
+            stage: Stage::Held,
+            legs,
+            seal: Flow::default(),
+            open: Flow::default(),
+            handshaking: None,
+            session: None,
+            control: Control::None,
+            authorized: None,
+            facts,
+            accepted: now,
+            dialed: now,
+            deadline: None,
+            armed: None,
+            app_index: 0,
+            tried: Vec::new(),
+            endpoint: None,
+            held: false,
+            reset: false,
+        }
+    }
+
+    pub(super) fn token(&self, op: Op, leg: usize) -> Token {
+        Token::new(op, u8::from(leg == MESH), self.slot, self.generation)
+    }
+
+    /// Registers an operation as pending and gives its socket and token.
+    pub(super) fn begin(&mut self, op: Op, leg: usize) -> (Socket, Token) {
+        let token = self.token(op, leg);
+        self.legs[leg].begin(op);
+        let socket = self.legs[leg].socket.expect("operations are only begun on open legs");
+        (socket, token)
+    }
+
+    /// One completion of this connection.
+    pub(super) fn on_completion<R: Ring>(&mut self, io: &mut Io<'_, R>, op: Op, completion: Completion) -> Next {
+        let leg = usize::from(completion.token.leg());
+        self.legs[leg].end(op);
+        if op == Op::Receive {
+            self.legs[leg].nonempty = completion.nonempty;
+        }
+        match self.stage {
+            Stage::Closing | Stage::Retreat(_) => {
+                if let Some(buffer) = completion.buffer {
+                    io.ring.recycle(buffer);
+                }
+                self.settle(io)
+            }
+            Stage::Linger => self.on_linger(io, op, completion),
+            Stage::Handshake => self.on_handshake(io, op, completion),
+            Stage::Connecting => self.on_connected(io, completion),
+            Stage::Relay => self.on_relay(io, op, leg, completion),
+            // Nothing is pending while held, so nothing can complete.
+            Stage::Held => Next::Wait,
+        }
+    }
+
+    /// The deadline is over.
+    pub(super) fn on_deadline<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
+        self.deadline = None;
+        match (self.stage, self.direction) {
+            (Stage::Held, _) => {
+                self.facts.detail = Some("no certificate or no endpoint came in time; see the agent's state at /healthz".into());
+                self.close(io, CloseReason::NoIdentity, true)
+            }
+            (Stage::Handshake, Direction::Inbound) => self.close(io, CloseReason::HandshakeTimeout, true),
+            (Stage::Handshake | Stage::Connecting, Direction::Outbound) => self.retreat(io, CloseReason::ConnectTimeout),
+            (Stage::Connecting, Direction::Inbound) => self.retreat(io, CloseReason::AppUnreachable),
+            (Stage::Linger, _) => self.close(io, self.facts.reason, true),
+            // Only a connection whose listener went away has a deadline while bytes flow.
+            (Stage::Relay, _) => self.close(io, CloseReason::Drained, true),
+            (Stage::Retreat(_) | Stage::Closing, _) => Next::Wait,
+        }
+    }
+
+    /// Opens the app's leg. `_proof` is why it may.
+    pub(super) fn dial_app<R: Ring>(
+        &mut self,
+        io: &mut Io<'_, R>,
+        _proof: &Authorized,
+        app: &Address,
+        timeout: Duration,
+    ) -> Next {
+        self.deadline = Some(io.now + timeout);
+        self.dial(io, PLAIN, app)
+    }
+
+    /// Opens the mesh leg to an endpoint.
+    pub(super) fn dial_endpoint<R: Ring>(
+        &mut self,
+        io: &mut Io<'_, R>,
+        address: std::net::SocketAddr,
+        timeout: Duration,
+    ) -> Next {
+        self.deadline = Some(io.now + timeout);
+        self.facts.attempts = self.facts.attempts.saturating_add(1);
+        self.dial(io, MESH, &Address::Tcp(address))
+    }
+
+    fn dial<R: Ring>(&mut self, io: &mut Io<'_, R>, leg: usize, address: &Address) -> Next {
+        let remote = match address {
+            Address::Tcp(address) => Remote::Tcp(*address),
+            Address::Unix(path) => Remote::Unix(path.clone()),
+        };
+        self.facts.endpoint = Some(address.clone());
+        self.dialed = io.now;
+        self.stage = Stage::Connecting;
+        io.cells.connect_attempts.add(1);
+        match io.ring.open(&remote) {
+            Ok(socket) => {
+                self.legs[leg].socket = Some(socket);
+                let (socket, token) = self.begin(Op::Connect, leg);
+                io.ring.connect(socket, &remote, token);
+                Next::Wait
+            }
+            Err(error) => {
+                self.facts.detail = Some(error.to_string().into());
+                self.retreat(io, self.connect_failure())
+            }
+        }
+    }
+
+    fn connect_failure(&self) -> CloseReason {
+        match self.direction {
+            Direction::Inbound => CloseReason::AppUnreachable,
+            Direction::Outbound => CloseReason::ConnectFailed,
+        }
+    }
+
+    fn on_connected<R: Ring>(&mut self, io: &mut Io<'_, R>, completion: Completion) -> Next {
+        match completion.outcome() {
+            Ok(_) => match self.direction {
+                Direction::Inbound => {
+                    self.facts.connect = Some(io.now - self.dialed);
+                    self.deadline = None;
+                    self.start_relay(io)
+                }
+                Direction::Outbound => {
+                    self.facts.connect = Some(io.now - self.dialed);
+                    self.stage = Stage::Handshake;
+                    self.step_handshake(io)
+                }
+            },
+            Err(errno) => {
+                self.facts.detail = Some(std::io::Error::from(errno).to_string().into());
+                self.retreat(io, self.connect_failure())
+            }
+        }
+    }
+
+    /// Takes the failed far leg down; ends in `AppFailed` or `EndpointFailed` once it is quiet.
+    pub(super) fn retreat<R: Ring>(&mut self, io: &mut Io<'_, R>, reason: CloseReason) -> Next {
+        io.cells.connect_failures.add(1);
+        self.stage = Stage::Retreat(reason);
+        self.deadline = None;
+        self.cancel_pending(io);
+        self.settle(io)
+    }
+
+    fn far_leg(&self) -> usize {
+        match self.direction {
+            Direction::Inbound => PLAIN,
+            Direction::Outbound => MESH,
+        }
+    }
+
+    /// Refuses the peer: `code` as an alert, a moment to read it, then the end.
+    pub(super) fn refuse<R: Ring>(&mut self, io: &mut Io<'_, R>, code: u8, reason: CloseReason) -> Next {
+        let lease = io.pool.lease(Class::Slot);
+        let (Some(lease), Some(session), false) = (lease, self.session.as_mut(), self.legs[MESH].is_pending(Op::Send)) else {
+            return self.close(io, reason, true);
+        };
+        match session.seal_alert(code, io.pool.bytes(&lease)) {
+            Ok(len) => {
+                self.facts.reason = reason;
+                self.stage = Stage::Linger;
+                self.deadline = Some(io.now + LINGER);
+                let span = io.pool.span(&lease, 0, len);
+                self.control = Control::Alert(lease);
+                let (socket, token) = self.begin(Op::Send, MESH);
+                io.ring.send(socket, &[span], token);
+                Next::Wait
+            }
+            Err(_) => {
+                io.pool.give_back(lease);
+                self.close(io, reason, true)
+            }
+        }
+    }
+
+    /// A refused peer reads its alert; what it still sends is thrown away until it leaves or time is up.
+    pub(super) fn on_linger<R: Ring>(&mut self, io: &mut Io<'_, R>, op: Op, completion: Completion) -> Next {
+        if let Some(buffer) = completion.buffer {
+            io.ring.recycle(buffer);
+        }
+        if usize::from(completion.token.leg()) == PLAIN {
+            // What the local side still does does not matter any more; the end cancels it.
+            return Next::Wait;
+        }
+        let reason = self.facts.reason;
+        match (op, completion.outcome()) {
+            (Op::Send, Ok(_)) => {
+                if let Some(socket) = self.legs[MESH].socket {
+                    io.ring.shutdown_write(socket);
+                }
+                self.receive_and_discard(io)
+            }
+            (Op::Receive, Ok(bytes)) if bytes > 0 && self.legs[MESH].is_pending(Op::Send) => Next::Wait,
+            (Op::Receive, Ok(bytes)) if bytes > 0 => self.receive_and_discard(io),
+            (Op::Receive, Ok(_)) if self.legs[MESH].is_pending(Op::Send) => Next::Wait,
+            (Op::Receive, Ok(_)) => self.close(io, reason, false),
+            _ => self.close(io, reason, true),
+        }
+    }
+
+    fn receive_and_discard<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
+        if !self.legs[MESH].is_pending(Op::Receive) {
+            let (socket, token) = self.begin(Op::Receive, MESH);
+            io.ring.receive_shared(socket, usize::MAX, false, token);
+        }
+        Next::Wait
+    }
+
+    /// Ends the connection: cancels what is pending, then closes both legs, with RST when `reset`.
+    pub(super) fn close<R: Ring>(&mut self, io: &mut Io<'_, R>, reason: CloseReason, reset: bool) -> Next {
+        if self.stage == Stage::Closing {
+            return Next::Wait;
+        }
+        self.stage = Stage::Closing;
+        self.deadline = None;
+        self.facts.reason = reason;
+        self.reset = reset;
+        self.cancel_pending(io);
+        self.settle(io)
+    }
+
+    fn cancel_pending<R: Ring>(&mut self, io: &mut Io<'_, R>) {
+        for leg in [PLAIN, MESH] {
+            if !self.legs[leg].is_quiet() && !self.legs[leg].is_pending(Op::Cancel) {
+                let (socket, token) = self.begin(Op::Cancel, leg);
+                io.ring.cancel(socket, token);
+            }
+        }
+    }
+
+    /// Goes on with a take-down as far as pending operations allow.
+    fn settle<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
+        if !self.legs.iter().all(Leg::is_quiet) {
+            // A cancel that was under way before may have missed an operation begun after it.
+            self.cancel_pending(io);
+            return Next::Wait;
+        }
+        if let Stage::Retreat(reason) = self.stage {
+            let far = self.far_leg();
+            if let Some(socket) = self.legs[far].socket.take() {
+                io.ring.close(socket, true);
+            }
+            if self.direction == Direction::Outbound {
+                self.drop_tls(io);
+                return Next::EndpointFailed(reason);
+            }
+            return Next::AppFailed;
+        }
+        for leg in &mut self.legs {
+            if let Some(socket) = leg.socket.take() {
+                io.ring.close(socket, self.reset);
+            }
+        }
+        self.drop_tls(io);
+        Next::Over
+    }
+
+    fn drop_tls<R: Ring>(&mut self, io: &mut Io<'_, R>) {
+        if let Some(handshaking) = self.handshaking.take() {
+            handshaking.give_back(io.pool);
+        }
+        self.seal.release(io.ring, io.pool);
+        self.open.release(io.ring, io.pool);
+        self.release_control(io.pool);
+        self.session = None;
+    }
+
+    pub(super) fn release_control(&mut self, pool: &mut Pool) {
+        match std::mem::take(&mut self.control) {
+            Control::None => {}
+            Control::KeyUpdate(lease) | Control::CloseNotify(lease) | Control::Alert(lease) => pool.give_back(lease),
+        }
+    }
+
+    /// A socket broke while bytes were flowing.
+    pub(super) fn broken<R: Ring>(&mut self, io: &mut Io<'_, R>, side: Side, errno: crate::ring::Errno) -> Next {
+        if self.seal.is_finished() && self.open.is_finished() {
+            // Both sides had said they were done: the reset only tells that the other did not wait.
+            return self.close(io, CloseReason::Complete, false);
+        }
+        self.facts.detail = Some(std::io::Error::from(errno).to_string().into());
+        self.close(io, close::broken(side, errno), true)
+    }
+}

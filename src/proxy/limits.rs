@@ -1,0 +1,28 @@
+//! Every bound of the data plane that is not a setting, in one place.
+
+use std::time::Duration;
+
+/// Completions stepped before timers, snapshot and orders are looked at again.
+pub(super) const COMPLETIONS_PER_TURN_MAX: usize = 4_096;
+/// Live connections decided again per turn after an intention change, so that a sweep never stalls traffic.
+pub(super) const SWEEP_PER_TURN_MAX: usize = 4_096;
+/// Connections that may wait for a first certificate or endpoint, per worker.
+pub(super) const HELD_MAX: usize = 1_024;
+/// Endpoints tried for one connection before it is given up.
+pub(super) const CONNECT_ATTEMPTS_MAX: u16 = 3;
+/// How long a refused peer may take to read its alert before the connection is reset.
+pub(super) const LINGER: Duration = Duration::from_secs(1);
+/// How long a failed accept waits before the next (descriptors or memory ran out).
+pub(super) const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+/// How long a failed bind waits before the next try.
+pub(super) const BIND_RETRY: Duration = Duration::from_secs(1);
+/// How often a worker looks whether the first one has bound an address.
+pub(super) const BIND_FOLLOW: Duration = Duration::from_millis(5);
+/// How long a region may wait for bytes before its connection falls back to the shared buffers.
+pub(super) const REGION_IDLE: Duration = Duration::from_secs(1);
+/// Receives in a row that did not fill a quarter record, after which a flow gives its region up.
+pub(super) const SMALL_RECEIVES_MAX: u8 = 4;
+/// Records of the shutdown alert: how long teardown waits for the kernel to finish cancelled operations.
+pub(super) const TEARDOWN: Duration = Duration::from_secs(5);
+/// Longest ejection by passive health checking (Envoy `max_ejection_time`).
+pub(super) const EJECTION_MAX: Duration = Duration::from_secs(300);

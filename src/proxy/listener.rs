@@ -1,0 +1,230 @@
+//! Listeners of one worker: what is bound, what is accepted, and the counts that span workers.
+//!
+//! Invariant: a listener that a new snapshot still has keeps its socket; one that it lacks stops accepting at once and goes
+//! away with its last connection. Limits over all workers are exact: one shared counter a listener, touched only at
+//! accept and close.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+
+use super::upstream::Balancer;
+use crate::config::UPSTREAM_CONNECTIONS_MAX;
+use crate::mesh::{Bind, PublicListener, Service, Snapshot};
+use crate::ring::{Local, Socket};
+use crate::telemetry::cells::{Direction, ListenerCells};
+
+/// What a listener leads to.
+#[derive(Debug)]
+pub(super) enum Role {
+    /// Mutual TLS in, the app behind.
+    Public(Arc<PublicListener>),
+    /// Plain in, an upstream behind.
+    Upstream(Balancer),
+}
+
+/// One listener of one worker.
+#[derive(Debug)]
+pub(super) struct Listener {
+    pub(super) generation: u32,
+    pub(super) bind: Bind,
+    pub(super) service: Arc<Service>,
+    pub(super) role: Role,
+    pub(super) cells: Arc<ListenerCells>,
+    pub(super) gate: Arc<Gate>,
+    pub(super) socket: Option<Socket>,
+    /// An accept is armed or being cancelled.
+    pub(super) accepting: bool,
+    pub(super) cancelling: bool,
+    /// When to try to bind or accept again.
+    pub(super) retry_at: Option<Instant>,
+    /// The last bind failure was told already.
+    pub(super) failure_told: bool,
+    /// Connections that came through it and live.
+    pub(super) live: u32,
+    /// The snapshot has it no more, or the process drains.
+    pub(super) removed: bool,
+}
+
+/// What identifies a listener across snapshots.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Key {
+    pub(super) bind: Bind,
+    pub(super) proxy_id: Arc<str>,
+    pub(super) upstream: Option<Arc<str>>,
+}
+
+/// A listener that a snapshot wants.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    pub(super) key: Key,
+    pub(super) service: Arc<Service>,
+    pub(super) place: Place,
+}
+
+/// Which part of its service a wanted listener is.
+#[derive(Debug)]
+pub(super) enum Place {
+    Public(Arc<PublicListener>),
+    Upstream(Arc<crate::mesh::Upstream>),
+}
+
+/// Every listener that `snapshot` has.
+pub(super) fn wanted(snapshot: &Snapshot) -> Vec<Wanted> {
+    let mut all = Vec::new();
+    for service in &snapshot.services {
+        if let Some(public) = &service.public {
+            let key = Key { bind: public.bind.clone(), proxy_id: Arc::clone(&service.proxy_id), upstream: None };
+            all.push(Wanted { key, service: Arc::clone(service), place: Place::Public(Arc::clone(public)) });
+        }
+        for upstream in &service.upstreams {
+            let key = Key {
+                bind: upstream.bind.clone(),
+                proxy_id: Arc::clone(&service.proxy_id),
+                upstream: Some(Arc::clone(&upstream.name)),
+            };
+            all.push(Wanted { key, service: Arc::clone(service), place: Place::Upstream(Arc::clone(upstream)) });
+        }
+    }
+    all
+}
+
+impl Listener {
+    pub(super) fn new(generation: u32, wanted: Wanted, gate: Arc<Gate>, seed: u64) -> Self {
+        let Wanted { key, service, place } = wanted;
+        let (direction, role) = match place {
+            Place::Public(public) => (Direction::Inbound, Role::Public(public)),
+            Place::Upstream(upstream) => (Direction::Outbound, Role::Upstream(Balancer::new(upstream, seed))),
+        };
+        let cells = Arc::new(ListenerCells::new(direction, Arc::clone(&service.name), key.upstream));
+        Self {
+            generation,
+            bind: key.bind,
+            service,
+            role,
+            cells,
+            gate,
+            socket: None,
+            accepting: false,
+            cancelling: false,
+            retry_at: None,
+            failure_told: false,
+            live: 0,
+            removed: false,
+        }
+    }
+
+    pub(super) fn key(&self) -> Key {
+        Key { bind: self.bind.clone(), proxy_id: Arc::clone(&self.service.proxy_id), upstream: self.cells.upstream.clone() }
+    }
+
+    /// Takes over what a new snapshot says of it. The socket stays.
+    pub(super) fn update(&mut self, wanted: Wanted) {
+        self.service = wanted.service;
+        match (&mut self.role, wanted.place) {
+            (Role::Public(public), Place::Public(next)) => *public = next,
+            (Role::Upstream(balancer), Place::Upstream(next)) => {
+                if !Arc::ptr_eq(balancer.upstream(), &next) {
+                    balancer.update(next);
+                }
+            }
+            // The key tells the two apart.
+            (Role::Public(_), Place::Upstream(_)) | (Role::Upstream(_), Place::Public(_)) => {}
+        }
+    }
+
+    /// Most connections at once over all workers; `None` is unlimited.
+    pub(super) fn connections_max(&self) -> Option<u32> {
+        match &self.role {
+            Role::Public(public) => (public.max_inbound_connections > 0).then_some(public.max_inbound_connections),
+            Role::Upstream(balancer) => Some(balancer.upstream().max_connections.unwrap_or(UPSTREAM_CONNECTIONS_MAX)),
+        }
+    }
+
+    /// Where to listen, or `None` when this worker must wait (the first worker binds first) or need not (a unix socket
+    /// cannot be shared by `SO_REUSEPORT`; the first worker serves it).
+    pub(super) fn local(&self, worker: usize) -> Option<Local> {
+        match &self.bind {
+            Bind::Tcp(_) if worker > 0 && !self.gate.bound.load(Ordering::Acquire) => None,
+            Bind::Tcp(address) => Some(Local::Tcp { address: *address, exclusive: worker == 0 }),
+            Bind::Unix { .. } if worker > 0 => None,
+            Bind::Unix { path, mode } => Some(Local::Unix { path: path.clone(), mode: *mode }),
+        }
+    }
+}
+
+/// What workers share about one listener.
+#[derive(Debug, Default)]
+pub(super) struct Gate {
+    /// The first worker has the address, so the others may join it.
+    pub(super) bound: AtomicBool,
+    connections: AtomicU32,
+}
+
+impl Gate {
+    /// Counts one connection in, unless `max` are there already.
+    pub(super) fn enter(&self, max: Option<u32>) -> bool {
+        let before = self.connections.fetch_add(1, Ordering::AcqRel);
+        if max.is_some_and(|max| before >= max) {
+            self.leave();
+            return false;
+        }
+        true
+    }
+
+    /// Counts one out.
+    pub(super) fn leave(&self) {
+        self.connections.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// The gates of all listeners, found by key. Looked up only when a listener appears.
+#[derive(Debug, Default)]
+pub(super) struct Gates(ArcSwap<HashMap<Key, Arc<Gate>>>);
+
+impl Gates {
+    pub(super) fn gate(&self, key: &Key) -> Arc<Gate> {
+        if let Some(gate) = self.0.load().get(key) {
+            return Arc::clone(gate);
+        }
+        self.0.rcu(|gates| {
+            let mut gates = HashMap::clone(gates);
+            gates.entry(key.clone()).or_default();
+            gates
+        });
+        self.0.load().get(key).map_or_else(Arc::default, Arc::clone)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gate_counts_exactly_over_threads() {
+        let gate = Arc::new(Gate::default());
+        let entered: u32 = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4)
+                .map(|_| {
+                    let gate = Arc::clone(&gate);
+                    scope.spawn(move || (0..100).filter(|_| gate.enter(Some(150))).count() as u32)
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().expect("thread")).sum()
+        });
+        assert_eq!(entered, 150);
+        gate.leave();
+        assert!(gate.enter(Some(150)) && !gate.enter(Some(150)));
+        assert!(!Gate::default().enter(Some(0)), "zero blocks all");
+    }
+
+    #[test]
+    fn workers_find_the_same_gate() {
+        let gates = Gates::default();
+        let key = Key { bind: Bind::Tcp("127.0.0.1:1".parse().expect("address")), proxy_id: "p".into(), upstream: None };
+        assert!(Arc::ptr_eq(&gates.gate(&key), &gates.gate(&key)));
+    }
+}

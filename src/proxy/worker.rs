@@ -1,0 +1,534 @@
+//! One core's loop: enter the kernel once, step what completed, then timers, listeners, snapshot and orders.
+//!
+//! Invariant: a completion is acted on only when its token names a connection that lives; every accepted connection ends in
+//! exactly one record; nothing here waits but [`Ring::turn`].
+//!
+//! `steps` holds what a connection asks of its worker, `adoption` what a new snapshot changes.
+
+mod adoption;
+mod steps;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::connection::{Connection, Io, Stage};
+use super::limits::{ACCEPT_BACKOFF, BIND_FOLLOW, BIND_RETRY, COMPLETIONS_PER_TURN_MAX, REGION_IDLE, TEARDOWN};
+use super::listener::{Gates, Listener};
+use super::timer::{Owner, Wheel};
+use super::{Order, Orders, ProxyError};
+use crate::buffer::{Class, Pool};
+use crate::config::DataPlane;
+use crate::mesh::Snapshot;
+use crate::ring::{Completion, Op, Ring, SHARED_BUFFERS, Socket, Token};
+use crate::store::Reader;
+use crate::telemetry::cells::Direction;
+use crate::telemetry::channel::Sender;
+use crate::telemetry::close::CloseReason;
+use crate::telemetry::record::{ConnectionRecord, Event};
+
+/// What a worker is made of.
+pub(super) struct Parts<R> {
+    pub(super) index: usize,
+    pub(super) ring: R,
+    pub(super) pool: Pool,
+    pub(super) reader: Reader<Snapshot>,
+    pub(super) telemetry: Sender,
+    pub(super) plane: DataPlane,
+    pub(super) orders: Arc<Orders>,
+    pub(super) gates: Arc<Gates>,
+}
+
+/// One worker. The ring stands before the pool: it must be gone before its buffers are.
+pub(super) struct Worker<R: Ring> {
+    index: usize,
+    ring: R,
+    pool: Pool,
+    reader: Reader<Snapshot>,
+    telemetry: Sender,
+    plane: DataPlane,
+    orders: Arc<Orders>,
+    gates: Arc<Gates>,
+    connections: Slab,
+    listeners: Vec<Option<Listener>>,
+    listener_generation: u32,
+    wheel: Wheel,
+    due: Vec<Owner>,
+    batch: Vec<Completion>,
+    /// Where the sweep after an intention change stands.
+    sweep: Option<u32>,
+    held: usize,
+    handshakes: u32,
+    order: Order,
+    drain_deadline: Option<Instant>,
+    teardown_deadline: Option<Instant>,
+    next_region_sweep: Instant,
+}
+
+impl<R: Ring> Worker<R> {
+    pub(super) fn new(parts: Parts<R>) -> Self {
+        let Parts { index, ring, pool, reader, telemetry, plane, orders, gates } = parts;
+        let now = ring.now();
+        Self {
+            index,
+            ring,
+            pool,
+            reader,
+            telemetry,
+            plane,
+            orders,
+            gates,
+            connections: Slab::default(),
+            listeners: Vec::new(),
+            listener_generation: 0,
+            wheel: Wheel::new(now),
+            due: Vec::new(),
+            batch: Vec::with_capacity(COMPLETIONS_PER_TURN_MAX),
+            sweep: None,
+            held: 0,
+            handshakes: 0,
+            order: Order::Run,
+            drain_deadline: None,
+            teardown_deadline: None,
+            next_region_sweep: now,
+        }
+    }
+
+    /// Runs until drained or stopped.
+    pub(super) fn run(mut self) -> Result<(), ProxyError> {
+        while !self.is_over() {
+            self.turn()?;
+        }
+        self.telemetry.send(Event::Drained { worker: self.index });
+        Ok(())
+    }
+
+    /// One turn of the loop.
+    pub(super) fn turn(&mut self) -> Result<(), ProxyError> {
+        let wait = self.wait();
+        self.ring.turn(wait)?;
+        self.step_completions();
+        self.step_deadlines();
+        self.step_orders();
+        self.adopt_snapshot();
+        self.sweep_authorisations();
+        self.retry_listeners();
+        self.sweep_regions();
+        self.publish_gauges();
+        Ok(())
+    }
+
+    fn now(&self) -> Instant {
+        self.ring.now()
+    }
+
+    /// How long the ring may sleep.
+    fn wait(&self) -> Option<Duration> {
+        if self.sweep.is_some() {
+            return Some(Duration::ZERO);
+        }
+        let now = self.now();
+        let listeners = self.listeners.iter().flatten().filter_map(|listener| listener.retry_at).min();
+        let regions = (self.pool.leased_bytes() > shared_bytes()).then_some(self.next_region_sweep);
+        [listeners, regions, self.drain_deadline, self.teardown_deadline]
+            .into_iter()
+            .flatten()
+            .map(|at| at.saturating_duration_since(now).max(Duration::from_millis(1)))
+            .chain(self.wheel.next_in(now))
+            .min()
+    }
+
+    fn step_completions(&mut self) {
+        loop {
+            self.batch.clear();
+            while self.batch.len() < COMPLETIONS_PER_TURN_MAX {
+                match self.ring.next() {
+                    Some(completion) => self.batch.push(completion),
+                    None => break,
+                }
+            }
+            if self.batch.is_empty() {
+                return;
+            }
+            self.telemetry.cells.completions.add(self.batch.len() as u64);
+            for at in 0..self.batch.len() {
+                self.step(self.batch[at]);
+            }
+        }
+    }
+
+    fn step(&mut self, completion: Completion) {
+        match completion.token.op() {
+            Some(Op::Accept) => self.on_accept(completion),
+            Some(Op::AcceptCancel) => self.on_accept_cancelled(completion.token),
+            Some(Op::Wake) => {}
+            // Only failures are reported, and there is nothing left to do for that socket.
+            Some(Op::Close) | None => self.telemetry.cells.stale_completions.add(1),
+            Some(op @ (Op::Connect | Op::Receive | Op::Send | Op::Cancel)) => self.on_connection(op, completion),
+        }
+    }
+
+    fn on_connection(&mut self, op: Op, completion: Completion) {
+        let (slot, generation) = (completion.token.slot(), completion.token.generation());
+        let Some(mut connection) = self.connections.take(slot, generation) else {
+            // Cannot happen while slots outlive their operations; counted, never acted on.
+            self.telemetry.cells.stale_completions.add(1);
+            if let Some(buffer) = completion.buffer {
+                self.ring.recycle(buffer);
+            }
+            return;
+        };
+        let next = self.with_io(&mut connection, |connection, io| connection.on_completion(io, op, completion));
+        self.drive(connection, next);
+    }
+
+    fn step_deadlines(&mut self) {
+        let now = self.now();
+        let mut due = std::mem::take(&mut self.due);
+        self.wheel.expire(now, &mut due);
+        for owner in due.drain(..) {
+            let Some(mut connection) = self.connections.take(owner.slot, owner.generation) else { continue };
+            if connection.deadline.is_some_and(|deadline| deadline <= now) {
+                let next = self.with_io(&mut connection, |connection, io| connection.on_deadline(io));
+                self.drive(connection, next);
+            } else {
+                self.connections.put(connection);
+            }
+        }
+        self.due = due;
+    }
+
+    fn step_orders(&mut self) {
+        let order = self.orders.current();
+        if order != self.order {
+            self.order = order;
+            self.remove_all_listeners();
+            match order {
+                Order::Run => {}
+                Order::Drain => self.drain_deadline = Some(self.now() + self.plane.drain_time),
+                Order::Stop => self.close_all(CloseReason::Shutdown),
+            }
+        }
+        if self.drain_deadline.is_some_and(|deadline| deadline <= self.now()) {
+            self.drain_deadline = None;
+            self.close_all(CloseReason::Drained);
+        }
+    }
+
+    fn close_all(&mut self, reason: CloseReason) {
+        self.teardown_deadline.get_or_insert(self.ring.now() + TEARDOWN);
+        for slot in 0..self.connections.slots() {
+            let Some(mut connection) = self.connections.take_any(slot) else { continue };
+            // Cut, not ended: the app must not take what it has for the whole.
+            let next = self.with_io(&mut connection, |connection, io| connection.close(io, reason, true));
+            self.drive(connection, next);
+        }
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        if self.order == Order::Run {
+            return false;
+        }
+        let quiet = self.connections.live() == 0 && self.listeners.iter().flatten().all(|listener| listener.socket.is_none());
+        // What the kernel has not given back by then dies with the process.
+        quiet || self.teardown_deadline.is_some_and(|deadline| deadline <= self.now())
+    }
+
+    // Listeners.
+
+    fn on_accept(&mut self, completion: Completion) {
+        let now = self.now();
+        let Some(listener) = find_listener(&mut self.listeners, completion.token) else {
+            self.drop_accepted(completion);
+            return;
+        };
+        if !completion.more {
+            listener.accepting = false;
+            if !listener.cancelling && !listener.removed {
+                listener.retry_at = Some(now);
+            }
+        }
+        match completion.outcome() {
+            Ok(_) => self.on_accepted(completion.token.slot(), Socket(completion.result)),
+            Err(crate::ring::Errno(libc::ECANCELED)) => self.close_if_removed(completion.token.slot()),
+            Err(errno) => {
+                listener.retry_at = Some(now + ACCEPT_BACKOFF);
+                self.telemetry.cells.accept_errors.add(1);
+                let bind = listener.bind.clone();
+                self.telemetry.send(Event::AcceptFailed { bind, error: errno.into() });
+            }
+        }
+    }
+
+    fn drop_accepted(&mut self, completion: Completion) {
+        if completion.outcome().is_ok() {
+            self.ring.close(Socket(completion.result), true);
+        }
+        self.telemetry.cells.stale_completions.add(1);
+    }
+
+    fn on_accept_cancelled(&mut self, token: Token) {
+        if let Some(listener) = find_listener(&mut self.listeners, token) {
+            listener.cancelling = false;
+            self.close_if_removed(token.slot());
+        }
+    }
+
+    fn on_accepted(&mut self, index: u32, socket: Socket) {
+        let now = self.now();
+        let Some(Some(listener)) = self.listeners.get_mut(index as usize) else { return };
+        let full = self.connections.live() >= self.plane.connections_max;
+        if full || listener.removed || !listener.gate.enter(listener.connections_max()) {
+            listener.cells.connections.add(1);
+            listener.cells.closed[CloseReason::Limit as usize].add(1);
+            self.ring.close(socket, true);
+            return;
+        }
+        listener.live += 1;
+        listener.cells.connections.add(1);
+        listener.cells.active.add(1);
+        let facts = Box::new(ConnectionRecord {
+            start: SystemTime::now(),
+            direction: listener.cells.direction,
+            service: Arc::clone(&listener.service.name),
+            upstream: listener.cells.upstream.clone(),
+            downstream: self.ring.peer_address(socket),
+            endpoint: None,
+            source: None,
+            destination: None,
+            decision: None,
+            tls_version: None,
+            tls_suite: None,
+            tls_resumed: false,
+            bytes_from_mesh: 0,
+            bytes_to_mesh: 0,
+            connect: None,
+            handshake: None,
+            total: Duration::ZERO,
+            attempts: 0,
+            reason: CloseReason::Complete,
+            detail: None,
+        });
+        let (slot, generation) = self.connections.reserve();
+        let connection = Box::new(Connection::new(slot, generation, index, socket, facts, now));
+        self.start(connection);
+    }
+
+    /// Binds what is not bound, arms what does not accept.
+    fn retry_listeners(&mut self) {
+        let now = self.now();
+        for index in 0..self.listeners.len() {
+            let Some(listener) = &mut self.listeners[index] else { continue };
+            if listener.removed || listener.retry_at.is_none_or(|at| at > now) {
+                continue;
+            }
+            listener.retry_at = None;
+            if listener.socket.is_none() {
+                self.bind(index, now);
+            }
+            self.arm(index);
+        }
+    }
+
+    fn bind(&mut self, index: usize, now: Instant) {
+        let Some(listener) = &mut self.listeners[index] else { return };
+        let Some(local) = listener.local(self.index) else {
+            let waits_for_first = matches!(listener.bind, crate::mesh::Bind::Tcp(_));
+            listener.retry_at = waits_for_first.then_some(now + BIND_FOLLOW);
+            return;
+        };
+        match self.ring.listen(&local) {
+            Ok(socket) => {
+                listener.socket = Some(socket);
+                listener.gate.bound.store(true, std::sync::atomic::Ordering::Release);
+                listener.failure_told = false;
+                let event = Event::ListenerUp { bind: listener.bind.clone(), cells: Arc::clone(&listener.cells) };
+                self.telemetry.send(event);
+            }
+            Err(error) => {
+                listener.retry_at = Some(now + BIND_RETRY);
+                if !std::mem::replace(&mut listener.failure_told, true) {
+                    let bind = listener.bind.clone();
+                    self.telemetry.send(Event::BindFailed { bind, error });
+                }
+            }
+        }
+    }
+
+    fn arm(&mut self, index: usize) {
+        let Some(listener) = &mut self.listeners[index] else { return };
+        if let (Some(socket), false, false) = (listener.socket, listener.accepting, listener.cancelling) {
+            listener.accepting = true;
+            let token = Token::new(Op::Accept, 0, slot_of(index), listener.generation);
+            self.ring.accept(socket, token);
+        }
+    }
+
+    fn remove_all_listeners(&mut self) {
+        for index in 0..self.listeners.len() {
+            self.remove_listener(index);
+        }
+    }
+
+    /// Stops accepting. The listener's place is kept until its last connection ends.
+    fn remove_listener(&mut self, index: usize) {
+        let Some(listener) = &mut self.listeners[index] else { return };
+        if listener.removed {
+            return;
+        }
+        listener.removed = true;
+        listener.retry_at = None;
+        if self.index == 0 {
+            listener.gate.bound.store(false, std::sync::atomic::Ordering::Release);
+        }
+        if let (Some(socket), true) = (listener.socket, listener.accepting) {
+            listener.cancelling = true;
+            let token = Token::new(Op::AcceptCancel, 0, slot_of(index), listener.generation);
+            self.ring.cancel(socket, token);
+        }
+        self.close_if_removed(slot_of(index));
+    }
+
+    fn close_if_removed(&mut self, index: u32) {
+        let Some(place) = self.listeners.get_mut(index as usize) else { return };
+        let Some(listener) = place else { return };
+        if !listener.removed || listener.accepting || listener.cancelling {
+            return;
+        }
+        if let Some(socket) = listener.socket.take() {
+            self.ring.close(socket, false);
+            let bind = listener.bind.clone();
+            self.telemetry.send(Event::ListenerDown { bind });
+        }
+        if listener.live == 0 {
+            *place = None;
+        }
+    }
+
+    // Housekeeping.
+
+    fn sweep_regions(&mut self) {
+        let now = self.now();
+        if now < self.next_region_sweep || self.pool.leased_bytes() <= shared_bytes() {
+            return;
+        }
+        self.next_region_sweep = now + REGION_IDLE;
+        for slot in 0..self.connections.slots() {
+            let Some(mut connection) = self.connections.take_any(slot) else { continue };
+            self.with_io(&mut connection, |connection, io| connection.demote_if_idle(io));
+            self.connections.put(connection);
+        }
+    }
+
+    fn publish_gauges(&mut self) {
+        let cells = &self.telemetry.cells;
+        cells.enters.set(self.ring.enters());
+        cells.buffer_bytes_leased.set((self.pool.leased_bytes().saturating_sub(shared_bytes())) as u64);
+        cells.connections.set(u64::from(self.connections.live()));
+        cells.handshakes_active.set(u64::from(self.handshakes));
+        cells.listeners.set(self.listeners.iter().flatten().filter(|listener| listener.socket.is_some()).count() as u64);
+    }
+
+    /// Steps a connection with everything it may use, and keeps the count of handshakes.
+    fn with_io<T>(&mut self, connection: &mut Connection, step: impl FnOnce(&mut Connection, &mut Io<'_, R>) -> T) -> T {
+        let now = self.ring.now();
+        let before = connection.stage == Stage::Handshake;
+        let cells = self.listeners[connection.listener as usize].as_ref().map(|listener| Arc::as_ref(&listener.cells));
+        let cells = cells.expect("a listener's place is kept while its connections live");
+        let mut io = Io { ring: &mut self.ring, pool: &mut self.pool, worker: &self.telemetry.cells, cells, now };
+        let result = step(connection, &mut io);
+        match (before, connection.stage == Stage::Handshake) {
+            (false, true) => self.handshakes += 1,
+            (true, false) => self.handshakes -= 1,
+            _ => {}
+        }
+        result
+    }
+}
+
+fn shared_bytes() -> usize {
+    usize::from(SHARED_BUFFERS) * Class::Slot.bytes()
+}
+
+fn slot_of(index: usize) -> u32 {
+    u32::try_from(index).unwrap_or(u32::MAX)
+}
+
+fn find_listener(listeners: &mut [Option<Listener>], token: Token) -> Option<&mut Listener> {
+    listeners.get_mut(token.slot() as usize)?.as_mut().filter(|listener| listener.generation == token.generation())
+}
+
+#[cfg(test)]
+impl Worker<crate::ring::sim::Sim> {
+    /// What must hold when a worker is over: nobody has a socket, a lease or a shared buffer.
+    pub(super) fn assert_nothing_left(&self) {
+        assert_eq!(self.connections.live(), 0, "connections left");
+        assert_eq!(self.ring.pending(), 0, "operations left");
+        assert_eq!(self.ring.available_buffers(), usize::from(SHARED_BUFFERS), "shared buffers lost");
+        assert_eq!(self.pool.leases(), usize::from(SHARED_BUFFERS), "leases lost");
+        assert_eq!((self.held, self.handshakes), (0, 0), "counts off");
+    }
+}
+
+/// Connections by slot, each life of a slot with its own generation.
+#[derive(Default)]
+struct Slab {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    live: u32,
+}
+
+#[derive(Default)]
+struct Slot {
+    generation: u32,
+    connection: Option<Box<Connection>>,
+}
+
+impl Slab {
+    fn live(&self) -> u32 {
+        self.live
+    }
+
+    fn slots(&self) -> u32 {
+        slot_of(self.slots.len())
+    }
+
+    /// A slot and its new generation; the connection is put there by `put`.
+    fn reserve(&mut self) -> (u32, u32) {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot::default());
+            slot_of(self.slots.len() - 1)
+        });
+        let place = &mut self.slots[slot as usize];
+        place.generation = place.generation.wrapping_add(1);
+        self.live += 1;
+        (slot, place.generation)
+    }
+
+    fn take(&mut self, slot: u32, generation: u32) -> Option<Box<Connection>> {
+        let place = self.slots.get_mut(slot as usize).filter(|place| place.generation == generation)?;
+        place.connection.take()
+    }
+
+    fn take_any(&mut self, slot: u32) -> Option<Box<Connection>> {
+        self.slots.get_mut(slot as usize)?.connection.take()
+    }
+
+    fn put(&mut self, connection: Box<Connection>) {
+        let slot = connection.slot as usize;
+        self.slots[slot].connection = Some(connection);
+    }
+
+    /// The connection is over; its slot may be used again.
+    fn release(&mut self, slot: u32) {
+        self.free.push(slot);
+        self.live -= 1;
+    }
+}
+
+/// Which SPIFFE role a connection's own identity has, for the log.
+fn own_side(direction: Direction, record: &mut ConnectionRecord) -> &mut Option<crate::identity::SpiffeId> {
+    match direction {
+        Direction::Inbound => &mut record.destination,
+        Direction::Outbound => &mut record.source,
+    }
+}

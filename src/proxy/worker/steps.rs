@@ -1,0 +1,243 @@
+//! What a connection asks of its worker: to start, to be judged, to be dialed on, to be laid to rest.
+
+use std::sync::Arc;
+
+use super::super::connection::{Connection, Next, Stage};
+use super::super::limits::{CONNECT_ATTEMPTS_MAX, HELD_MAX};
+use super::super::listener::Role;
+use super::super::timer::Owner;
+use super::{Worker, own_side};
+use crate::mesh::Service;
+use crate::ring::Ring;
+use crate::telemetry::cells::Direction;
+use crate::telemetry::close::CloseReason;
+use crate::telemetry::record::{Decision, Event};
+
+/// What a denied peer is told (RFC 8446 `access_denied`).
+const ALERT_ACCESS_DENIED: u8 = 49;
+
+impl<R: Ring> Worker<R> {
+    /// Begins with an accepted or held connection, or holds it.
+    pub(super) fn start(&mut self, mut connection: Box<Connection>) {
+        let next = match connection.direction {
+            Direction::Inbound => self.start_inbound(&mut connection),
+            Direction::Outbound => self.start_outbound(&mut connection),
+        };
+        self.drive(connection, next);
+    }
+
+    fn start_inbound(&mut self, connection: &mut Connection) -> Next {
+        let service = self.service(connection);
+        let Some(identity) = &service.identity else { return self.hold(connection) };
+        if self.handshakes >= self.plane.handshakes_max {
+            return self.end(connection, CloseReason::Limit, "too many handshakes at once");
+        }
+        *own_side(Direction::Inbound, &mut connection.facts) = Some(identity.svid.id.clone());
+        let timeout = match &self.listener(connection).role {
+            Role::Public(public) => public.handshake_timeout,
+            Role::Upstream(_) => return self.end(connection, CloseReason::Shutdown, "listener changed its kind"),
+        };
+        let accepted = identity.tls.get(self.index).map(crate::tls::WorkerTls::accept);
+        match accepted {
+            Some(Ok(tls)) => self.with_io(connection, |connection, io| connection.start_accepting(io, tls, timeout)),
+            Some(Err(error)) => self.end(connection, CloseReason::HandshakeFailed, &error.to_string()),
+            None => self.end(connection, CloseReason::NoIdentity, "no TLS configuration for this worker"),
+        }
+    }
+
+    fn start_outbound(&mut self, connection: &mut Connection) -> Next {
+        let service = self.service(connection);
+        let Role::Upstream(balancer) = &self.listener(connection).role else {
+            return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
+        };
+        let Some(identity) = &service.identity else { return self.hold(connection) };
+        if balancer.upstream().targets.is_empty() {
+            return self.hold(connection);
+        }
+        *own_side(Direction::Outbound, &mut connection.facts) = Some(identity.svid.id.clone());
+        self.dial_next_endpoint(connection, CloseReason::NoEndpoint)
+    }
+
+    /// Waits for the first certificate or endpoints, within bounds.
+    fn hold(&mut self, connection: &mut Connection) -> Next {
+        if connection.held {
+            return Next::Wait;
+        }
+        if self.held >= HELD_MAX {
+            return self.end(connection, CloseReason::NoIdentity, "too many connections wait for the first certificate");
+        }
+        self.held += 1;
+        connection.held = true;
+        connection.stage = Stage::Held;
+        connection.deadline = Some(self.ring.now() + self.plane.hold_time);
+        Next::Wait
+    }
+
+    /// Goes on until nothing is left to do at once.
+    pub(super) fn drive(&mut self, mut connection: Box<Connection>, mut next: Next) {
+        loop {
+            next = match next {
+                Next::Wait => return self.park(connection),
+                Next::Over => return self.finish(connection),
+                Next::Authorise => self.authorise(&mut connection),
+                Next::AppFailed => self.dial_next_app(&mut connection),
+                Next::EndpointFailed(reason) => self.endpoint_failed(&mut connection, reason),
+                Next::EndpointReady => self.endpoint_ready(&mut connection),
+            };
+        }
+    }
+
+    fn park(&mut self, mut connection: Box<Connection>) {
+        self.count_held(&mut connection);
+        if connection.deadline != connection.armed {
+            connection.armed = connection.deadline;
+            if let Some(deadline) = connection.deadline {
+                self.wheel.add(Owner { slot: connection.slot, generation: connection.generation }, deadline);
+            }
+        }
+        self.connections.put(connection);
+    }
+
+    fn count_held(&mut self, connection: &mut Connection) {
+        if connection.held && connection.stage != Stage::Held {
+            connection.held = false;
+            self.held -= 1;
+        }
+    }
+
+    /// Decides on a peer whose identity is proven, before anything of the app is touched.
+    fn authorise(&mut self, connection: &mut Connection) -> Next {
+        let service = self.service(connection);
+        let Some(peer) = connection.facts.source.clone() else {
+            return self.end(connection, CloseReason::HandshakeFailed, "no peer identity");
+        };
+        match service.intentions.decide(&peer) {
+            Ok(authorized) => {
+                connection.facts.decision = Some(Decision { allowed: true, by: authorized.by().clone() });
+                connection.authorized = Some(authorized);
+                self.listener(connection).cells.allowed.add(1);
+                connection.app_index = 0;
+                self.dial_app(connection)
+            }
+            Err(denied) => {
+                connection.facts.decision = Some(Decision { allowed: false, by: denied.by });
+                self.with_io(connection, |connection, io| connection.refuse(io, ALERT_ACCESS_DENIED, CloseReason::Denied))
+            }
+        }
+    }
+
+    fn dial_app(&mut self, connection: &mut Connection) -> Next {
+        let Role::Public(public) = &self.listener(connection).role else {
+            return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
+        };
+        let public = Arc::clone(public);
+        let Some(app) = public.app.get(connection.app_index) else {
+            return self.with_io(connection, |connection, io| connection.close(io, CloseReason::AppUnreachable, true));
+        };
+        let Some(proof) = connection.authorized.clone() else {
+            return self.end(connection, CloseReason::Denied, "no authorisation");
+        };
+        self.with_io(connection, |connection, io| connection.dial_app(io, &proof, app, public.local_connect_timeout))
+    }
+
+    fn dial_next_app(&mut self, connection: &mut Connection) -> Next {
+        connection.app_index += 1;
+        self.dial_app(connection)
+    }
+
+    fn dial_next_endpoint(&mut self, connection: &mut Connection, failure: CloseReason) -> Next {
+        let now = self.ring.now();
+        let client = connection.facts.downstream.map(|address| address.ip().to_canonical());
+        let attempts = connection.facts.attempts;
+        let tried = connection.tried.clone();
+        let Role::Upstream(balancer) = &mut self.listener_mut(connection).role else {
+            return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
+        };
+        let timeout = balancer.upstream().connect_timeout;
+        let choice = (attempts < CONNECT_ATTEMPTS_MAX).then(|| balancer.choose(client, &tried, now)).flatten();
+        let Some(choice) = choice else {
+            return self.with_io(connection, |connection, io| connection.close(io, failure, true));
+        };
+        balancer.opened(choice.address);
+        connection.endpoint = Some(choice.address);
+        connection.tried.push(choice.address);
+        let service = self.service(connection);
+        let tls = service.identity.as_ref().and_then(|identity| identity.tls.get(self.index));
+        let handshake = tls.map(|tls| tls.connect(&choice.target.sni, &choice.target.expected));
+        match handshake {
+            Some(Ok(handshake)) => self.with_io(connection, |connection, io| {
+                connection.handshaking = Some(super::super::secure::Handshaking::new(handshake));
+                connection.dial_endpoint(io, choice.address, timeout)
+            }),
+            Some(Err(error)) => self.end(connection, CloseReason::HandshakeFailed, &error.to_string()),
+            None => self.end(connection, CloseReason::NoIdentity, "no certificate for this worker"),
+        }
+    }
+
+    fn endpoint_failed(&mut self, connection: &mut Connection, reason: CloseReason) -> Next {
+        let now = self.ring.now();
+        let Some(address) = connection.endpoint.take() else {
+            return self.with_io(connection, |connection, io| connection.close(io, reason, true));
+        };
+        let listener = self.listener_mut(connection);
+        let Role::Upstream(balancer) = &mut listener.role else {
+            return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
+        };
+        balancer.closed(address);
+        // A denial is the peer's policy, not its health.
+        let ejected = (reason != CloseReason::DeniedByPeer).then(|| balancer.failed(address, now)).flatten();
+        if let Some(duration) = ejected {
+            let upstream = Arc::clone(&balancer.upstream().name);
+            listener.cells.ejections.add(1);
+            self.telemetry.send(Event::Ejected { upstream, endpoint: address, duration });
+        }
+        if reason == CloseReason::DeniedByPeer {
+            return self.with_io(connection, |connection, io| connection.close(io, reason, true));
+        }
+        self.dial_next_endpoint(connection, reason)
+    }
+
+    fn endpoint_ready(&mut self, connection: &mut Connection) -> Next {
+        if let (Some(address), Role::Upstream(balancer)) = (connection.endpoint, &mut self.listener_mut(connection).role) {
+            balancer.succeeded(address);
+        }
+        self.with_io(connection, |connection, io| connection.start_relay(io))
+    }
+
+    /// Ends a connection for a reason that this worker found.
+    pub(super) fn end(&mut self, connection: &mut Connection, reason: CloseReason, detail: &str) -> Next {
+        connection.facts.detail = Some(detail.into());
+        self.with_io(connection, |connection, io| connection.close(io, reason, true))
+    }
+
+    /// Everything is given back: tells the story and frees the place.
+    fn finish(&mut self, mut connection: Box<Connection>) {
+        self.count_held(&mut connection);
+        let Connection { slot, listener: index, accepted, endpoint, mut facts, .. } = *connection;
+        facts.total = self.ring.now() - accepted;
+        if let Some(listener) = &mut self.listeners[index as usize] {
+            listener.live -= 1;
+            listener.gate.leave();
+            listener.cells.active.sub(1);
+            listener.cells.closed[facts.reason as usize].add(1);
+            if let (Some(address), Role::Upstream(balancer)) = (endpoint, &mut listener.role) {
+                balancer.closed(address);
+            }
+        }
+        self.telemetry.send(Event::Connection(facts));
+        self.connections.release(slot);
+        self.close_if_removed(index);
+    }
+
+    pub(super) fn listener(&self, connection: &Connection) -> &super::Listener {
+        self.listeners[connection.listener as usize].as_ref().expect("a listener's place is kept while its connections live")
+    }
+
+    fn listener_mut(&mut self, connection: &Connection) -> &mut super::Listener {
+        self.listeners[connection.listener as usize].as_mut().expect("a listener's place is kept while its connections live")
+    }
+
+    fn service(&self, connection: &Connection) -> Arc<Service> {
+        Arc::clone(&self.listener(connection).service)
+    }
+}

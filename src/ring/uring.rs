@@ -1,0 +1,555 @@
+//! The kernel's ring: one a worker, single issuer, deferred task work, restricted to the operations it uses.
+//!
+//! Invariant: scratch memory that a queued operation points to (addresses, message headers, part lists) lives until the
+//! submission was consumed, which is all the kernel asks for (`IORING_FEAT_SUBMIT_STABLE`); payload memory is the
+//! caller's lease and lives until the completion.
+//!
+//! Fields drop in order: the ring goes before the buffer-ring memory and the descriptors it uses.
+//!
+//! Why unsafe: pushing a submission hands addresses to the kernel, and the buffer ring is memory shared with it.
+#![allow(unsafe_code, reason = "memory shared with the kernel; one of the three rooms where unsafe may stand")]
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::IntoRawFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant};
+
+use io_uring::{IoUring, cqueue, opcode, register::Restriction, squeue, types};
+use socket2::SockAddr;
+
+use super::{Completion, Local, Op, PARTS_MAX, Remote, Ring, RingError, SHARED_BUFFERS, Socket, Token, probe};
+use crate::buffer::{Class, HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES, Span};
+use crate::sys::{self, EventFd, StreamOptions};
+
+/// Submissions that fit before the queue is flushed on the way.
+const SUBMISSIONS: u32 = 1_024;
+/// Completions that fit before the kernel must keep some aside.
+const COMPLETIONS: u32 = 8_192;
+/// The one buffer group.
+const GROUP: u16 = 0;
+const POLL_FIRST: u16 = 1;
+const ENTER_GETEVENTS: u32 = 1;
+const ENTER_EXT_ARG: u32 = 8;
+const ENTER_NO_IOWAIT: u32 = 128;
+const REGISTER_RING_FDS: u8 = 20;
+const UNREGISTER_RING_FDS: u8 = 21;
+
+/// `struct io_uring_getevents_arg`.
+#[repr(C)]
+struct GetEventsArg {
+    sigmask: u64,
+    sigmask_sz: u32,
+    min_wait_usec: u32,
+    ts: u64,
+}
+
+/// One worker's ring.
+pub struct Uring {
+    ring: IoUring,
+    shared: SharedBuffers,
+    scratch: Scratch,
+    options: StreamOptions,
+    wake: EventFd,
+    wake_count: Box<u64>,
+    no_iowait: bool,
+    now: Instant,
+    enters: u64,
+    reaped: Vec<Completion>,
+    reaped_next: usize,
+    on_its_thread: bool,
+}
+
+impl Uring {
+    /// Sets a ring up, with its buffers leased from `pool`. It starts on the thread that first calls [`Ring::turn`].
+    pub fn new(pool: &mut Pool, options: StreamOptions, wake: EventFd) -> Result<Self, RingError> {
+        let ring: IoUring = IoUring::builder()
+            .dontfork()
+            .setup_clamp()
+            .setup_cqsize(COMPLETIONS)
+            .setup_submit_all()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_r_disabled()
+            .build(SUBMISSIONS)
+            .map_err(probe::explain_setup)?;
+        let shared = SharedBuffers::new(&ring, pool)?;
+        let mut allowed = [
+            Restriction::sqe_op(opcode::AcceptMulti::CODE),
+            Restriction::sqe_op(opcode::Connect::CODE),
+            Restriction::sqe_op(opcode::Recv::CODE),
+            Restriction::sqe_op(opcode::RecvMsg::CODE),
+            Restriction::sqe_op(opcode::Send::CODE),
+            Restriction::sqe_op(opcode::SendMsg::CODE),
+            Restriction::sqe_op(opcode::AsyncCancel2::CODE),
+            Restriction::sqe_op(opcode::Close::CODE),
+            Restriction::sqe_op(opcode::Read::CODE),
+            Restriction::sqe_flags_allowed((squeue::Flags::BUFFER_SELECT | squeue::Flags::SKIP_SUCCESS).bits()),
+            Restriction::register_op(REGISTER_RING_FDS),
+            Restriction::register_op(UNREGISTER_RING_FDS),
+        ];
+        ring.submitter().register_restrictions(&mut allowed).map_err(call(
+            "io_uring_register(RESTRICTIONS)",
+            "Allow io_uring_register in the seccomp profile of this service.",
+        ))?;
+        let no_iowait = ring.params().is_feature_no_iowait();
+        Ok(Self {
+            ring,
+            shared,
+            scratch: Scratch::default(),
+            options,
+            wake,
+            wake_count: Box::new(0),
+            no_iowait,
+            now: Instant::now(),
+            enters: 0,
+            reaped: Vec::with_capacity(COMPLETIONS as usize),
+            reaped_next: 0,
+            on_its_thread: false,
+        })
+    }
+
+    /// The first turn makes the calling thread the ring's only issuer.
+    fn start(&mut self) -> Result<(), RingError> {
+        self.ring.submitter().register_enable_rings().map_err(call("io_uring_register(ENABLE_RINGS)", ""))?;
+        // Saves the descriptor look-up of each enter. Not vital: a full table only costs that look-up.
+        let _ = self.ring.submitter().register_ring_fd();
+        self.on_its_thread = true;
+        self.arm_wake();
+        Ok(())
+    }
+
+    fn arm_wake(&mut self) {
+        let place: *mut u64 = &raw mut *self.wake_count;
+        let read = opcode::Read::new(types::Fd(self.wake.raw()), place.cast(), 8).build();
+        self.push(read, Token::new(Op::Wake, 0, 0, 0));
+    }
+
+    /// Queues `entry`. A caller that uses scratch memory calls [`Self::make_room`] before it takes any, because making
+    /// room clears the scratch.
+    fn push(&mut self, entry: squeue::Entry, token: Token) {
+        self.make_room();
+        let entry = entry.user_data(token.0);
+        // SAFETY: every address in the entry is a lease of the caller's, kept until the completion; scratch memory, kept
+        // until the submission is consumed; or a boxed field of this struct, which lives as long as the ring.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        assert!(pushed.is_ok(), "room was just made");
+    }
+
+    /// Hands a full queue over without waiting.
+    fn make_room(&mut self) {
+        while self.ring.submission().is_full() {
+            self.enters += 1;
+            match self.ring.submit() {
+                Ok(_) => self.scratch.clear(),
+                // The completion side is full or memory is short: reap, then try again.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN | libc::EINTR)) => self.reap(),
+                Err(error) => panic!("io_uring_enter failed for good: {error}"),
+            }
+        }
+    }
+
+    fn reap(&mut self) {
+        for entry in self.ring.completion() {
+            let flags = entry.flags();
+            self.reaped.push(Completion {
+                token: Token(entry.user_data()),
+                result: entry.result(),
+                buffer: cqueue::buffer_select(flags),
+                more: cqueue::more(flags),
+                nonempty: cqueue::sock_nonempty(flags),
+            });
+        }
+    }
+
+    fn enter(&mut self, wait: Option<Duration>) -> io::Result<()> {
+        let timeout = wait.map(|wait| types::Timespec::new().sec(wait.as_secs()).nsec(wait.subsec_nanos()));
+        let arg = GetEventsArg {
+            sigmask: 0,
+            sigmask_sz: 8,
+            min_wait_usec: 0,
+            ts: timeout.as_ref().map_or(0, |timeout| std::ptr::from_ref(timeout) as u64),
+        };
+        let mut flags = ENTER_GETEVENTS | ENTER_EXT_ARG;
+        if self.no_iowait {
+            flags |= ENTER_NO_IOWAIT;
+        }
+        let queued = {
+            let mut submission = self.ring.submission();
+            submission.sync();
+            submission.len()
+        };
+        let queued = u32::try_from(queued).unwrap_or(u32::MAX);
+        self.enters += 1;
+        // SAFETY: the queued entries satisfy `push`'s conditions; `arg` and `timeout` outlive the call.
+        unsafe { self.ring.submitter().enter(queued, 1, flags, Some(&arg)) }.map(drop)
+    }
+}
+
+fn call(call: &'static str, remedy: &'static str) -> impl FnOnce(io::Error) -> RingError {
+    move |source| RingError::Call { call, source, remedy }
+}
+
+fn sockaddr(remote: &Remote) -> io::Result<SockAddr> {
+    match remote {
+        Remote::Tcp(address) => Ok((*address).into()),
+        Remote::Unix(path) => SockAddr::unix(path),
+    }
+}
+
+impl Ring for Uring {
+    fn listen(&mut self, local: &Local) -> io::Result<Socket> {
+        let fd = match local {
+            Local::Tcp { address, exclusive } => sys::listen_tcp(*address, self.options, *exclusive)?,
+            Local::Unix { path, mode } => sys::listen_unix(path, *mode)?,
+        };
+        Ok(Socket(fd.into_raw_fd()))
+    }
+
+    fn open(&mut self, remote: &Remote) -> io::Result<Socket> {
+        let fd = match remote {
+            Remote::Tcp(address) => sys::stream_tcp(*address, self.options)?,
+            Remote::Unix(_) => sys::stream_unix()?,
+        };
+        Ok(Socket(fd.into_raw_fd()))
+    }
+
+    fn peer_address(&mut self, socket: Socket) -> Option<SocketAddr> {
+        sys::peer_address(socket.0)
+    }
+
+    fn accept(&mut self, listener: Socket, token: Token) {
+        self.push(opcode::AcceptMulti::new(types::Fd(listener.0)).flags(libc::SOCK_CLOEXEC).build(), token);
+    }
+
+    fn connect(&mut self, socket: Socket, remote: &Remote, token: Token) {
+        match sockaddr(remote) {
+            Ok(address) => {
+                self.make_room();
+                let address = self.scratch.address(address);
+                self.push(opcode::Connect::new(types::Fd(socket.0), address.0, address.1).build(), token);
+            }
+            // A path too long for a sockaddr: answered like a path that does not exist.
+            Err(_) => self.reaped.push(Completion { token, result: -libc::ENOENT, buffer: None, more: false, nonempty: false }),
+        }
+    }
+
+    fn receive_shared(&mut self, socket: Socket, len_max: usize, poll_first: bool, token: Token) {
+        let len = u32::try_from(len_max.min(RECORD_ROOM_BYTES - HEADROOM_BYTES)).unwrap_or(0);
+        let entry = opcode::Recv::new(types::Fd(socket.0), std::ptr::null_mut(), len)
+            .buf_group(GROUP)
+            .ioprio(if poll_first { POLL_FIRST } else { 0 })
+            .build()
+            .flags(squeue::Flags::BUFFER_SELECT);
+        self.push(entry, token);
+    }
+
+    fn receive(&mut self, socket: Socket, parts: &[Span], poll_first: bool, token: Token) {
+        self.make_room();
+        let fd = types::Fd(socket.0);
+        let ioprio = if poll_first { POLL_FIRST } else { 0 };
+        let entry = match parts {
+            [one] => opcode::Recv::new(fd, one.start.as_ptr(), one.len).ioprio(ioprio).build(),
+            parts => opcode::RecvMsg::new(fd, self.scratch.message(parts)).ioprio(ioprio).build(),
+        };
+        self.push(entry, token);
+    }
+
+    fn send(&mut self, socket: Socket, parts: &[Span], token: Token) {
+        self.make_room();
+        let fd = types::Fd(socket.0);
+        let flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
+        let entry = match parts {
+            [one] => opcode::Send::new(fd, one.start.as_ptr(), one.len).flags(flags).build(),
+            parts => opcode::SendMsg::new(fd, self.scratch.message(parts)).flags(flags.cast_unsigned()).build(),
+        };
+        self.push(entry, token);
+    }
+
+    fn cancel(&mut self, socket: Socket, token: Token) {
+        self.push(opcode::AsyncCancel2::new(types::CancelBuilder::fd(types::Fd(socket.0)).all()).build(), token);
+    }
+
+    fn shutdown_write(&mut self, socket: Socket) {
+        // Not as a ring operation: the kernel always sends those to a helper thread.
+        sys::shutdown_write(socket.0);
+    }
+
+    fn close(&mut self, socket: Socket, reset: bool) {
+        if reset {
+            sys::reset_on_close(socket.0);
+        }
+        let entry = opcode::Close::new(types::Fd(socket.0)).build().flags(squeue::Flags::SKIP_SUCCESS);
+        self.push(entry, Token::new(Op::Close, 0, 0, 0));
+    }
+
+    fn shared(&self, buffer: u16) -> &Lease {
+        &self.shared.leases[usize::from(buffer)]
+    }
+
+    fn recycle(&mut self, buffer: u16) {
+        self.shared.provide(buffer);
+    }
+
+    fn turn(&mut self, wait: Option<Duration>) -> Result<(), RingError> {
+        if !self.on_its_thread {
+            self.start()?;
+        }
+        self.reaped.drain(..self.reaped_next);
+        self.reaped_next = 0;
+        let wait = if self.reaped.is_empty() { wait } else { Some(Duration::ZERO) };
+        match self.enter(wait) {
+            Ok(()) => self.scratch.clear(),
+            Err(error) => match error.raw_os_error() {
+                // Nothing came in time, or a signal came: normal. The queue may not have been consumed by an
+                // interrupted wait, and scratch memory is kept until it is empty.
+                Some(libc::ETIME | libc::EINTR) => {
+                    if self.ring.submission().is_empty() {
+                        self.scratch.clear();
+                    }
+                }
+                // Completions must be reaped first, or memory is short: the next turn submits the rest.
+                Some(libc::EBUSY | libc::EAGAIN) => {}
+                _ => return Err(call("io_uring_enter", "This is a defect: please report it with the kernel's version.")(error)),
+            },
+        }
+        self.now = Instant::now();
+        self.reap();
+        Ok(())
+    }
+
+    fn next(&mut self) -> Option<Completion> {
+        let completion = *self.reaped.get(self.reaped_next)?;
+        self.reaped_next += 1;
+        if completion.token.op() == Some(Op::Wake) {
+            self.arm_wake();
+        }
+        Some(completion)
+    }
+
+    fn now(&self) -> Instant {
+        self.now
+    }
+
+    fn enters(&self) -> u64 {
+        self.enters
+    }
+}
+
+impl std::fmt::Debug for Uring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Uring").field("enters", &self.enters).finish_non_exhaustive()
+    }
+}
+
+/// Addresses, message headers and part lists of queued operations. Boxes and fixed arrays: growing the outer vectors
+/// must not move what the kernel was pointed to.
+#[derive(Default)]
+struct Scratch {
+    addresses: Vec<Box<SockAddr>>,
+    messages: Vec<Box<Message>>,
+    messages_used: usize,
+}
+
+struct Message {
+    header: libc::msghdr,
+    parts: [libc::iovec; PARTS_MAX],
+}
+
+// SAFETY: the pointers inside lead only into these boxes or into leases of the worker that owns this ring; none is bound
+// to a thread.
+unsafe impl Send for Scratch {}
+
+impl Scratch {
+    fn address(&mut self, address: SockAddr) -> (*const libc::sockaddr, libc::socklen_t) {
+        let address = Box::new(address);
+        let place = (address.as_ptr().cast(), address.len());
+        self.addresses.push(address);
+        place
+    }
+
+    fn message(&mut self, parts: &[Span]) -> *mut libc::msghdr {
+        assert!(parts.len() <= PARTS_MAX, "more parts than a message holds");
+        if self.messages_used == self.messages.len() {
+            // SAFETY: all-zero is a valid msghdr and a valid iovec (null with length zero).
+            self.messages.push(Box::new(unsafe { std::mem::zeroed() }));
+        }
+        let message = &mut self.messages[self.messages_used];
+        self.messages_used += 1;
+        for (place, part) in message.parts.iter_mut().zip(parts) {
+            *place = libc::iovec { iov_base: part.start.as_ptr().cast(), iov_len: part.len as usize };
+        }
+        message.header.msg_iov = message.parts.as_mut_ptr();
+        message.header.msg_iovlen = parts.len();
+        &raw mut message.header
+    }
+
+    /// The kernel has consumed every submission. Message boxes are kept for the next turns.
+    fn clear(&mut self) {
+        self.addresses.clear();
+        self.messages_used = 0;
+    }
+}
+
+/// The buffers that idle sockets share: the kernel picks one when bytes arrive.
+struct SharedBuffers {
+    entries: NonNull<types::BufRingEntry>,
+    leases: Vec<Lease>,
+    addresses: Vec<u64>,
+    tail: u16,
+}
+
+// SAFETY: the memory belongs to this struct and its ring alone; neither is bound to the thread that made it until the
+// ring is enabled.
+unsafe impl Send for SharedBuffers {}
+
+const ENTRIES_BYTES: usize = SHARED_BUFFERS as usize * size_of::<types::BufRingEntry>();
+
+impl SharedBuffers {
+    fn new(ring: &IoUring, pool: &mut Pool) -> Result<Self, RingError> {
+        // SAFETY: a new anonymous mapping, page aligned as the kernel wants it.
+        let memory = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                ENTRIES_BYTES,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        let entries = NonNull::new(memory).filter(|_| memory != libc::MAP_FAILED).ok_or_else(|| RingError::Call {
+            call: "mmap",
+            source: io::Error::last_os_error(),
+            remedy: "Give the service more memory.",
+        })?;
+        let mut shared = Self { entries: entries.cast(), leases: Vec::new(), addresses: Vec::new(), tail: 0 };
+        // SAFETY: the memory holds SHARED_BUFFERS entries and lives until this struct is dropped, after the ring.
+        unsafe { ring.submitter().register_buf_ring_with_flags(entries.as_ptr() as u64, SHARED_BUFFERS, GROUP, 0) }
+            .map_err(call("io_uring_register(PBUF_RING)", "The kernel must be 5.19 or later, and locked memory must suffice."))?;
+        for buffer in 0..SHARED_BUFFERS {
+            let lease = pool.lease(Class::Slot).ok_or_else(|| {
+                RingError::Unsupported(format!(
+                    "a buffer budget of {} bytes is too small for {SHARED_BUFFERS} shared buffers",
+                    pool.budget_bytes()
+                ))
+            })?;
+            shared.addresses.push(pool.span(&lease, HEADROOM_BYTES, RECORD_ROOM_BYTES - HEADROOM_BYTES).start.as_ptr() as u64);
+            shared.leases.push(lease);
+            shared.provide(buffer);
+        }
+        Ok(shared)
+    }
+
+    fn provide(&mut self, buffer: u16) {
+        let index = usize::from(self.tail & (SHARED_BUFFERS - 1));
+        // SAFETY: the index is below SHARED_BUFFERS. The kernel reads the entry only after the tail below is stored.
+        let entry = unsafe { &mut *self.entries.as_ptr().add(index) };
+        entry.set_addr(self.addresses[usize::from(buffer)]);
+        entry.set_len(u32::try_from(RECORD_ROOM_BYTES - HEADROOM_BYTES).unwrap_or(0));
+        entry.set_bid(buffer);
+        self.tail = self.tail.wrapping_add(1);
+        // SAFETY: the tail is a field of the first entry, which is ours to write; the kernel only reads it.
+        let tail = unsafe { AtomicU16::from_ptr(types::BufRingEntry::tail(self.entries.as_ptr()).cast_mut()) };
+        tail.store(self.tail, Ordering::Release);
+    }
+}
+
+impl Drop for SharedBuffers {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new` with this length; the ring was dropped before (field order of `Uring`).
+        unsafe { libc::munmap(self.entries.as_ptr().cast(), ENTRIES_BYTES) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    fn uring(pool: &mut Pool) -> (Uring, EventFd) {
+        let wake = EventFd::new().expect("eventfd");
+        let options = StreamOptions { keepalive: Duration::ZERO };
+        (Uring::new(pool, options, wake.try_clone().expect("dup")).expect("io_uring"), wake)
+    }
+
+    fn pair() -> (TcpStream, Socket) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("port");
+        let client = TcpStream::connect(listener.local_addr().expect("address")).expect("connect");
+        let (server, _) = listener.accept().expect("accept");
+        (client, Socket(server.into_raw_fd()))
+    }
+
+    fn wait_for(ring: &mut Uring, op: Op) -> Completion {
+        for _ in 0..100 {
+            ring.turn(Some(Duration::from_millis(100))).expect("turn");
+            while let Some(completion) = ring.next() {
+                if completion.token.op() == Some(op) {
+                    return completion;
+                }
+            }
+        }
+        panic!("no {op:?} in time");
+    }
+
+    #[test]
+    fn bytes_arrive_in_a_shared_buffer_behind_its_headroom() {
+        let mut pool = Pool::new(16 << 20).expect("pool");
+        let (mut ring, _wake) = uring(&mut pool);
+        let (mut client, server) = pair();
+        ring.receive_shared(server, 16_384, true, Token::new(Op::Receive, 0, 1, 7));
+        client.write_all(b"hello").expect("write");
+        let completion = wait_for(&mut ring, Op::Receive);
+        let buffer = completion.buffer.expect("a shared buffer");
+        assert_eq!((completion.result, completion.token.generation()), (5, 7));
+        let lease = ring.shared(buffer);
+        assert_eq!(&pool.bytes(lease)[HEADROOM_BYTES..HEADROOM_BYTES + 5], b"hello");
+        let span = pool.span(lease, HEADROOM_BYTES, 5);
+        ring.send(server, &[span, span], Token::new(Op::Send, 0, 1, 7));
+        assert_eq!(wait_for(&mut ring, Op::Send).result, 10);
+        ring.recycle(buffer);
+        let mut echoed = [0; 10];
+        client.read_exact(&mut echoed).expect("read");
+        assert_eq!(&echoed, b"hellohello");
+        ring.close(server, false);
+        ring.turn(Some(Duration::ZERO)).expect("turn");
+        assert_eq!(client.read(&mut echoed).expect("end"), 0);
+    }
+
+    #[test]
+    fn cancel_ends_a_waiting_receive_and_close_can_reset() {
+        let mut pool = Pool::new(16 << 20).expect("pool");
+        let (mut ring, _wake) = uring(&mut pool);
+        let (mut client, server) = pair();
+        ring.receive_shared(server, 16_384, false, Token::new(Op::Receive, 1, 2, 1));
+        ring.turn(Some(Duration::from_millis(10))).expect("turn");
+        ring.cancel(server, Token::new(Op::Cancel, 1, 2, 1));
+        let completion = wait_for(&mut ring, Op::Receive);
+        assert_eq!(completion.outcome(), Err(super::super::Errno(libc::ECANCELED)));
+        ring.close(server, true);
+        ring.turn(Some(Duration::ZERO)).expect("turn");
+        let error = client.read(&mut [0; 1]).expect_err("reset");
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[test]
+    fn another_thread_wakes_a_sleeping_ring_each_time() {
+        let mut pool = Pool::new(16 << 20).expect("pool");
+        let (mut ring, wake) = uring(&mut pool);
+        for _ in 0..3 {
+            wake.signal();
+            wait_for(&mut ring, Op::Wake);
+        }
+    }
+
+    #[test]
+    fn forbidden_operations_are_refused_by_the_kernel() {
+        let mut pool = Pool::new(16 << 20).expect("pool");
+        let (mut ring, _wake) = uring(&mut pool);
+        ring.turn(Some(Duration::ZERO)).expect("turn");
+        ring.push(opcode::Nop::new().build(), Token::new(Op::Connect, 0, 0, 0));
+        assert_eq!(wait_for(&mut ring, Op::Connect).outcome(), Err(super::super::Errno(libc::EACCES)));
+    }
+}

@@ -1,0 +1,283 @@
+//! What the operating system must be asked for directly: sockets and their options, affinity, limits, the wake-up descriptor.
+//!
+//! Invariant: every function is one thing asked of the kernel, and returns its error unchanged. Descriptors are
+//! close-on-exec. Sockets are in blocking mode on purpose: io_uring arms its own poll for these and would hand `EAGAIN`
+//! back for non-blocking ones.
+//!
+//! Why unsafe: these calls have no safe wrapper in the libraries this crate already has.
+#![allow(unsafe_code, reason = "system calls; one of the three rooms where unsafe may stand")]
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+use socket2::{Domain, SockAddr, SockRef, Socket, TcpKeepalive, Type};
+
+/// Connections that wait for accept on one listener.
+const BACKLOG: i32 = 4_096;
+
+/// How a stream socket is set up. Accepted sockets inherit these from their listener.
+#[derive(Debug, Clone, Copy)]
+pub struct StreamOptions {
+    /// TCP keepalive's idle time; zero leaves it off.
+    pub keepalive: Duration,
+}
+
+/// A listening TCP socket that shares its address with those of the other workers.
+///
+/// `exclusive` first proves that nobody outside this process listens there: `SO_REUSEPORT` alone would let two
+/// sidecars of one user share a port in silence.
+pub fn listen_tcp(address: SocketAddr, options: StreamOptions, exclusive: bool) -> io::Result<OwnedFd> {
+    if exclusive {
+        let probe = tcp_listener(address)?;
+        probe.bind(&address.into())?;
+        probe.listen(1)?;
+    }
+    let socket = tcp_listener(address)?;
+    socket.set_reuse_port(true)?;
+    set_stream_options(&SockRef::from(&socket), options)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn tcp_listener(address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        // `[::]` serves IPv4 too, as Envoy's ipv4_compat listeners of Consul do.
+        socket.set_only_v6(!address.ip().is_unspecified())?;
+    }
+    Ok(socket)
+}
+
+/// A listening unix socket. A stale socket file (nobody answers on it) is replaced; a live one is an error.
+pub fn listen_unix(path: &Path, mode: Option<u32>) -> io::Result<OwnedFd> {
+    let address = SockAddr::unix(path)?;
+    if path.exists() {
+        let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        if probe.connect(&address).is_ok() {
+            return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
+        }
+        std::fs::remove_file(path)?;
+    }
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.bind(&address)?;
+    if let Some(mode) = mode {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    }
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// An unconnected TCP socket for `address`.
+pub fn stream_tcp(address: SocketAddr, options: StreamOptions) -> io::Result<OwnedFd> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    set_stream_options(&SockRef::from(&socket), options)?;
+    Ok(socket.into())
+}
+
+/// An unconnected unix stream socket.
+pub fn stream_unix() -> io::Result<OwnedFd> {
+    Ok(Socket::new(Domain::UNIX, Type::STREAM, None)?.into())
+}
+
+fn set_stream_options(socket: &SockRef<'_>, options: StreamOptions) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    if !options.keepalive.is_zero() {
+        let idle = options.keepalive;
+        let interval = (idle / 4).max(Duration::from_secs(1));
+        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(4))?;
+    }
+    Ok(())
+}
+
+/// The remote address of a connected socket; `None` for unix sockets and sockets that are gone.
+pub fn peer_address(fd: RawFd) -> Option<SocketAddr> {
+    // SAFETY: the caller owns `fd` and keeps it open during this call; SockRef only borrows it.
+    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+    SockRef::from(&fd).peer_addr().ok()?.as_socket()
+}
+
+/// Ends the sending side (FIN).
+pub fn shutdown_write(fd: RawFd) {
+    // SAFETY: takes no pointer; a bad descriptor is an error, which means that the peer is gone already.
+    unsafe { libc::shutdown(fd, libc::SHUT_WR) };
+}
+
+/// Makes the coming close send RST instead of FIN, and drop what is unsent.
+pub fn reset_on_close(fd: RawFd) {
+    // SAFETY: the caller owns `fd` and keeps it open during this call; SockRef only borrows it.
+    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+    // Unix sockets have no RST; there the plain close is all there is.
+    let _ = SockRef::from(&fd).set_linger(Some(Duration::ZERO));
+}
+
+/// Closes a descriptor that is owned as a bare number.
+pub fn close(fd: RawFd) {
+    // SAFETY: the caller owns `fd` and gives it up here.
+    drop(unsafe { OwnedFd::from_raw_fd(fd) });
+}
+
+/// The counter descriptor that rouses a worker from another thread.
+#[derive(Debug)]
+pub struct EventFd(OwnedFd);
+
+impl EventFd {
+    /// A new one at zero.
+    pub fn new() -> io::Result<Self> {
+        // SAFETY: takes no pointer.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel just gave us this descriptor and nobody else has it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Adds one: a pending or later read returns.
+    pub fn signal(&self) {
+        let one = 1_u64;
+        // SAFETY: eight readable bytes at `one`. The only failure is a full counter, which wakes as well.
+        unsafe { libc::write(self.0.as_raw_fd(), (&raw const one).cast(), 8) };
+    }
+
+    /// A second handle on the same counter.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self(self.0.try_clone()?))
+    }
+
+    /// Its number, for the ring.
+    pub fn raw(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// The cores that this process may run on.
+pub fn allowed_cores() -> Vec<usize> {
+    // SAFETY: a zeroed cpu_set_t is a valid empty set, and the size passed is its own.
+    let set = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut set) != 0 {
+            return Vec::new();
+        }
+        set
+    };
+    // SAFETY: the index is below CPU_SETSIZE.
+    (0..libc::CPU_SETSIZE as usize).filter(|&core| unsafe { libc::CPU_ISSET(core, &set) }).collect()
+}
+
+/// Pins the calling thread to `core`.
+pub fn pin_to_core(core: usize) -> io::Result<()> {
+    if core >= libc::CPU_SETSIZE as usize {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: a zeroed cpu_set_t is a valid empty set, the index is below CPU_SETSIZE, the size passed is the set's own.
+    let result = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(core, &mut set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Raises the soft descriptor limit to the hard one. Returns (before, after).
+pub fn raise_descriptor_limit() -> io::Result<(u64, u64)> {
+    let mut limit = read_limit(libc::RLIMIT_NOFILE)?;
+    let before = limit.rlim_cur;
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: `limit` is a valid rlimit.
+    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((before, limit.rlim_cur))
+}
+
+/// The descriptor limit as (soft, hard).
+pub fn descriptor_limit() -> io::Result<(u64, u64)> {
+    read_limit(libc::RLIMIT_NOFILE).map(|limit| (limit.rlim_cur, limit.rlim_max))
+}
+
+/// The locked-memory limit as (soft, hard), in bytes.
+pub fn memlock_limit() -> io::Result<(u64, u64)> {
+    read_limit(libc::RLIMIT_MEMLOCK).map(|limit| (limit.rlim_cur, limit.rlim_max))
+}
+
+fn read_limit(resource: libc::__rlimit_resource_t) -> io::Result<libc::rlimit> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a valid place for an rlimit.
+    if unsafe { libc::getrlimit(resource, &raw mut limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(limit)
+}
+
+/// Keeps keys and plaintext out of core files and away from other processes of the same user.
+pub fn forbid_core_dumps() -> io::Result<()> {
+    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `none` is a valid rlimit; prctl takes plain numbers here.
+    let failed = unsafe {
+        libc::setrlimit(libc::RLIMIT_CORE, &raw const none) != 0
+            || libc::prctl(libc::PR_SET_DUMPABLE, 0 as libc::c_ulong, 0, 0, 0) != 0
+    };
+    if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The running kernel's release, such as `6.18.44`.
+pub fn kernel_release() -> io::Result<String> {
+    // SAFETY: a zeroed utsname is a valid place for the answer.
+    let names = unsafe {
+        let mut names: libc::utsname = std::mem::zeroed();
+        if libc::uname(&raw mut names) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        names
+    };
+    let bytes: Vec<u8> = names.release.iter().take_while(|&&c| c != 0).map(|&c| c.cast_unsigned()).collect();
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{Ipv4Addr, TcpListener};
+
+    const OPTIONS: StreamOptions = StreamOptions { keepalive: Duration::from_secs(60) };
+
+    #[test]
+    fn a_port_that_somebody_else_has_is_refused() {
+        let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        let address = taken.local_addr().expect("its address");
+        let error = listen_tcp(address, OPTIONS, true).expect_err("the port is taken");
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+    }
+
+    #[test]
+    fn workers_share_an_address_and_a_second_process_would_not() {
+        let first = listen_tcp("127.0.0.1:0".parse().expect("address"), OPTIONS, true).expect("first");
+        let address = SockRef::from(&first).local_addr().expect("bound").as_socket().expect("tcp");
+        let _second = listen_tcp(address, OPTIONS, false).expect("another worker");
+        assert!(listen_tcp(address, OPTIONS, true).is_err(), "an outsider must not share it");
+    }
+
+    #[test]
+    fn a_stale_unix_socket_is_replaced_and_a_live_one_is_not() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("app.sock");
+        drop(listen_unix(&path, None).expect("first"));
+        let live = listen_unix(&path, Some(0o600)).expect("stale one replaced");
+        assert_eq!(std::fs::metadata(&path).expect("file").permissions().mode() & 0o777, 0o600);
+        assert_eq!(listen_unix(&path, None).expect_err("live").kind(), io::ErrorKind::AddrInUse);
+        drop(live);
+    }
+
+    #[test]
+    fn limits_and_kernel_are_readable() {
+        assert!(descriptor_limit().expect("limit").0 > 0);
+        assert!(kernel_release().expect("uname").contains('.'));
+        assert!(!allowed_cores().is_empty());
+    }
+}

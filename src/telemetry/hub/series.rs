@@ -1,0 +1,188 @@
+//! Listener counters added up over workers and over time.
+//!
+//! Invariant: totals never fall. The cells of a closed listener are read until its worker has let go of them, then folded
+//! into a sum, so a listener that comes and goes costs no memory and loses no count. At most [`SERIES_MAX`] names are told
+//! apart; all further ones count under the service `other`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::telemetry::cells::{Cell, Direction, ListenerCells};
+use crate::telemetry::close::CloseReason;
+
+/// Listeners told apart by name, over the life of the process.
+const SERIES_MAX: usize = 4_096;
+
+/// What counters are grouped by.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    /// Inbound or outbound.
+    pub direction: Direction,
+    /// The local service.
+    pub service: Arc<str>,
+    /// The upstream's name on outbound listeners.
+    pub upstream: Option<Arc<str>>,
+}
+
+impl Key {
+    /// The key that series share once there are too many.
+    pub(in crate::telemetry) fn other(direction: Direction) -> Self {
+        Self { direction, service: "other".into(), upstream: None }
+    }
+}
+
+/// Sums of one key.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Connections accepted.
+    pub connections: u64,
+    /// Connections open now.
+    pub active: u64,
+    /// Connections that intentions allowed.
+    pub allowed: u64,
+    /// Payload bytes from the mesh leg to the plain leg.
+    pub bytes_from_mesh: u64,
+    /// Payload bytes from the plain leg to the mesh leg.
+    pub bytes_to_mesh: u64,
+    /// TLS handshakes completed.
+    pub handshakes: u64,
+    /// Of those, resumed ones.
+    pub handshakes_resumed: u64,
+    /// Connects tried.
+    pub connect_attempts: u64,
+    /// Of those, failed ones.
+    pub connect_failures: u64,
+    /// Endpoints ejected.
+    pub ejections: u64,
+    /// Connections ended, by reason.
+    pub closed: [u64; CloseReason::ALL.len()],
+}
+
+impl Totals {
+    fn add(&mut self, cells: &ListenerCells) {
+        let add = |sum: &mut u64, cell: &Cell| *sum = sum.wrapping_add(cell.value());
+        add(&mut self.connections, &cells.connections);
+        add(&mut self.active, &cells.active);
+        add(&mut self.allowed, &cells.allowed);
+        add(&mut self.bytes_from_mesh, &cells.bytes_from_mesh);
+        add(&mut self.bytes_to_mesh, &cells.bytes_to_mesh);
+        add(&mut self.handshakes, &cells.handshakes);
+        add(&mut self.handshakes_resumed, &cells.handshakes_resumed);
+        add(&mut self.connect_attempts, &cells.connect_attempts);
+        add(&mut self.connect_failures, &cells.connect_failures);
+        add(&mut self.ejections, &cells.ejections);
+        for (sum, cell) in self.closed.iter_mut().zip(&cells.closed) {
+            add(sum, cell);
+        }
+    }
+}
+
+/// All listeners' counters.
+#[derive(Debug, Default)]
+pub struct Series(BTreeMap<Key, Entry>);
+
+#[derive(Debug, Default)]
+struct Entry {
+    live: Vec<Arc<ListenerCells>>,
+    retired: Totals,
+}
+
+impl Series {
+    /// Counts `cells` in from now on.
+    pub(super) fn add(&mut self, cells: &Arc<ListenerCells>) {
+        let mut key = Key { direction: cells.direction, service: Arc::clone(&cells.service), upstream: cells.upstream.clone() };
+        if self.0.len() >= SERIES_MAX && !self.0.contains_key(&key) {
+            key = Key::other(cells.direction);
+        }
+        let live = &mut self.0.entry(key).or_default().live;
+        if !live.iter().any(|known| Arc::ptr_eq(known, cells)) {
+            live.push(Arc::clone(cells));
+        }
+    }
+
+    /// Folds the cells that no worker holds any more.
+    pub(super) fn fold(&mut self) {
+        for entry in self.0.values_mut() {
+            let retired = &mut entry.retired;
+            entry.live.retain_mut(|cells| {
+                // `get_mut` sees the worker's last writes: its drop of the count happened before.
+                let gone = Arc::get_mut(cells);
+                if let Some(cells) = gone {
+                    retired.add(cells);
+                    // Nothing can be open on a listener that nobody holds.
+                    retired.active = 0;
+                    return false;
+                }
+                true
+            });
+        }
+    }
+
+    /// The sums as they stand now, in a stable order.
+    pub fn totals(&self) -> impl Iterator<Item = (&Key, Totals)> {
+        self.0.iter().map(|(key, entry)| {
+            let mut totals = entry.retired.clone();
+            entry.live.iter().for_each(|cells| totals.add(cells));
+            (key, totals)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cells(service: &str) -> Arc<ListenerCells> {
+        Arc::new(ListenerCells::new(Direction::Inbound, service.into(), None))
+    }
+
+    fn only(series: &Series) -> Totals {
+        let mut all: Vec<_> = series.totals().map(|(_, totals)| totals).collect();
+        assert_eq!(all.len(), 1);
+        all.remove(0)
+    }
+
+    #[test]
+    fn workers_are_added_up_and_twice_the_same_cells_count_once() {
+        let mut series = Series::default();
+        let workers = [cells("db"), cells("db")];
+        for cells in workers.iter().chain(&workers) {
+            series.add(cells);
+        }
+        workers[0].connections.add(3);
+        workers[1].connections.add(4);
+        workers[1].closed[CloseReason::Denied as usize].add(2);
+        let totals = only(&series);
+        assert_eq!((totals.connections, totals.closed[CloseReason::Denied as usize]), (7, 2));
+    }
+
+    #[test]
+    fn a_listener_that_comes_and_goes_keeps_its_counts_and_no_memory() {
+        let mut series = Series::default();
+        for round in 1..=100 {
+            let cells = cells("db");
+            series.add(&cells);
+            cells.bytes_to_mesh.add(10);
+            cells.active.add(1);
+            series.fold();
+            assert_eq!(only(&series).bytes_to_mesh, round * 10, "still held by the worker");
+            drop(cells);
+            series.fold();
+            assert_eq!((only(&series).bytes_to_mesh, only(&series).active), (round * 10, 0));
+        }
+        assert!(series.0.values().all(|entry| entry.live.is_empty()));
+    }
+
+    #[test]
+    fn too_many_names_share_one() {
+        let mut series = Series::default();
+        for index in 0..SERIES_MAX + 5 {
+            let cells = cells(&format!("s{index}"));
+            cells.connections.add(1);
+            series.add(&cells);
+        }
+        assert_eq!(series.totals().count(), SERIES_MAX + 1);
+        let other = series.totals().find(|(key, _)| &*key.service == "other").expect("shared").1;
+        assert_eq!(other.connections, 5);
+    }
+}
