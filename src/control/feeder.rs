@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::AbortHandle;
 
+use super::consul::budget::{Class, Wanted};
 use super::consul::client::Client;
 use super::consul::token::Token;
 use super::consul::watch::{self as consul_watch, Context, EVENTS_MAX, Event, Key};
@@ -37,6 +38,8 @@ pub(crate) struct Feeder {
     sender: mpsc::Sender<Event>,
     events: mpsc::Receiver<Event>,
     rotations: u64,
+    /// What each proxy will need once its definition is known; until then lower classes leave room for it.
+    reserved: Vec<Vec<Wanted>>,
     /// When what waits is published.
     publish_at: Option<Instant>,
 }
@@ -69,6 +72,8 @@ impl Feeder {
         let client = Client::new(&settings, Token::new(&settings.token))?;
         let (sender, events) = mpsc::channel(EVENTS_MAX);
         let state = State::new(&settings, workers);
+        let announce = |_| [Class::Leaf, Class::Policy].map(|class| client.budget().announce(class)).into();
+        let reserved = settings.proxies.iter().map(announce).collect();
         Ok(Self {
             settings,
             client,
@@ -79,6 +84,7 @@ impl Feeder {
             sender,
             events,
             rotations: 0,
+            reserved,
             publish_at: None,
         })
     }
@@ -146,6 +152,11 @@ impl Feeder {
             tracing::info!(service = %name.service, "asking the agent for a new certificate");
             if let Some(task) = self.tasks.get(&Key::Leaf(name)) {
                 task.nudge.notify_one();
+            }
+        }
+        for (reserved, proxy) in self.reserved.iter_mut().zip(&self.state.proxies) {
+            if proxy.definition.is_some() {
+                reserved.clear();
             }
         }
         self.client.budget().grow(now);

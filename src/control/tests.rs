@@ -201,10 +201,17 @@ async fn a_token_file_is_read_again_when_the_agent_forgets_the_token() {
     assert!(!fake.asked(" second").is_empty());
     std::fs::write(&file, "third\n").expect("written");
     running.commands.send(Command::Reload).await.expect("running");
-    running.until("the token of the reload", |_| !fake.asked(" third").is_empty()).await;
     // The agent does not know it: what was learned stays, empty lists included.
+    running
+        .until("the refusal of the token of the reload", |running| {
+            let next = fake.asked("match").len() as u64 + 100;
+            fake.set("/v1/connect/intentions/match", Answer::ok(next, fake::intentions("web", "deny")));
+            running.problem().contains("does not know the ACL token")
+        })
+        .await;
+    assert!(!fake.asked(" third").is_empty());
     fake.set("/v1/health/connect/db", Answer::ok(32, "[]"));
-    running.until("the refusal", |running| running.problem().contains("does not know the ACL token")).await;
+    running.until("the empty list", |running| running.problem().contains("health/connect")).await;
     assert_eq!(running.endpoints(), ["127.0.0.1:21004"]);
     let status = format!("{:?}", running.status.borrow().clone());
     assert!(!status.contains("second") && !status.contains("first"));
@@ -231,6 +238,7 @@ async fn a_login_is_renewed_and_given_back() {
     fake.change(|script| script.token = None);
     running.until("the second login", |_| fake.asked("acl/login").len() == 2).await;
     running.until("the first logout", |_| fake.asked("acl/logout") == ["POST /v1/acl/logout t1"]).await;
+    fake.set("/v1/health/connect/db", Answer::ok(33, fake::instances(21_005)));
     running.until("the new token", |_| !fake.asked(" t2").is_empty()).await;
     running.commands.send(Command::Stop).await.expect("running");
     let start = Instant::now();

@@ -18,6 +18,8 @@ pub(crate) const BLOCKING_QUERIES_MAX: usize = 160;
 pub(crate) const SHORT_REQUESTS_MAX: usize = 16;
 /// Idle connections kept for short requests.
 pub(crate) const IDLE_CONNECTIONS_MAX: usize = 8;
+/// Places that definitions leave for endpoints and chains, which are learned of only after them.
+const DEFINITION_HEADROOM: usize = 24;
 /// The limit never falls below this.
 const LIMIT_MIN: usize = 4;
 /// Nor do short requests at once.
@@ -107,6 +109,7 @@ impl Budget {
         let shared = &self.shared;
         let reserved: usize =
             (0..class as usize).map(|higher| load(&shared.wanted[higher]).saturating_sub(load(&shared.used[higher]))).sum();
+        let reserved = reserved + if class == Class::Definition { DEFINITION_HEADROOM } else { 0 };
         if shared.in_use() + reserved >= load(&shared.limit) {
             shared.ask_to_yield(class);
             return None;

@@ -67,7 +67,6 @@ async fn follow_unindexed(
 ) -> Result<(), AgentError> {
     let list =
         name.scope(Request::get(Endpoint::IntentionIndex, &["connect", "intentions"])).with("filter", "DestinationName==nosuch");
-    let mut token = cx.client.token().subscribe();
     loop {
         let index = cx.client.call(&list).await?.index.unwrap_or(0).max(1);
         let current = cx.client.call(request).await?;
@@ -80,7 +79,6 @@ async fn follow_unindexed(
         let answer = tokio::select! {
             answer = cx.client.wait(&blocked, LEGACY_WAIT) => answer?,
             () = cx.nudge.notified() => continue,
-            Ok(()) = token.changed() => continue,
         };
         take(cx, name, &answer, follower, default).await?;
     }
