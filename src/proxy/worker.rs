@@ -219,7 +219,8 @@ impl<R: Ring> Worker<R> {
     }
 
     fn close_all(&mut self, reason: CloseReason) {
-        self.teardown_deadline.get_or_insert(self.ring.now() + TEARDOWN);
+        let deadline = self.ring.now() + TEARDOWN;
+        self.teardown_deadline.get_or_insert(deadline);
         for slot in 0..self.connections.slots() {
             let Some(mut connection) = self.connections.take_any(slot) else { continue };
             // Cut, not ended: the app must not take what it has for the whole.
