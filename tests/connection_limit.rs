@@ -15,7 +15,6 @@ fn inbound() {
     let mut pair = Pair::tuned(Agent::start(), app.address, |web| web, |db| db.workers(2), define).wait_open();
     wait_until("the first echo has gone", PATIENCE, || pair.db.active() == 0);
     holds(pair.upstream, &pair.db);
-    pair.db.wait_closed("limit");
     pair.assert_healthy();
 }
 
@@ -32,7 +31,6 @@ fn outbound() {
     wait_for("the first echo", PATIENCE, || round_trip(upstream, b"first").map_err(|error| error.to_string()));
     wait_until("the first echo has gone", PATIENCE, || web.active() == 0);
     holds(upstream, &web);
-    web.wait_closed("limit");
 }
 
 /// Takes every place, is refused the next one, gives one back and gets it again.

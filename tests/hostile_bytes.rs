@@ -113,6 +113,7 @@ fn from_the_server_that_an_upstream_dials() {
     agent.register(&Definition::new("web").upstream_with("db", upstream, &config));
     agent.allow("web", "db");
     let mut web = Sidecar::start(&agent, "web");
+    web.wait_endpoint();
     for _ in 0..count {
         let stream = traffic::connect(upstream).expect("web's upstream listens");
         let (received, _) = traffic::read_to_end(&stream);

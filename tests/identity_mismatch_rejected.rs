@@ -42,6 +42,7 @@ fn refusal(agent: &Agent, identity: &Leaf) -> String {
     agent.register(&Definition::new("web").upstream("db", upstream));
     agent.allow("web", "db");
     let mut web = Sidecar::start(agent, "web");
+    web.wait_endpoint();
     let mut client = traffic::connect(upstream).expect("web's upstream listens");
     // The refusal may come before the write.
     let _ = client.write_all(b"a password");

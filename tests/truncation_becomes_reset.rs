@@ -69,6 +69,7 @@ fn a_server_without_close_notify_is_a_reset_for_the_client() {
         }
     });
     let web = Sidecar::start(&agent, "web");
+    web.wait_endpoint();
     let client = traffic::connect(upstream).expect("web's upstream listens");
     assert_eq!(read_to_end(&client).1, End::Reset, "the client took a truncated answer for a finished one");
     web.wait_closed("truncated");

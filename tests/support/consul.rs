@@ -66,11 +66,16 @@ impl Consul {
     pub fn wait_ready(&self) {
         let client = self.client();
         wait_for("Consul is ready", PATIENCE * 2, || {
-            for path in ["/v1/acl/token/self", "/v1/agent/connect/ca/roots", "/v1/connect/ca/configuration", "/v1/agent/self"] {
+            for path in ["/v1/acl/token/self", "/v1/agent/self"] {
                 let answer = client.try_get(path)?;
                 if answer.status != 200 {
-                    return Err(format!("{path}: {}\n{}", answer.body, self.client.as_ref().unwrap_or(&self.server).tail()));
+                    return Err(format!("{path}: {}\n{}", answer.body, self.server.tail()));
                 }
+            }
+            // Not /v1/connect/ca/configuration: before the CA is up, that question makes a 1.8.7 server panic.
+            let roots = client.try_get("/v1/agent/connect/ca/roots")?;
+            if roots.status != 200 || roots.json()["TrustDomain"].as_str().is_none_or(str::is_empty) {
+                return Err(format!("no CA yet: {}\n{}", roots.body, self.server.tail()));
             }
             // A node that is not in the catalog yet has no healthy services.
             let nodes = client.try_get("/v1/catalog/nodes")?;

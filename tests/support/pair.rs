@@ -64,6 +64,7 @@ impl<M: Mesh> Pair<M> {
         mesh.allow("web", "db");
         let db = db(Sidecar::of("db")).start(&mesh);
         let web = web(Sidecar::of("web")).start(&mesh);
+        web.wait_endpoint();
         let public = db_definition.public;
         Self { web, db, upstream, public, web_definition, db_definition, mesh }
     }

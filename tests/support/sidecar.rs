@@ -58,6 +58,16 @@ impl Sidecar {
         });
     }
 
+    /// Waits until some endpoint of an upstream is healthy: the agent's check has seen the far sidecar listen.
+    pub fn wait_endpoint(&self) {
+        wait_for("a healthy endpoint in the snapshot", PATIENCE, || {
+            let (snapshot, mut found) = (self.snapshot(), Vec::new());
+            super::find_all(&snapshot, "healthy", &mut found);
+            let healthy = found.iter().any(|value| **value == Value::Bool(true));
+            if healthy { Ok(()) } else { Err(format!("{snapshot}\n{}", self.process.tail())) }
+        });
+    }
+
     pub fn snapshot(&self) -> Value {
         self.client().get("/snapshot").ok("snapshot").json()
     }
