@@ -94,7 +94,7 @@ impl Mesh {
         let ca = Ca::new("mesh.consul");
         let (client, server) = (Side::new(&network), Side::new(&network));
         let mut mesh = Self { network, ca, client, server };
-        mesh.publish_client();
+        mesh.publish_client(&[PUBLIC], true);
         mesh.publish_server(DefaultPolicy::Allow);
         mesh.turns(400);
         mesh
@@ -107,15 +107,12 @@ impl Mesh {
         Arc::new(Identity { svid: Arc::new(svid), bundle, tls: vec![tls] })
     }
 
-    fn publish_client(&mut self) {
+    /// `endpoints` of the warehouse, and whether the worker has its certificate yet.
+    fn publish_client(&mut self, endpoints: &[SocketAddr], certified: bool) {
         let expected = [self.ca.svid("warehouse").id.clone()].into();
-        let endpoint = Endpoint { address: PUBLIC, weight: 1, healthy: true };
-        let target = Target {
-            id: "warehouse".into(),
-            sni: "warehouse.default.dc1.internal.mesh.consul".into(),
-            expected,
-            endpoints: [endpoint].into(),
-        };
+        let endpoints = endpoints.iter().map(|&address| Endpoint { address, weight: 1, healthy: true }).collect();
+        let target =
+            Target { id: "warehouse".into(), sni: "warehouse.default.dc1.internal.mesh.consul".into(), expected, endpoints };
         let upstream = Upstream {
             name: "warehouse".into(),
             bind: Bind::Tcp(LISTEN),
@@ -128,7 +125,7 @@ impl Mesh {
         let service = Service {
             name: "airflow-worker".into(),
             proxy_id: "airflow-worker-sidecar-proxy".into(),
-            identity: Some(self.identity("airflow-worker")),
+            identity: certified.then(|| self.identity("airflow-worker")),
             intentions: Arc::new(Intentions::unknown()),
             public: None,
             upstreams: vec![Arc::new(upstream)],
@@ -354,7 +351,7 @@ fn an_intention_change_cuts_the_denied_and_leaves_the_rest() {
     assert_eq!(server.read(100), Ok(Some(b"hello".to_vec())));
     // A new certificate and a new, still allowing set: nobody notices.
     mesh.publish_server(DefaultPolicy::Allow);
-    mesh.publish_client();
+    mesh.publish_client(&[PUBLIC], true);
     mesh.turns(50);
     client.write(b"again");
     mesh.turns(50);
@@ -387,4 +384,50 @@ fn a_reset_on_either_side_arrives_as_a_reset() {
         drop(other);
         mesh.finish();
     }
+}
+
+#[test]
+fn a_dead_endpoint_costs_a_retry_and_no_connection() {
+    let mut mesh = Mesh::new(4, Faults::NONE);
+    let app = mesh.network.listen(APP);
+    mesh.publish_client(&[address(21_999), PUBLIC], true);
+    mesh.turns(50);
+    for _ in 0..8 {
+        let client = mesh.network.connect(LISTEN).expect("the sidecar listens");
+        client.write(b"hello");
+        mesh.turns(500);
+        let server = mesh.network.accept(app).expect("the app was dialed");
+        assert_eq!(server.read(100), Ok(Some(b"hello".to_vec())));
+    }
+    mesh.turns(500);
+    let (client, _) = mesh.finish();
+    assert_eq!(client.len(), 8);
+    assert!(client.iter().any(|record| record.attempts == 2), "the dead endpoint was never tried");
+    assert!(client.iter().all(|record| record.attempts <= 2));
+}
+
+#[test]
+fn connections_before_the_first_certificate_wait_for_it() {
+    let mut mesh = Mesh::new(5, Faults::NONE);
+    let app = mesh.network.listen(APP);
+    mesh.publish_client(&[PUBLIC], false);
+    mesh.turns(50);
+    let early = mesh.network.connect(LISTEN).expect("listeners are bound before certificates");
+    early.write(b"early");
+    mesh.turns(500);
+    assert_eq!(early.read(100), Ok(None), "held, neither answered nor refused");
+    assert!(mesh.network.accept(app).is_none());
+    mesh.publish_client(&[PUBLIC], true);
+    mesh.turns(500);
+    let server = mesh.network.accept(app).expect("the app was dialed once the certificate came");
+    assert_eq!(server.read(100), Ok(Some(b"early".to_vec())));
+    // And one that waits in vain ends after the hold time.
+    mesh.publish_client(&[PUBLIC], false);
+    mesh.turns(50);
+    let late = mesh.network.connect(LISTEN).expect("listens");
+    mesh.turns(11_000);
+    assert!(late.read(100).is_err(), "a held connection must end in a reset");
+    drop((early, server, late));
+    let (client, _) = mesh.finish();
+    assert!(client.iter().any(|record| record.reason == CloseReason::NoIdentity));
 }
