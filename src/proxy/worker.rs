@@ -3,23 +3,24 @@
 //! Invariant: a completion is acted on only when its token names a connection that lives; every accepted connection ends in
 //! exactly one record; nothing here waits but [`Ring::turn`].
 //!
-//! `steps` holds what a connection asks of its worker, `adoption` what a new snapshot changes.
+//! `listeners` holds what is accepted, `steps` what a connection asks of its worker, `adoption` what a new snapshot changes.
 
 mod adoption;
+mod listeners;
 mod steps;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use super::connection::{Connection, Io, Stage};
-use super::limits::{ACCEPT_BACKOFF, BIND_FOLLOW, BIND_RETRY, COMPLETIONS_PER_TURN_MAX, REGION_IDLE, TEARDOWN};
+use super::limits::{COMPLETIONS_PER_TURN_MAX, REGION_IDLE, TEARDOWN};
 use super::listener::{Gates, Listener};
 use super::timer::{Owner, Wheel};
 use super::{Order, Orders, ProxyError};
 use crate::buffer::{Class, Pool};
 use crate::config::DataPlane;
 use crate::mesh::Snapshot;
-use crate::ring::{Completion, Op, Ring, SHARED_BUFFERS, Socket, Token};
+use crate::ring::{Completion, Op, Ring, SHARED_BUFFERS};
 use crate::store::Reader;
 use crate::telemetry::cells::Direction;
 use crate::telemetry::channel::Sender;
@@ -238,202 +239,6 @@ impl<R: Ring> Worker<R> {
         quiet || self.teardown_deadline.is_some_and(|deadline| deadline <= self.now())
     }
 
-    // Listeners.
-
-    fn on_accept(&mut self, completion: Completion) {
-        let now = self.now();
-        let Some(listener) = find_listener(&mut self.listeners, completion.token) else {
-            self.drop_accepted(completion);
-            return;
-        };
-        if !completion.more {
-            listener.accepting = false;
-            if !listener.cancelling && !listener.removed {
-                listener.retry_at = Some(now);
-                self.listeners_due = Some(now);
-            }
-        }
-        match completion.outcome() {
-            Ok(_) => self.on_accepted(completion.token.slot(), Socket(completion.result)),
-            Err(crate::ring::Errno(libc::ECANCELED)) => self.close_if_removed(completion.token.slot()),
-            Err(errno) => {
-                listener.retry_at = Some(now + ACCEPT_BACKOFF);
-                self.listeners_due = Some(now + ACCEPT_BACKOFF);
-                self.telemetry.cells.accept_errors.add(1);
-                let bind = listener.bind.clone();
-                self.telemetry.send(Event::AcceptFailed { bind, error: errno.into() });
-            }
-        }
-    }
-
-    fn drop_accepted(&mut self, completion: Completion) {
-        if completion.outcome().is_ok() {
-            self.ring.close(Socket(completion.result), true);
-        }
-        self.telemetry.cells.stale_completions.add(1);
-    }
-
-    fn on_accept_cancelled(&mut self, token: Token) {
-        if let Some(listener) = find_listener(&mut self.listeners, token) {
-            listener.cancelling = false;
-            self.close_if_removed(token.slot());
-        }
-    }
-
-    fn on_accepted(&mut self, index: u32, socket: Socket) {
-        let now = self.now();
-        let Some(Some(listener)) = self.listeners.get_mut(index as usize) else { return };
-        let full = self.connections.live() >= self.plane.connections_max;
-        let admitted = !full && !listener.removed && listener.gate.enter(listener.connections_max());
-        listener.cells.connections.add(1);
-        let mut facts = Box::new(ConnectionRecord {
-            start: SystemTime::now(),
-            direction: listener.cells.direction,
-            service: Arc::clone(&listener.service.name),
-            upstream: listener.cells.upstream.clone(),
-            downstream: self.ring.peer_address(socket),
-            endpoint: None,
-            source: None,
-            destination: None,
-            decision: None,
-            tls_version: None,
-            tls_suite: None,
-            tls_resumed: false,
-            bytes_from_mesh: 0,
-            bytes_to_mesh: 0,
-            connect: None,
-            handshake: None,
-            total: Duration::ZERO,
-            attempts: 0,
-            reason: CloseReason::Limit,
-            detail: None,
-        });
-        if !admitted {
-            listener.cells.closed[CloseReason::Limit as usize].add(1);
-            facts.detail =
-                Some(if full { "this worker carries as many connections as it may" } else { "max connections reached" }.into());
-            self.telemetry.send(Event::Connection(facts));
-            self.ring.close(socket, true);
-            return;
-        }
-        listener.live += 1;
-        listener.cells.active.add(1);
-        let (slot, generation) = self.connections.reserve();
-        let connection = Box::new(Connection::new(slot, generation, index, socket, facts, now));
-        self.start(connection);
-    }
-
-    /// Binds what is not bound, arms what does not accept.
-    fn retry_listeners(&mut self) {
-        let now = self.now();
-        if self.listeners_due.is_none_or(|at| at > now) {
-            return;
-        }
-        for index in 0..self.listeners.len() {
-            let Some(listener) = &mut self.listeners[index] else { continue };
-            if listener.removed || listener.retry_at.is_none_or(|at| at > now) {
-                continue;
-            }
-            listener.retry_at = None;
-            if listener.socket.is_none() {
-                self.bind(index, now);
-            }
-            self.announce(index, now);
-            self.arm(index);
-        }
-        self.listeners_due = self.listeners.iter().flatten().filter_map(|listener| listener.retry_at).min();
-    }
-
-    fn bind(&mut self, index: usize, now: Instant) {
-        let Some(listener) = &mut self.listeners[index] else { return };
-        let Some(local) = listener.local(self.index) else {
-            let waits_for_first = matches!(listener.bind, crate::mesh::Bind::Tcp(_));
-            listener.retry_at = waits_for_first.then_some(now + BIND_FOLLOW);
-            return;
-        };
-        match self.ring.listen(&local) {
-            Ok(socket) => {
-                listener.socket = Some(socket);
-                listener.gate.bound.store(true, std::sync::atomic::Ordering::Release);
-                listener.failure_told = false;
-                self.listeners_bound += 1;
-            }
-            Err(error) => {
-                listener.retry_at = Some(now + BIND_RETRY);
-                if !listener.failure_told {
-                    let bind = listener.bind.clone();
-                    listener.failure_told = self.telemetry.send(Event::BindFailed { bind, error });
-                }
-            }
-        }
-    }
-
-    /// Tells of a bound listener: readiness depends on it, so a full event ring means another try.
-    fn announce(&mut self, index: usize, now: Instant) {
-        let Some(listener) = self.listeners[index].as_mut().filter(|listener| listener.socket.is_some() && !listener.announced)
-        else {
-            return;
-        };
-        let event = Event::ListenerUp { bind: listener.bind.clone(), cells: Arc::clone(&listener.cells) };
-        listener.announced = self.telemetry.send(event);
-        if !listener.announced {
-            listener.retry_at = Some(now + BIND_RETRY);
-        }
-    }
-
-    fn arm(&mut self, index: usize) {
-        let Some(listener) = &mut self.listeners[index] else { return };
-        if let (Some(socket), false, false) = (listener.socket, listener.accepting, listener.cancelling) {
-            listener.accepting = true;
-            let token = Token::new(Op::Accept, 0, slot_of(index), listener.generation);
-            self.ring.accept(socket, token);
-        }
-    }
-
-    fn remove_all_listeners(&mut self) {
-        for index in 0..self.listeners.len() {
-            self.remove_listener(index);
-        }
-    }
-
-    /// Stops accepting. The listener's place is kept until its last connection ends.
-    fn remove_listener(&mut self, index: usize) {
-        let Some(listener) = &mut self.listeners[index] else { return };
-        if listener.removed {
-            return;
-        }
-        listener.removed = true;
-        listener.retry_at = None;
-        if self.index == 0 {
-            listener.gate.bound.store(false, std::sync::atomic::Ordering::Release);
-        }
-        if let (Some(socket), true) = (listener.socket, listener.accepting) {
-            listener.cancelling = true;
-            let token = Token::new(Op::AcceptCancel, 0, slot_of(index), listener.generation);
-            self.ring.cancel(socket, token);
-        }
-        self.close_if_removed(slot_of(index));
-    }
-
-    fn close_if_removed(&mut self, index: u32) {
-        let Some(place) = self.listeners.get_mut(index as usize) else { return };
-        let Some(listener) = place else { return };
-        if !listener.removed || listener.accepting || listener.cancelling {
-            return;
-        }
-        if let Some(socket) = listener.socket.take() {
-            self.ring.close(socket, false);
-            self.listeners_bound -= 1;
-            let bind = listener.bind.clone();
-            self.telemetry.send(Event::ListenerDown { bind });
-        }
-        if listener.live == 0 {
-            *place = None;
-        }
-    }
-
-    // Housekeeping.
-
     fn sweep_regions(&mut self) {
         let now = self.now();
         if now < self.next_region_sweep || self.pool.leased_bytes() <= shared_bytes() {
@@ -479,10 +284,6 @@ fn shared_bytes() -> usize {
 
 fn slot_of(index: usize) -> u32 {
     u32::try_from(index).unwrap_or(u32::MAX)
-}
-
-fn find_listener(listeners: &mut [Option<Listener>], token: Token) -> Option<&mut Listener> {
-    listeners.get_mut(token.slot() as usize)?.as_mut().filter(|listener| listener.generation == token.generation())
 }
 
 #[cfg(test)]

@@ -9,18 +9,21 @@
 //! Why unsafe: pushing a submission hands addresses to the kernel, and the buffer ring is memory shared with it.
 #![allow(unsafe_code, reason = "memory shared with the kernel; one of the three rooms where unsafe may stand")]
 
+mod scratch;
+mod shared;
+
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::IntoRawFd;
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, cqueue, opcode, register::Restriction, squeue, types};
+use scratch::Scratch;
+use shared::SharedBuffers;
 use socket2::SockAddr;
 
-use super::{Completion, Local, Op, PARTS_MAX, Remote, Ring, RingError, SHARED_BUFFERS, Socket, Token, probe};
-use crate::buffer::{Class, HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES, Span};
+use super::{Completion, Local, Op, Remote, Ring, RingError, Socket, Token, probe};
+use crate::buffer::{HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES, Span};
 use crate::sys::{self, EventFd, StreamOptions};
 
 /// Submissions that fit before the queue is flushed on the way.
@@ -340,127 +343,6 @@ impl Ring for Uring {
 impl std::fmt::Debug for Uring {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Uring").field("enters", &self.enters).finish_non_exhaustive()
-    }
-}
-
-/// Addresses, message headers and part lists of queued operations. Boxes and fixed arrays: growing the outer vectors
-/// must not move what the kernel was pointed to.
-#[derive(Default)]
-#[expect(clippy::vec_box, reason = "the kernel holds the address of each until the submission is consumed")]
-struct Scratch {
-    addresses: Vec<Box<SockAddr>>,
-    messages: Vec<Box<Message>>,
-    messages_used: usize,
-}
-
-struct Message {
-    header: libc::msghdr,
-    parts: [libc::iovec; PARTS_MAX],
-}
-
-// SAFETY: the pointers inside lead only into these boxes or into leases of the worker that owns this ring; none is bound
-// to a thread.
-unsafe impl Send for Scratch {}
-
-impl Scratch {
-    fn address(&mut self, address: SockAddr) -> (*const libc::sockaddr, libc::socklen_t) {
-        let address = Box::new(address);
-        let place = (address.as_ptr().cast(), address.len());
-        self.addresses.push(address);
-        place
-    }
-
-    fn message(&mut self, parts: &[Span]) -> *mut libc::msghdr {
-        assert!(parts.len() <= PARTS_MAX, "more parts than a message holds");
-        if self.messages_used == self.messages.len() {
-            // SAFETY: all-zero is a valid msghdr and a valid iovec (null with length zero).
-            self.messages.push(Box::new(unsafe { std::mem::zeroed() }));
-        }
-        let message = &mut self.messages[self.messages_used];
-        self.messages_used += 1;
-        for (place, part) in message.parts.iter_mut().zip(parts) {
-            *place = libc::iovec { iov_base: part.start.as_ptr().cast(), iov_len: part.len as usize };
-        }
-        message.header.msg_iov = message.parts.as_mut_ptr();
-        message.header.msg_iovlen = parts.len();
-        &raw mut message.header
-    }
-
-    /// The kernel has consumed every submission. Message boxes are kept for the next turns.
-    fn clear(&mut self) {
-        self.addresses.clear();
-        self.messages_used = 0;
-    }
-}
-
-/// The buffers that idle sockets share: the kernel picks one when bytes arrive.
-struct SharedBuffers {
-    entries: NonNull<types::BufRingEntry>,
-    leases: Vec<Lease>,
-    addresses: Vec<u64>,
-    tail: u16,
-}
-
-// SAFETY: the memory belongs to this struct and its ring alone; neither is bound to the thread that made it until the
-// ring is enabled.
-unsafe impl Send for SharedBuffers {}
-
-const ENTRIES_BYTES: usize = SHARED_BUFFERS as usize * size_of::<types::BufRingEntry>();
-
-impl SharedBuffers {
-    fn new(ring: &IoUring, pool: &mut Pool) -> Result<Self, RingError> {
-        // SAFETY: a new anonymous mapping, page aligned as the kernel wants it.
-        let memory = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                ENTRIES_BYTES,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        let entries = NonNull::new(memory).filter(|_| memory != libc::MAP_FAILED).ok_or_else(|| RingError::Call {
-            call: "mmap",
-            source: io::Error::last_os_error(),
-            remedy: "Give the service more memory.",
-        })?;
-        let mut shared = Self { entries: entries.cast(), leases: Vec::new(), addresses: Vec::new(), tail: 0 };
-        // SAFETY: the memory holds SHARED_BUFFERS entries and lives until this struct is dropped, after the ring.
-        unsafe { ring.submitter().register_buf_ring_with_flags(entries.as_ptr() as u64, SHARED_BUFFERS, GROUP, 0) }
-            .map_err(call("io_uring_register(PBUF_RING)", "The kernel must be 5.19 or later, and locked memory must suffice."))?;
-        for buffer in 0..SHARED_BUFFERS {
-            let lease = pool.lease(Class::Slot).ok_or_else(|| {
-                RingError::Unsupported(format!(
-                    "a buffer budget of {} bytes is too small for {SHARED_BUFFERS} shared buffers",
-                    pool.budget_bytes()
-                ))
-            })?;
-            shared.addresses.push(pool.span(&lease, HEADROOM_BYTES, RECORD_ROOM_BYTES - HEADROOM_BYTES).start.as_ptr() as u64);
-            shared.leases.push(lease);
-            shared.provide(buffer);
-        }
-        Ok(shared)
-    }
-
-    fn provide(&mut self, buffer: u16) {
-        let index = usize::from(self.tail & (SHARED_BUFFERS - 1));
-        // SAFETY: the index is below SHARED_BUFFERS. The kernel reads the entry only after the tail below is stored.
-        let entry = unsafe { &mut *self.entries.as_ptr().add(index) };
-        entry.set_addr(self.addresses[usize::from(buffer)]);
-        entry.set_len(u32::try_from(RECORD_ROOM_BYTES - HEADROOM_BYTES).unwrap_or(0));
-        entry.set_bid(buffer);
-        self.tail = self.tail.wrapping_add(1);
-        // SAFETY: the tail is a field of the first entry, which is ours to write; the kernel only reads it.
-        let tail = unsafe { AtomicU16::from_ptr(types::BufRingEntry::tail(self.entries.as_ptr()).cast_mut()) };
-        tail.store(self.tail, Ordering::Release);
-    }
-}
-
-impl Drop for SharedBuffers {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `new` with this length; the ring was dropped before (field order of `Uring`).
-        unsafe { libc::munmap(self.entries.as_ptr().cast(), ENTRIES_BYTES) };
     }
 }
 
