@@ -9,7 +9,7 @@
 //!
 //! Inside: `state` holds what is known and moves the index, `shared` puts one lock around it and lets queries wait,
 //! `http` is the face, `definition`/`entries`/`intentions`/`query` decode with `schema`, `ca`/`leaf` issue, `view`/`central`/`chain`
-//! answer, `check` probes, `file` reloads.
+//! answer, `check` probes, `file` (with `hcl`) reloads.
 
 mod ca;
 mod central;
@@ -20,6 +20,7 @@ mod duration;
 mod entries;
 mod file;
 mod filter;
+mod hcl;
 mod http;
 mod intentions;
 mod leaf;
@@ -114,7 +115,9 @@ pub enum IntentionAction {
 #[non_exhaustive]
 pub enum AgentError {
     /// The address to listen on is not loopback.
-    #[error("the embedded agent hands out private keys without a token, so it listens on loopback only, not on {0}: use 127.0.0.1 or [::1]")]
+    #[error(
+        "the embedded agent hands out private keys without a token, so it listens on loopback only, not on {0}: use 127.0.0.1 or [::1]"
+    )]
     NotLoopback(SocketAddr),
     /// The address cannot be listened on.
     #[error("cannot listen on {address}: {source}; stop what listens there or choose another port")]
@@ -243,7 +246,8 @@ impl Agent {
             IntentionAction::Deny => "deny",
         };
         let document = serde_json::json!({"SourceName": source, "DestinationName": destination, "Action": action});
-        let document: intentions::Document = serde_json::from_value(document).map_err(|error| AgentError::Refused(error.to_string()))?;
+        let document: intentions::Document =
+            serde_json::from_value(document).map_err(|error| AgentError::Refused(error.to_string()))?;
         let (source, destination) = document.into_source().map_err(AgentError::Refused)?;
         self.shared.change(|state| intentions::put(state, source, &destination))
     }
@@ -298,7 +302,10 @@ fn check_settings(settings: &AgentSettings) -> Result<(), AgentError> {
         return refuse(format!("leaf lifetime {:?} must be between {LEAF_TTL_MIN:?} and a hundred years", settings.leaf_ttl));
     }
     if settings.root_ttl < settings.leaf_ttl || settings.root_ttl > duration::DURATION_MAX {
-        return refuse(format!("root lifetime {:?} must not be shorter than the leaf lifetime {:?}", settings.root_ttl, settings.leaf_ttl));
+        return refuse(format!(
+            "root lifetime {:?} must not be shorter than the leaf lifetime {:?}",
+            settings.root_ttl, settings.leaf_ttl
+        ));
     }
     if settings.check_interval.is_zero() {
         return refuse("the check interval must not be zero: use 10s".to_owned());
@@ -308,7 +315,8 @@ fn check_settings(settings: &AgentSettings) -> Result<(), AgentError> {
         return refuse(format!("renewal window {low} to {high} must lie between 0 and 1, the lower share first"));
     }
     let dc = &settings.datacenter;
-    if dc.is_empty() || !dc.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_')) {
+    if dc.is_empty() || !dc.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_'))
+    {
         return refuse(format!("datacenter {dc:?} may hold lower-case letters, digits, - and _ only"));
     }
     Ok(())
@@ -334,7 +342,7 @@ mod tests {
             AgentSettings { root_ttl: Duration::from_secs(60), ..good.clone() },
             AgentSettings { datacenter: "DC 1".to_owned(), ..good.clone() },
             AgentSettings { renewal_window: (0.9, 0.6), ..good.clone() },
-            AgentSettings { check_interval: Duration::ZERO, ..good.clone() },
+            AgentSettings { check_interval: Duration::ZERO, ..good },
         ] {
             assert!(check_settings(&bad).is_err(), "{bad:?}");
         }

@@ -9,8 +9,8 @@
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
-    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod,
-    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType, SerialNumber,
+    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyIdMethod, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType, SerialNumber,
 };
 use time::OffsetDateTime;
 use zeroize::Zeroizing;
@@ -196,13 +196,20 @@ impl Authority {
 
 impl std::fmt::Debug for Authority {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Authority").field("trust_domain", &self.trust_domain).field("active", &self.active.public.id).finish_non_exhaustive()
+        f.debug_struct("Authority")
+            .field("trust_domain", &self.trust_domain)
+            .field("active", &self.active.public.id)
+            .finish_non_exhaustive()
     }
 }
 
 impl std::fmt::Debug for Leaf {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Leaf").field("uri", &self.uri).field("serial", &self.serial).field("key", &"[redacted]").finish_non_exhaustive()
+        f.debug_struct("Leaf")
+            .field("uri", &self.uri)
+            .field("serial", &self.serial)
+            .field("key", &"[redacted]")
+            .finish_non_exhaustive()
     }
 }
 

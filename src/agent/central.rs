@@ -163,7 +163,8 @@ mod tests {
     }
 
     fn proxy(document: Value, central: &[Value]) -> Proxy {
-        let mut fields = json!({"Kind": "connect-proxy", "Name": "web-proxy", "Port": 1, "Proxy": {"DestinationServiceName": "web"}});
+        let mut fields =
+            json!({"Kind": "connect-proxy", "Name": "web-proxy", "Port": 1, "Proxy": {"DestinationServiceName": "web"}});
         for (key, value) in document.as_object().expect("an object") {
             fields["Proxy"][key] = value.clone();
         }
@@ -179,7 +180,8 @@ mod tests {
                    "MeshGateway": {"Mode": "local"}}),
         ];
         let merged = proxy(json!({"Config": {"b": 2}}), &central);
-        let expected = json!({"a": 1, "b": 2, "local_connect_timeout_ms": 1000, "max_inbound_connections": 200, "protocol": "tcp"});
+        let expected =
+            json!({"a": 1, "b": 2, "local_connect_timeout_ms": 1000, "max_inbound_connections": 200, "protocol": "tcp"});
         assert_eq!(Value::Object(merged.config), expected);
         assert_eq!(merged.mesh_gateway["Mode"], "local");
     }
@@ -201,7 +203,10 @@ mod tests {
             Value::Object(merged[0].config.clone()),
             json!({"connect_timeout_ms": 2000, "limits": {"max_connections": 64}, "protocol": "tcp"})
         );
-        assert_eq!(Value::Object(merged[1].config.clone()), json!({"connect_timeout_ms": 1000, "limits": {"max_connections": 3}}));
+        assert_eq!(
+            Value::Object(merged[1].config.clone()),
+            json!({"connect_timeout_ms": 1000, "limits": {"max_connections": 3}})
+        );
         assert!(merged[2].config.is_empty());
     }
 }

@@ -272,7 +272,8 @@ impl Place {
 impl Overrides {
     /// Names a customised chain: any stable 8 hex digits of what was overridden.
     fn hash(&self) -> Option<String> {
-        if self.override_connect_timeout.is_empty() && self.override_protocol.is_empty() && self.override_mesh_gateway.is_empty() {
+        if self.override_connect_timeout.is_empty() && self.override_protocol.is_empty() && self.override_mesh_gateway.is_empty()
+        {
             return None;
         }
         let gateway = Value::Object(self.override_mesh_gateway.clone());

@@ -110,7 +110,10 @@ impl Check {
 
     /// The check that keeps a service in maintenance.
     pub(super) fn maintenance(id: String, reason: &str) -> Self {
-        Self { kind: "maintenance", ..Self::new(id, CheckDefinition::bare("Service Maintenance Mode", reason, "critical"), false) }
+        Self {
+            kind: "maintenance",
+            ..Self::new(id, CheckDefinition::bare("Service Maintenance Mode", reason, "critical"), false)
+        }
     }
 
     /// A check that exists only to carry a pinned health.
@@ -168,9 +171,8 @@ impl Check {
 
 /// Probes once, within the check's timeout.
 pub(super) async fn probe(definition: &CheckDefinition) -> (Health, String) {
-    let work = async {
-        if definition.tcp.is_empty() { probe_http(&definition.http).await } else { probe_tcp(&definition.tcp).await }
-    };
+    let work =
+        async { if definition.tcp.is_empty() { probe_http(&definition.http).await } else { probe_tcp(&definition.tcp).await } };
     let timeout = definition.timeout();
     tokio::time::timeout(timeout, work).await.unwrap_or_else(|_| (Health::Critical, format!("no answer within {timeout:?}")))
 }
@@ -200,14 +202,17 @@ async fn probe_http(url: &str) -> (Health, String) {
 
 async fn http_status(url: &str) -> std::io::Result<u16> {
     let rest = url.strip_prefix("http://").ok_or_else(|| std::io::Error::other("the URL must start with http://"))?;
-    let (host, path) = rest.split_once('/').map_or((rest, String::from("/")), |(host, path)| (host, format!("/{path}")));
+    let (host, path) = rest.split_once('/').map_or_else(|| (rest, String::from("/")), |(host, path)| (host, format!("/{path}")));
     let clean = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic());
     if !clean(host) || !clean(&path) {
         return Err(std::io::Error::other("the URL has an empty host, a blank or a control character"));
     }
-    let address = if host.rsplit(']').next().is_some_and(|tail| tail.contains(':')) { host.to_owned() } else { format!("{host}:80") };
+    let address =
+        if host.rsplit(']').next().is_some_and(|tail| tail.contains(':')) { host.to_owned() } else { format!("{host}:80") };
     let mut stream = TcpStream::connect(address).await?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: Consul Health Check\r\nAccept: */*\r\nConnection: close\r\n\r\n");
+    let request = format!(
+        "GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: Consul Health Check\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+    );
     stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::with_capacity(ANSWER_BYTES_MAX);
     stream.take(ANSWER_BYTES_MAX as u64).read_to_end(&mut answer).await?;

@@ -220,7 +220,9 @@ impl CheckDefinition {
             return invalid("Status for checks must 'passing', 'warning', 'critical'");
         }
         if !self.args.is_empty() || !self.script_args.is_empty() || !self.docker_container_id.is_empty() {
-            return invalid("Scripts are disabled on this agent from remote calls; the embedded agent never runs them: use tcp, http, ttl or alias");
+            return invalid(
+                "Scripts are disabled on this agent from remote calls; the embedded agent never runs them: use tcp, http, ttl or alias",
+            );
         }
         if !self.grpc.is_empty() || !self.udp.is_empty() || !self.h2ping.is_empty() {
             return invalid("gRPC, UDP and H2PING checks are not run by the embedded agent: use tcp, http, ttl or alias");
@@ -259,6 +261,8 @@ impl Definition {
             self.id = self.name.clone();
         }
         self.checks.extend(self.check.take());
+        // Consul's own command line sends a check without a field for "no check".
+        self.checks.retain(|check| *check != CheckDefinition::default());
         if let Some(proxy) = &mut self.proxy {
             for upstream in proxy.upstreams.iter_mut().filter(|upstream| upstream.destination_type.is_empty()) {
                 upstream.destination_type = "service".to_owned();
@@ -266,6 +270,7 @@ impl Definition {
         }
         if let Some(sidecar) = self.connect.as_mut().and_then(|connect| connect.sidecar_service.as_mut()) {
             sidecar.checks.extend(sidecar.check.take());
+            sidecar.checks.retain(|check| *check != CheckDefinition::default());
         }
     }
 
@@ -285,7 +290,11 @@ impl Definition {
         match self.kind.as_str() {
             "connect-proxy" => self.validate_proxy()?,
             "" | "mesh-gateway" | "terminating-gateway" | "ingress-gateway" => {}
-            other => return Err(DefinitionError::Invalid(format!("unknown service kind {other:?}: leave it out or use connect-proxy"))),
+            other => {
+                return Err(DefinitionError::Invalid(format!(
+                    "unknown service kind {other:?}: leave it out or use connect-proxy"
+                )));
+            }
         }
         if let Some(sidecar) = self.connect.as_ref().and_then(|connect| connect.sidecar_service.as_ref()) {
             sidecar.validate_sidecar(self)?;
@@ -436,6 +445,13 @@ mod tests {
         );
         assert!(refusal(json!({"Name": "x", "Check": {"Args": ["a"], "Interval": "1s"}})).starts_with("Scripts are disabled"));
         assert!(refusal(json!({"Name": "x", "Port": 70_000})).contains("70000"));
+    }
+
+    #[test]
+    fn an_empty_check_is_no_check() {
+        let empty = json!({"Interval": "0s", "TTL": "", "Header": {}, "ScriptArgs": null});
+        let definition = Definition::decode(json!({"Name": "web", "Check": empty, "Checks": [empty]})).expect("valid");
+        assert!(definition.checks.is_empty());
     }
 
     #[test]

@@ -7,8 +7,7 @@ use std::time::Duration;
 /// The longest duration accepted: a hundred years, far below any overflow.
 pub(super) const DURATION_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 3_600);
 
-const UNITS: [(&str, f64); 7] =
-    [("ns", 1e-9), ("us", 1e-6), ("µs", 1e-6), ("ms", 1e-3), ("s", 1.0), ("m", 60.0), ("h", 3_600.0)];
+const UNITS: [(&str, f64); 7] = [("ns", 1e-9), ("us", 1e-6), ("µs", 1e-6), ("ms", 1e-3), ("s", 1.0), ("m", 60.0), ("h", 3_600.0)];
 
 /// Reads a non-negative Go duration.
 pub(super) fn parse(text: &str) -> Option<Duration> {

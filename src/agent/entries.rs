@@ -133,7 +133,9 @@ fn unwrap_config(body: &mut Map<String, Value>) {
 fn check_defaults(body: &Map<String, Value>) -> Result<(), EntryError> {
     match body.get("Protocol").and_then(Value::as_str) {
         None | Some("" | "tcp" | "http" | "http2" | "grpc") => Ok(()),
-        Some(other) => Err(EntryError::Invalid(format!("unknown protocol {other:?}: use tcp (or http, http2, grpc, carried as tcp)"))),
+        Some(other) => {
+            Err(EntryError::Invalid(format!("unknown protocol {other:?}: use tcp (or http, http2, grpc, carried as tcp)")))
+        }
     }
 }
 
@@ -154,7 +156,9 @@ fn check_resolver(body: &Map<String, Value>) -> Result<(), EntryError> {
             return invalid(format!("Bad Failover[{subset:?}]: not a valid subset"));
         }
         if failover.as_object().is_none_or(Map::is_empty) {
-            return invalid(format!("Bad Failover[{subset:?}] one of Service, ServiceSubset, Targets or Datacenters is required"));
+            return invalid(format!(
+                "Bad Failover[{subset:?}] one of Service, ServiceSubset, Targets or Datacenters is required"
+            ));
         }
     }
     let policy = body.get("LoadBalancer").and_then(|balancer| balancer.get("Policy")).and_then(Value::as_str).unwrap_or_default();

@@ -123,7 +123,9 @@ fn tokens(text: &str) -> Result<Vec<Token>, FilterError> {
                 (Token::Quoted(literal), used)
             }
             c if is_word(c) => word(rest)?,
-            c => return Err(FilterError::Syntax(format!("no match found at {c:?}, expected a selector, a value or an operator"))),
+            c => {
+                return Err(FilterError::Syntax(format!("no match found at {c:?}, expected a selector, a value or an operator")));
+            }
         };
         out.push(token);
         rest = rest[used..].trim_start();
@@ -240,7 +242,9 @@ impl Parser<'_> {
         match self.next()? {
             Token::Equal => Ok(Filter::Equal(selector, literal(&self.next()?)?)),
             Token::NotEqual => Ok(Filter::Not(Box::new(Filter::Equal(selector, literal(&self.next()?)?)))),
-            other => Err(FilterError::Syntax(format!("no match found at {other}, expected \"!=\", \"==\", \"in\", \"contains\" or \"is\""))),
+            other => Err(FilterError::Syntax(format!(
+                "no match found at {other}, expected \"!=\", \"==\", \"in\", \"contains\" or \"is\""
+            ))),
         }
     }
 
@@ -252,7 +256,8 @@ impl Parser<'_> {
     }
 
     fn next(&mut self) -> Result<Token, FilterError> {
-        let token = self.peek().cloned().ok_or_else(|| FilterError::Syntax("no match found, the expression ends early".to_owned()))?;
+        let token =
+            self.peek().cloned().ok_or_else(|| FilterError::Syntax("no match found, the expression ends early".to_owned()))?;
         self.at += 1;
         Ok(token)
     }
@@ -301,7 +306,8 @@ mod tests {
     const ROOTS: [&str; 4] = ["Service.Meta", "Service.Tags", "Service.Port", "Kind"];
 
     fn passes(text: &str) -> bool {
-        let item = json!({"Kind": "connect-proxy", "Service": {"Meta": {"version": "v1", "a.b": "c"}, "Tags": ["x"], "Port": 80}});
+        let item =
+            json!({"Kind": "connect-proxy", "Service": {"Meta": {"version": "v1", "a.b": "c"}, "Tags": ["x"], "Port": 80}});
         Filter::parse(text, &ROOTS).unwrap_or_else(|error| panic!("{text}: {error}")).matches(&item)
     }
 

@@ -239,7 +239,9 @@ fn refuse(headers: &HeaderMap, params: &Params, datacenter: &str) -> Option<Refu
         return Some(Refusal::bad("Bad request: Invalid query parameter: \"ns\" - Namespaces are a Consul Enterprise feature"));
     }
     if params.get("partition").is_some_and(|name| !name.is_empty()) {
-        return Some(Refusal::bad("Bad request: Invalid query parameter: \"partition\" - Partitions are a Consul Enterprise feature"));
+        return Some(Refusal::bad(
+            "Bad request: Invalid query parameter: \"partition\" - Partitions are a Consul Enterprise feature",
+        ));
     }
     match params.get("dc") {
         Some(dc) if !dc.is_empty() && dc != datacenter => Some(Refusal::internal("No path to datacenter")),

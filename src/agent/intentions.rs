@@ -351,8 +351,7 @@ mod tests {
     fn entries(list: &[(&str, &[(&str, &str)])]) -> Vec<Entry> {
         list.iter()
             .map(|(destination, sources)| {
-                let sources: Vec<Value> =
-                    sources.iter().map(|(name, action)| json!({"Name": name, "Action": action})).collect();
+                let sources: Vec<Value> = sources.iter().map(|(name, action)| json!({"Name": name, "Action": action})).collect();
                 Entry::decode(json!({"Kind": "service-intentions", "Name": destination, "Sources": sources})).expect("valid")
             })
             .collect()
@@ -360,14 +359,10 @@ mod tests {
 
     #[test]
     fn the_list_is_in_evaluation_order() {
-        let entries = entries(&[
-            ("*", &[("*", "deny"), ("web", "allow")]),
-            ("db", &[("*", "deny"), ("web", "allow"), ("api", "deny")]),
-        ]);
-        let order: Vec<_> = flatten(entries.iter())
-            .iter()
-            .map(|i| (i.source.precedence, i.source.name.clone(), i.destination.clone()))
-            .collect();
+        let entries =
+            entries(&[("*", &[("*", "deny"), ("web", "allow")]), ("db", &[("*", "deny"), ("web", "allow"), ("api", "deny")])]);
+        let order: Vec<_> =
+            flatten(entries.iter()).iter().map(|i| (i.source.precedence, i.source.name.clone(), i.destination.clone())).collect();
         let expected = [(9, "api", "db"), (9, "web", "db"), (8, "*", "db"), (6, "web", "*"), (5, "*", "*")];
         assert_eq!(order, expected.map(|(p, s, d)| (p, s.to_owned(), d.to_owned())));
     }
@@ -402,10 +397,17 @@ mod tests {
             (json!([]), "At least one source is required"),
             (json!([{"Name": "web"}]), "Sources[0].Action must be set to 'allow' or 'deny'"),
             (json!([{"Action": "allow"}]), "Sources[0].Name is required"),
-            (json!([{"Name": "we*", "Action": "allow"}]), "Sources[0].Name: wildcard character '*' cannot be used with partial values"),
-            (json!([{"Name": "a", "Action": "allow"}, {"Name": "a", "Action": "deny"}]), "Sources[1] defines \"a\" more than once"),
+            (
+                json!([{"Name": "we*", "Action": "allow"}]),
+                "Sources[0].Name: wildcard character '*' cannot be used with partial values",
+            ),
+            (
+                json!([{"Name": "a", "Action": "allow"}, {"Name": "a", "Action": "deny"}]),
+                "Sources[1] defines \"a\" more than once",
+            ),
         ] {
-            let error = Entry::decode(json!({"Kind": "service-intentions", "Name": "db", "Sources": sources})).expect_err("refused");
+            let error =
+                Entry::decode(json!({"Kind": "service-intentions", "Name": "db", "Sources": sources})).expect_err("refused");
             assert_eq!(error.to_string(), text);
         }
     }

@@ -40,11 +40,18 @@ pub(super) fn decode(document: Value, id: String) -> Result<Query, String> {
     let document = schema::normalise(Shape::Struct(&schema::QUERY), document, "", 0)
         .map_err(|error| format!("Request decode failed: {error}"))?;
     let text = |key: &str| document.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-    if document.get("Template").and_then(|template| template.get("Type")).and_then(Value::as_str).is_some_and(|kind| !kind.is_empty()) {
-        return Err("Invalid prepared query: templates are not supported by the embedded agent: define the query by its name".to_owned());
+    if document
+        .get("Template")
+        .and_then(|template| template.get("Type"))
+        .and_then(Value::as_str)
+        .is_some_and(|kind| !kind.is_empty())
+    {
+        return Err(
+            "Invalid prepared query: templates are not supported by the embedded agent: define the query by its name".to_owned()
+        );
     }
-    let service: Selection =
-        serde_json::from_value(document.get("Service").cloned().unwrap_or_else(|| json!({}))).map_err(|error| error.to_string())?;
+    let service: Selection = serde_json::from_value(document.get("Service").cloned().unwrap_or_else(|| json!({})))
+        .map_err(|error| error.to_string())?;
     if service.service.is_empty() {
         return Err("Invalid prepared query: Must provide a Service name to query".to_owned());
     }

@@ -72,7 +72,9 @@ pub(super) fn normalise(shape: Shape, value: Value, path: &str, depth: usize) ->
         (Shape::Text, value @ Value::String(_)) | (Shape::Flag, value @ Value::Bool(_)) => Ok(value),
         (Shape::Integer, Value::Number(number)) if number.is_i64() || number.is_u64() => Ok(Value::Number(number)),
         // HCL writes numbers as floats when they have a fraction of zero.
-        (Shape::Integer, Value::Number(number)) => integral(&number).ok_or_else(|| wrong(path, "an integer", &Value::Number(number))),
+        (Shape::Integer, Value::Number(number)) => {
+            integral(&number).ok_or_else(|| wrong(path, "an integer", &Value::Number(number)))
+        }
         (Shape::Duration, value) => duration_text(value, path),
         (Shape::List(of), Value::Array(items)) => items
             .into_iter()
@@ -128,6 +130,8 @@ fn duration_text(value: Value, path: &str) -> Result<Value, DecodeError> {
         _ => None,
     };
     match parsed.filter(|found| *found <= duration::DURATION_MAX) {
+        // Zero means that it was left out, as in Go.
+        Some(found) if found.is_zero() => Ok(Value::String(String::new())),
         Some(found) => Ok(Value::String(duration::format(found))),
         None => Err(wrong(path, "a duration such as \"10s\"", &value)),
     }

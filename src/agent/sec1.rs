@@ -90,7 +90,9 @@ mod tests {
 
     #[test]
     fn other_keys_are_refused() {
-        for bad in ["", "-----BEGIN EC PRIVATE KEY-----\nAAAA\n-----END EC PRIVATE KEY-----\n", "-----BEGIN PRIVATE KEY-----\n!\n"] {
+        for bad in
+            ["", "-----BEGIN EC PRIVATE KEY-----\nAAAA\n-----END EC PRIVATE KEY-----\n", "-----BEGIN PRIVATE KEY-----\n!\n"]
+        {
             assert_eq!(key_pair(bad).map(|_| ()), Err(KeyError::Layout));
         }
         assert_eq!(pem_from_pkcs8(&[0x30; 138]).map(|_| ()), Err(KeyError::Layout));

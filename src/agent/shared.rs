@@ -27,7 +27,7 @@ const HOUSEKEEPING_MAX: Duration = Duration::from_secs(60);
 
 /// What the tasks of one agent share.
 pub(super) struct Shared {
-    #[allow(clippy::disallowed_types, reason = "never held over an await, never on a data thread: see the module's invariant")]
+    #[expect(clippy::disallowed_types, reason = "never held over an await, never on a data thread: see the module's invariant")]
     state: std::sync::Mutex<State>,
     changed: watch::Sender<u64>,
     stopping: watch::Sender<bool>,
@@ -73,7 +73,7 @@ impl Wait {
 }
 
 impl Shared {
-    #[allow(clippy::disallowed_types, reason = "see the field")]
+    #[expect(clippy::disallowed_types, reason = "see the field")]
     pub(super) fn new(state: State) -> Arc<Self> {
         Arc::new(Self {
             changed: watch::Sender::new(state.index()),

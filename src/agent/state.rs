@@ -1,14 +1,17 @@
 //! Everything that the agent knows: services, checks, config entries, queries and the indexes that blocking queries wait on.
 //!
 //! Invariant: each change moves the one index forward and stamps it on the topics it touched; an unchanged write moves nothing.
-//! Alias checks and sidecars always agree with the service they belong to. No I/O, no clock but the `now` passed in.
+//! Alias checks (`checks`) and sidecars (`sidecar`) always agree with the service they belong to. No I/O.
+
+mod checks;
+mod sidecar;
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, SystemTime};
 
 use super::ca::Authority;
 use super::check::{Check, Health};
-use super::definition::{CheckDefinition, Definition, Proxy};
+use super::definition::Definition;
 use super::entries::Entry;
 use super::leaf::Leaves;
 use super::query::Query;
@@ -22,8 +25,6 @@ pub(super) const CHECKS_MAX: usize = 16_384;
 pub(super) const ENTRIES_MAX: usize = 4_096;
 /// Ports that automatic sidecars get (Consul: `sidecar_min_port`, `sidecar_max_port`).
 pub(super) const SIDECAR_PORTS: std::ops::RangeInclusive<u16> = 21_000..=21_255;
-/// Chains of aliases followed when health changes.
-const ALIAS_DEPTH_MAX: usize = 8;
 
 /// Config entries by kind and name.
 pub(super) type Entries = BTreeMap<(String, String), Entry>;
@@ -115,7 +116,8 @@ impl State {
     pub(super) fn register(&mut self, mut definition: Definition, from_file: bool) -> Result<(), AgentError> {
         let sidecar = definition.connect.as_mut().and_then(|connect| connect.sidecar_service.take());
         let sidecar = sidecar.map(|sidecar| self.expand_sidecar(&definition, *sidecar)).transpose()?;
-        let new = [Some(&definition), sidecar.as_ref()].into_iter().flatten().filter(|d| !self.services.contains_key(&d.id)).count();
+        let new =
+            [Some(&definition), sidecar.as_ref()].into_iter().flatten().filter(|d| !self.services.contains_key(&d.id)).count();
         if self.services.len() + new > SERVICES_MAX {
             return Err(AgentError::Full { what: "services", most: SERVICES_MAX });
         }
@@ -131,58 +133,10 @@ impl State {
         Ok(())
     }
 
-    /// Fills `sidecar_service {}` with Consul's defaults.
-    fn expand_sidecar(&self, parent: &Definition, mut sidecar: Definition) -> Result<Definition, AgentError> {
-        sidecar.settle();
-        sidecar.id = format!("{}-sidecar-proxy", parent.id);
-        if sidecar.name.is_empty() {
-            sidecar.name = format!("{}-sidecar-proxy", parent.name);
-        }
-        sidecar.kind = "connect-proxy".to_owned();
-        if sidecar.address.is_empty() {
-            sidecar.address.clone_from(&parent.address);
-        }
-        if sidecar.tags.is_empty() {
-            sidecar.tags.clone_from(&parent.tags);
-        }
-        if sidecar.meta.is_empty() {
-            sidecar.meta.clone_from(&parent.meta);
-        }
-        if sidecar.tagged_addresses.is_empty() {
-            sidecar.tagged_addresses = parent.tagged_addresses.clone();
-            sidecar.tagged_addresses.values_mut().for_each(|address| address.port = sidecar.port);
-        }
-        if sidecar.port == 0 {
-            sidecar.port = self.sidecar_port(&sidecar.id)?;
-        }
-        let proxy = sidecar.proxy.get_or_insert_default();
-        proxy.destination_service_name.clone_from(&parent.name);
-        proxy.destination_service_id.clone_from(&parent.id);
-        local_app(proxy, parent);
-        if sidecar.checks.is_empty() {
-            let host = if sidecar.address.is_empty() { &proxy.local_service_address } else { &sidecar.address };
-            let target = if host.contains(':') { format!("[{host}]:{}", sidecar.port) } else { format!("{host}:{}", sidecar.port) };
-            sidecar.checks = vec![
-                CheckDefinition::tcp("Connect Sidecar Listening", target, self.settings.check_interval),
-                CheckDefinition::alias(&parent.id),
-            ];
-        }
-        Ok(sidecar)
-    }
-
-    /// The port that the sidecar `id` has, or the first free one.
-    fn sidecar_port(&self, id: &str) -> Result<u16, AgentError> {
-        if let Some(port) = self.services.get(id).map(|service| service.definition.port).filter(|port| SIDECAR_PORTS.contains(port)) {
-            return Ok(port);
-        }
-        SIDECAR_PORTS
-            .into_iter()
-            .find(|port| self.services.values().all(|service| service.definition.port != *port))
-            .ok_or(AgentError::Full { what: "automatic sidecar ports (21000 to 21255)", most: SIDECAR_PORTS.len() })
-    }
-
     fn put_service(&mut self, mut definition: Definition, sidecar_of: Option<String>, from_file: bool) {
-        if let Some(proxy) = definition.proxy.as_mut().filter(|proxy| proxy.local_service_address.is_empty() && proxy.local_service_port != 0) {
+        if let Some(proxy) =
+            definition.proxy.as_mut().filter(|proxy| proxy.local_service_address.is_empty() && proxy.local_service_port != 0)
+        {
             proxy.local_service_address = "127.0.0.1".to_owned();
         }
         let id = definition.id.clone();
@@ -201,33 +155,6 @@ impl State {
         self.services.insert(id, Service { definition, sidecar_of, from_file, create_index, modify_index: index });
     }
 
-    /// Replaces the checks that came with the service's definition; those with an equal definition keep their health.
-    fn put_checks(&mut self, definition: &Definition) {
-        let single = definition.checks.len() == 1;
-        let wanted: BTreeMap<String, &CheckDefinition> = definition
-            .checks
-            .iter()
-            .enumerate()
-            .map(|(at, check)| {
-                let made = if single { format!("service:{}", definition.id) } else { format!("service:{}:{}", definition.id, at + 1) };
-                (check.given_id().map_or(made, str::to_owned), check)
-            })
-            .collect();
-        self.checks.retain(|id, check| {
-            check.service_id != definition.id || !check.with_service || wanted.get(id).is_some_and(|new| check.definition == **new)
-        });
-        for (id, check) in wanted {
-            if !self.checks.contains_key(&id) {
-                let mut check = Check::new(id.clone(), check.clone(), true);
-                check.service_id.clone_from(&definition.id);
-                check.service_name.clone_from(&definition.name);
-                check.modify_index = self.bump(topics(definition));
-                check.create_index = check.modify_index;
-                self.checks.insert(id, check);
-            }
-        }
-    }
-
     /// Removes a service, its checks and the sidecar made for it; tells whether it was there.
     pub(super) fn deregister(&mut self, id: &str) -> bool {
         let Some(service) = self.services.remove(id) else {
@@ -241,114 +168,6 @@ impl State {
         sidecars.iter().for_each(|sidecar| _ = self.deregister(sidecar));
         self.settle_aliases();
         true
-    }
-
-    /// Registers a check by itself.
-    pub(super) fn register_check(&mut self, definition: CheckDefinition) -> Result<(), AgentError> {
-        if self.checks.len() >= CHECKS_MAX {
-            return Err(AgentError::Full { what: "checks", most: CHECKS_MAX });
-        }
-        let id = definition.given_id().unwrap_or(&definition.name).to_owned();
-        let service_id = definition.service_id.clone();
-        let service_name = match self.services.get(&service_id) {
-            Some(service) => service.definition.name.clone(),
-            None if service_id.is_empty() => String::new(),
-            None => return Err(AgentError::Refused(format!("ServiceID {service_id:?} does not exist"))),
-        };
-        if self.checks.get(&id).is_some_and(|check| check.definition == definition) {
-            return Ok(());
-        }
-        let mut check = Check::new(id.clone(), definition, false);
-        (check.service_id, check.service_name) = (service_id, service_name);
-        let topics = self.check_topics(&check);
-        check.modify_index = self.bump(topics);
-        check.create_index = check.modify_index;
-        self.checks.insert(id, check);
-        self.settle_aliases();
-        Ok(())
-    }
-
-    /// Removes a check; one that is not there is no error, as in Consul.
-    pub(super) fn deregister_check(&mut self, id: &str) {
-        if let Some(check) = self.checks.remove(id) {
-            let topics = self.check_topics(&check);
-            self.bump(topics);
-            self.settle_aliases();
-        }
-    }
-
-    /// Puts a service into maintenance or out of it; tells whether the service exists.
-    pub(super) fn maintain(&mut self, id: &str, enable: bool, reason: &str) -> bool {
-        let Some(service) = self.services.get(id) else {
-            return false;
-        };
-        let check_id = format!("_service_maintenance:{id}");
-        if !enable {
-            self.deregister_check(&check_id);
-        } else if !self.checks.contains_key(&check_id) {
-            let name = service.definition.name.clone();
-            let reason = if reason.is_empty() {
-                "Maintenance mode is enabled for this service, but no reason was provided. This is a default message."
-            } else {
-                reason
-            };
-            let mut check = Check::maintenance(check_id.clone(), reason);
-            (check.service_id, check.service_name) = (id.to_owned(), name);
-            let topics = self.check_topics(&check);
-            check.modify_index = self.bump(topics);
-            check.create_index = check.modify_index;
-            self.checks.insert(check_id, check);
-            self.settle_aliases();
-        }
-        true
-    }
-
-    /// Records a check's result.
-    pub(super) fn set_health(&mut self, check_id: &str, health: Health, output: String) {
-        let Some(check) = self.checks.get_mut(check_id) else {
-            return;
-        };
-        let changed = check.set(health, output);
-        if changed {
-            self.touch(check_id);
-            self.settle_aliases();
-        }
-    }
-
-    /// Makes every check of `service_id` report `health`, whatever is observed; `None` goes back to what is observed.
-    pub(super) fn pin(&mut self, service_id: &str, health: Option<Health>) -> Result<(), AgentError> {
-        let Some(service) = self.services.get(service_id) else {
-            return Err(AgentError::Refused(format!("unknown service ID {service_id:?}: register it first")));
-        };
-        let definition = service.definition.clone();
-        match health {
-            Some(health) => self.pins.insert(service_id.to_owned(), health),
-            None => self.pins.remove(service_id),
-        };
-        if self.checks.values().all(|check| check.service_id != service_id) {
-            let mut check = Check::pinned(format!("service:{service_id}"));
-            (check.service_id, check.service_name) = (service_id.to_owned(), definition.name.clone());
-            self.checks.insert(check.id.clone(), check);
-        }
-        let ids: Vec<_> = self.checks_of(service_id).map(|check| check.id.clone()).collect();
-        ids.iter().for_each(|id| self.touch(id));
-        self.settle_aliases();
-        Ok(())
-    }
-
-    /// What `check` reports to the outside.
-    pub(super) fn health(&self, check: &Check) -> Health {
-        self.pins.get(&check.service_id).copied().unwrap_or(check.observed)
-    }
-
-    /// The checks of a service.
-    pub(super) fn checks_of<'a>(&'a self, service_id: &'a str) -> impl Iterator<Item = &'a Check> {
-        self.checks.values().filter(move |check| check.service_id == service_id)
-    }
-
-    /// The worst health of a service's checks.
-    pub(super) fn service_health(&self, service_id: &str) -> Health {
-        self.checks_of(service_id).map(|check| self.health(check)).max().unwrap_or(Health::Passing)
     }
 
     /// Stores an entry; an equal one changes nothing.
@@ -388,28 +207,6 @@ impl State {
         Ok(())
     }
 
-    /// When the housekeeping has something to do next.
-    pub(super) fn next_deadline(&self) -> Option<std::time::Instant> {
-        self.checks.values().filter_map(Check::next_deadline).min()
-    }
-
-    /// Expires TTL checks and removes services that were critical for too long.
-    pub(super) fn expire(&mut self, now: std::time::Instant) {
-        let expired: Vec<_> = self.checks.values().filter(|check| check.expired(now)).map(|check| check.id.clone()).collect();
-        for id in expired {
-            if let Some(check) = self.checks.get_mut(&id) {
-                check.ttl_deadline = None;
-            }
-            self.set_health(&id, Health::Critical, "TTL expired".to_owned());
-        }
-        let doomed: Vec<_> =
-            self.checks.values().filter(|check| check.reapable(now)).map(|check| check.service_id.clone()).collect();
-        for id in doomed.iter().filter(|id| !id.is_empty()) {
-            tracing::info!(service = %id, "service deregistered: a check was critical for longer than deregister_critical_service_after");
-            self.deregister(id);
-        }
-    }
-
     /// Forgets retired roots after their time.
     pub(super) fn prune_roots(&mut self, now: SystemTime) {
         let before = now.checked_sub(self.settings.old_root_retention).unwrap_or(SystemTime::UNIX_EPOCH);
@@ -423,68 +220,11 @@ impl State {
         let at = self.authority.oldest_retirement()? + self.settings.old_root_retention;
         Some(at.duration_since(now).unwrap_or_default())
     }
-
-    /// Aliases follow what they alias; a chain of aliases settles in a bounded number of rounds.
-    fn settle_aliases(&mut self) {
-        for _ in 0..ALIAS_DEPTH_MAX {
-            let updates: Vec<_> = self.checks.values().filter_map(|check| self.alias_update(check)).collect();
-            if updates.is_empty() {
-                return;
-            }
-            for (id, health, output) in updates {
-                if self.checks.get_mut(&id).is_some_and(|check| check.set(health, output)) {
-                    self.touch(&id);
-                }
-            }
-        }
-    }
-
-    fn alias_update(&self, check: &Check) -> Option<(String, Health, String)> {
-        let target = Some(check.definition.alias_service.as_str()).filter(|id| !id.is_empty())?;
-        let worst = self.checks_of(target).filter(|other| other.id != check.id).max_by_key(|other| self.health(other));
-        let (health, output) = match worst {
-            _ if !self.services.contains_key(target) => (Health::Critical, format!("Aliased service {target:?} is not registered")),
-            None => (Health::Passing, "No checks found.".to_owned()),
-            Some(other) => match self.health(other) {
-                Health::Passing => (Health::Passing, "All checks passing.".to_owned()),
-                health => (health, format!("Aliased check {:?} failing: {}", other.name, other.output)),
-            },
-        };
-        (check.observed != health || check.output != output).then(|| (check.id.clone(), health, output))
-    }
-
-    /// Stamps a new index on a check that changed.
-    fn touch(&mut self, check_id: &str) {
-        let Some(topics) = self.checks.get(check_id).map(|check| self.check_topics(check)) else {
-            return;
-        };
-        let index = self.bump(topics);
-        if let Some(check) = self.checks.get_mut(check_id) {
-            check.modify_index = index;
-        }
-    }
-
-    fn check_topics(&self, check: &Check) -> Vec<Topic> {
-        self.services.get(&check.service_id).map_or_else(|| vec![Topic::Catalog], |service| topics(&service.definition))
-    }
 }
 
 impl std::fmt::Debug for State {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("State").field("index", &self.index).field("services", &self.services.len()).finish_non_exhaustive()
-    }
-}
-
-/// Where the app behind a sidecar listens, unless the sidecar says so itself.
-fn local_app(proxy: &mut Proxy, parent: &Definition) {
-    if proxy.local_service_address.is_empty() {
-        proxy.local_service_address = "127.0.0.1".to_owned();
-    }
-    if proxy.local_service_socket_path.is_empty() {
-        proxy.local_service_socket_path.clone_from(&parent.socket_path);
-    }
-    if proxy.local_service_port == 0 && proxy.local_service_socket_path.is_empty() {
-        proxy.local_service_port = parent.port;
     }
 }
 
@@ -531,12 +271,16 @@ mod tests {
         );
         let sidecar = &state.services["web-1-sidecar-proxy"];
         let definition = &sidecar.definition;
-        assert_eq!((definition.name.as_str(), definition.kind.as_str(), definition.port), ("web-sidecar-proxy", "connect-proxy", 21_000));
+        assert_eq!(
+            (definition.name.as_str(), definition.kind.as_str(), definition.port),
+            ("web-sidecar-proxy", "connect-proxy", 21_000)
+        );
         assert_eq!((&definition.tags[0], &definition.meta["version"]), (&"a".to_owned(), &"v1".to_owned()));
         let proxy = definition.proxy.as_ref().expect("a proxy");
         assert_eq!((proxy.destination_service_name.as_str(), proxy.destination_service_id.as_str()), ("web", "web-1"));
         assert_eq!((proxy.local_service_address.as_str(), proxy.local_service_port), ("127.0.0.1", 8_080));
-        let checks: Vec<_> = state.checks_of("web-1-sidecar-proxy").map(|c| (c.id.as_str(), c.name.as_str(), c.observed)).collect();
+        let checks: Vec<_> =
+            state.checks_of("web-1-sidecar-proxy").map(|c| (c.id.as_str(), c.name.as_str(), c.observed)).collect();
         assert_eq!(
             checks,
             [

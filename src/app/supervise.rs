@@ -134,9 +134,11 @@ impl Supervision {
 
     fn reload(&self, sidecar: &Sidecar) {
         tracing::info!("reloading tokens, certificates of the agent connection and log files");
-        notify::reloading();
+        // systemd waits for READY after RELOADING; before the first readiness that would be a lie.
+        if self.ready {
+            notify::reloading();
+        }
         sidecar.reload();
-        // systemd waits for this line; before the first readiness it would be a lie.
         if self.ready {
             notify::ready(&self.told);
         }

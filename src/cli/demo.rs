@@ -71,8 +71,8 @@ async fn play(flags: &Flags) -> anyhow::Result<Exit> {
     let mut scene: Option<Scene> = None;
     let ended = tokio::select! {
         ended = perform(flags, &mut story, &folder, &mut scene) => ended,
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
+        _ = terminate.recv() => interrupted(flags),
+        _ = interrupt.recv() => interrupted(flags),
     };
     let stopped = match scene {
         Some(scene) => scene.close().await,
@@ -83,6 +83,11 @@ async fn play(flags: &Flags) -> anyhow::Result<Exit> {
         return Ok(Exit::Failed);
     }
     Ok(Exit::Ok)
+}
+
+/// A signal is the normal end of a demo that stays up. One that was to end by itself has not shown every step.
+fn interrupted(flags: &Flags) -> anyhow::Result<()> {
+    if flags.once { Err(anyhow::anyhow!("a signal ended it before the last step")) } else { Ok(()) }
 }
 
 /// The whole story. `scene` belongs to the caller so that it is closed however this ends.

@@ -170,7 +170,10 @@ impl Answer {
 
 /// One path segment or query value.
 pub(super) fn encode(text: &str) -> String {
-    percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string()
+    const KEPT: percent_encoding::AsciiSet =
+        percent_encoding::NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+    const ENCODED: &percent_encoding::AsciiSet = &KEPT;
+    percent_encoding::utf8_percent_encode(text, ENCODED).to_string()
 }
 
 /// `Sun, 06 Nov 1994 08:49:37 GMT`, the only form that servers write today.
@@ -215,6 +218,12 @@ mod tests {
         assert_eq!(request.headers()["x-consul-token"], "t0ken");
         assert_eq!(request.headers()["authorization"], "Basic dXNlcjpwYXNz");
         assert_eq!(request.headers()["host"], "[::1]:8500");
+    }
+
+    #[test]
+    fn names_cannot_leave_their_place_in_the_path() {
+        assert_eq!(encode("web-1_a.b~c"), "web-1_a.b~c");
+        assert_eq!(encode("../a?b=c&d#e%/é"), "..%2Fa%3Fb%3Dc%26d%23e%25%2F%C3%A9");
     }
 
     proptest::proptest! {

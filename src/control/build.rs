@@ -106,7 +106,11 @@ fn upstream(
                 let old = old_targets.iter().find(|old| old.id == next.id);
                 keep(next, old)
             });
-            (kept.collect(), chain.map_or(Balance::RoundRobin, |chain| chain.balance), chain.and_then(|chain| chain.connect_timeout))
+            (
+                kept.collect(),
+                chain.map_or(Balance::RoundRobin, |chain| chain.balance),
+                chain.and_then(|chain| chain.connect_timeout),
+            )
         }
         (None, Some(old)) => (old.targets.clone(), old.balance, Some(old.connect_timeout)),
         (None, None) => (Vec::new(), Balance::RoundRobin, None),
@@ -127,7 +131,9 @@ fn upstream(
 /// The targets of an upstream, or `None` while a part of the answer is missing.
 fn resolve_targets(state: &State, definition: &Definition, spec: &definition::Upstream) -> Option<Vec<Target>> {
     let own = state.datacenter(definition)?;
-    let trust_domain = state.identities.trust_domain()?;
+    // While a new trust domain has no leaf of ours yet, peers are expected in the one that our identity belongs to.
+    let in_use = state.identities.current(&definition.name).map(|identity| &*identity.bundle.trust_domain);
+    let trust_domain = in_use.or_else(|| state.identities.trust_domain())?;
     match &spec.destination {
         Destination::Unsupported(_) => None,
         Destination::Query { name, datacenter } => {
@@ -164,14 +170,7 @@ fn chain_target(state: &State, target: &chain::Target, own: &str, trust_domain: 
 }
 
 /// A prepared query is one target; whoever it names may answer.
-fn query_target(
-    state: &State,
-    name: &str,
-    datacenter: &str,
-    list: &[Instance],
-    own: &str,
-    trust_domain: &str,
-) -> Option<Target> {
+fn query_target(state: &State, name: &str, datacenter: &str, list: &[Instance], own: &str, trust_domain: &str) -> Option<Target> {
     let mut expected: Vec<SpiffeId> = list
         .iter()
         .filter_map(|instance| {

@@ -3,6 +3,8 @@
 //! Invariant: what changes security and cannot be honoured refuses the whole proxy; what merely has no effect is named once.
 //! Pure. Keys and defaults: Consul `agent/xds/config`, Envoy's where the built-in proxy differs (`config.rs`).
 
+mod upstream;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -14,6 +16,9 @@ use super::consul::wire;
 use super::opaque::Opaque;
 use crate::config;
 use crate::mesh::{Bind, Outlier};
+
+use upstream::upstream;
+pub(crate) use upstream::{Destination, Upstream};
 
 /// Upstreams of one proxy that are believed.
 const UPSTREAMS_MAX: usize = 1_024;
@@ -46,33 +51,6 @@ pub(crate) struct Public {
 pub(crate) enum App {
     Tcp { host: String, port: u16 },
     Unix(PathBuf),
-}
-
-/// One upstream, not yet resolved.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Upstream {
-    pub(crate) label: String,
-    pub(crate) bind: Bind,
-    pub(crate) destination: Destination,
-    pub(crate) connect_timeout: Option<Duration>,
-    pub(crate) protocol: String,
-    pub(crate) mesh_gateway: String,
-    pub(crate) max_connections: Option<u32>,
-    pub(crate) outlier: Outlier,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Destination {
-    Service {
-        name: Name,
-        datacenter: String,
-    },
-    Query {
-        name: String,
-        datacenter: String,
-    },
-    /// Nothing that this feeder can resolve; the text says why.
-    Unsupported(String),
 }
 
 /// Keys of `proxy.config` that would change who is let in or what is enforced, and that only Envoy can honour.
@@ -124,14 +102,7 @@ pub(crate) fn parse(service: &wire::Service) -> Result<Definition, String> {
         }
     }
     unique_binds(public.as_ref(), &upstreams)?;
-    Ok(Definition {
-        proxy_id: service.id.clone(),
-        name,
-        datacenter: service.datacenter.clone(),
-        public,
-        upstreams,
-        warnings,
-    })
+    Ok(Definition { proxy_id: service.id.clone(), name, datacenter: service.datacenter.clone(), public, upstreams, warnings })
 }
 
 /// A service that exists only on the command line.
@@ -178,7 +149,8 @@ fn app_address(text: &str) -> Result<App, String> {
     if let Some(path) = text.strip_prefix("unix://") {
         return Ok(App::Unix(path.into()));
     }
-    let (host, port) = text.rsplit_once(':').ok_or_else(|| format!("-service-addr `{text}` must be HOST:PORT or unix:///PATH"))?;
+    let (host, port) =
+        text.rsplit_once(':').ok_or_else(|| format!("-service-addr `{text}` must be HOST:PORT or unix:///PATH"))?;
     let port = port.parse().map_err(|_| format!("-service-addr `{text}`: `{port}` is no port"))?;
     let host = host.trim_start_matches('[').trim_end_matches(']');
     Ok(App::Tcp { host: if host.is_empty() { "127.0.0.1".into() } else { host.into() }, port })
@@ -228,20 +200,23 @@ fn public(service: &wire::Service, config: &Opaque<'_>, warnings: &mut Vec<Strin
     let ip = bind_ip(&address, Ipv4Addr::UNSPECIFIED, "proxy.config.bind_address")?;
     let app = if proxy.local_service_socket_path.is_empty() {
         if proxy.local_service_port == 0 {
-            return Err(format!("`{}` has neither local_service_port nor local_service_socket_path: no app to reach", service.id));
+            return Err(format!(
+                "`{}` has neither local_service_port nor local_service_socket_path: no app to reach",
+                service.id
+            ));
         }
         let host = &proxy.local_service_address;
-        App::Tcp {
-            host: if host.is_empty() { "127.0.0.1".into() } else { host.clone() },
-            port: proxy.local_service_port,
-        }
+        App::Tcp { host: if host.is_empty() { "127.0.0.1".into() } else { host.clone() }, port: proxy.local_service_port }
     } else {
         App::Unix(PathBuf::from(&proxy.local_service_socket_path))
     };
     Ok(Some(Public {
         bind: Bind::Tcp(SocketAddr::new(ip, port)),
         app,
-        local_connect_timeout: positive(lenient(config.millis("local_connect_timeout_ms"), warnings), config::LOCAL_CONNECT_TIMEOUT),
+        local_connect_timeout: positive(
+            lenient(config.millis("local_connect_timeout_ms"), warnings),
+            config::LOCAL_CONNECT_TIMEOUT,
+        ),
         handshake_timeout: positive(lenient(config.millis("handshake_timeout_ms"), warnings), config::HANDSHAKE_TIMEOUT),
         max_inbound_connections: lenient(config.small("max_inbound_connections"), warnings).unwrap_or(0),
     }))
@@ -256,104 +231,12 @@ fn note_ignored(proxy: &wire::Proxy, config: &Opaque<'_>, warnings: &mut Vec<Str
     config.ignore(&HARMLESS_KEYS);
     warnings.extend(config.unread().iter().map(|key| format!("proxy.config.{} has no effect", key.escape_default())));
     if proxy.expose.checks || !proxy.expose.paths.is_empty() {
-        warnings.push("expose has no effect: nothing is let in without mutual TLS, so rewritten HTTP checks will fail".to_owned());
+        warnings
+            .push("expose has no effect: nothing is let in without mutual TLS, so rewritten HTTP checks will fail".to_owned());
     }
     for extension in &proxy.envoy_extensions {
         warnings.push(format!("Envoy extension {} has no effect", extension.name.escape_default()));
     }
-}
-
-fn upstream(
-    wire: &wire::Upstream,
-    proxy: &wire::Proxy,
-    own: &Name,
-    warnings: &mut Vec<String>,
-) -> Result<Option<Upstream>, String> {
-    // Synthetic entries of central configuration have no listener.
-    let no_bind = wire.local_bind_port == 0 && wire.local_bind_socket_path.is_empty();
-    if wire.destination_name == "*" || (wire.centrally_configured && no_bind) {
-        return Ok(None);
-    }
-    let label = label(wire);
-    let place = format!("upstream {label}");
-    if no_bind {
-        return Err(format!("{place} has neither local_bind_port nor local_bind_socket_path"));
-    }
-    let config = Opaque::new(&wire.config);
-    refuse_keys(&config, &place)?;
-    let mode = &wire.mesh_gateway.mode;
-    let mut notes = Vec::new();
-    let upstream = Upstream {
-        bind: bind(wire, &place)?,
-        destination: destination(wire, own),
-        connect_timeout: lenient(config.millis("connect_timeout_ms"), &mut notes).filter(|timeout| !timeout.is_zero()),
-        protocol: lenient(config.text("protocol"), &mut notes).unwrap_or_default(),
-        mesh_gateway: if mode.is_empty() { proxy.mesh_gateway.mode.clone() } else { mode.clone() },
-        max_connections: max_connections(&config, &mut notes),
-        outlier: outlier(&config, &mut notes),
-        label,
-    };
-    config.ignore(&HARMLESS_KEYS);
-    notes.extend(config.unread().iter().map(|key| format!("config.{} has no effect", key.escape_default())));
-    warnings.extend(notes.into_iter().map(|note| format!("{place}: {note}")));
-    Ok(Some(upstream))
-}
-
-/// As Consul writes an upstream's id: `[prepared_query:][partition/][namespace/]name[?dc=..|?peer=..]`.
-fn label(wire: &wire::Upstream) -> String {
-    let kind = if wire.destination_type == "prepared_query" { "prepared_query:" } else { "" };
-    let mut text = kind.to_owned();
-    for part in [&wire.destination_partition, &wire.destination_namespace] {
-        if !part.is_empty() && part != "default" {
-            text.push_str(part);
-            text.push('/');
-        }
-    }
-    text.push_str(&wire.destination_name);
-    if !wire.destination_peer.is_empty() {
-        text.push_str(&format!("?peer={}", wire.destination_peer));
-    } else if !wire.datacenter.is_empty() {
-        text.push_str(&format!("?dc={}", wire.datacenter));
-    }
-    text
-}
-
-fn destination(wire: &wire::Upstream, own: &Name) -> Destination {
-    let datacenter = wire.datacenter.clone();
-    match wire.destination_type.as_str() {
-        _ if !wire.destination_peer.is_empty() => Destination::Unsupported(format!(
-            "it is imported from peer {}: peering needs the xDS feeder, Consul's HTTP API does not give the peer's trust bundle",
-            wire.destination_peer
-        )),
-        "" | "service" => {
-            let or_own = |given: &str, own: &str| if given.is_empty() { own.to_owned() } else { not_default(given) };
-            Destination::Service {
-                name: Name {
-                    service: wire.destination_name.clone(),
-                    namespace: or_own(&wire.destination_namespace, &own.namespace),
-                    partition: or_own(&wire.destination_partition, &own.partition),
-                },
-                datacenter,
-            }
-        }
-        "prepared_query" => Destination::Query { name: wire.destination_name.clone(), datacenter },
-        other => Destination::Unsupported(format!("destination_type {} is unknown", other.escape_default())),
-    }
-}
-
-fn bind(wire: &wire::Upstream, place: &str) -> Result<Bind, String> {
-    if !wire.local_bind_socket_path.is_empty() {
-        let text = wire.local_bind_socket_mode.as_str();
-        let mode = match text {
-            "" => None,
-            text => Some(u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777).ok_or_else(|| {
-                format!("{place}: local_bind_socket_mode `{}` is no octal mode such as 0660", text.escape_default())
-            })?),
-        };
-        return Ok(Bind::Unix { path: PathBuf::from(&wire.local_bind_socket_path), mode });
-    }
-    let ip = bind_ip(&wire.local_bind_address, Ipv4Addr::LOCALHOST, &format!("{place}: local_bind_address"))?;
-    Ok(Bind::Tcp(SocketAddr::new(ip, wire.local_bind_port)))
 }
 
 fn bind_ip(text: &str, default: Ipv4Addr, place: &str) -> Result<IpAddr, String> {
@@ -364,31 +247,6 @@ fn bind_ip(text: &str, default: Ipv4Addr, place: &str) -> Result<IpAddr, String>
             format!("{place}: `{}` is no IP address to listen on; set it to one (0.0.0.0 for all)", text.escape_default())
         }),
     }
-}
-
-fn max_connections(config: &Opaque<'_>, notes: &mut Vec<String>) -> Option<u32> {
-    let limits = Opaque::new(lenient(config.block("limits"), notes)?);
-    let max = lenient(limits.small("max_connections"), notes);
-    limits.ignore(&["max_pending_requests", "max_concurrent_requests"]);
-    notes.extend(limits.unread().iter().map(|key| format!("limits.{} has no effect", key.escape_default())));
-    max
-}
-
-fn outlier(config: &Opaque<'_>, notes: &mut Vec<String>) -> Outlier {
-    let defaults = Outlier::default();
-    let Some(block) = lenient(config.block("passive_health_check"), notes) else { return defaults };
-    let block = Opaque::new(block);
-    let percent = |value: Option<u32>, default: u32| value.unwrap_or(default).min(100);
-    let outlier = Outlier {
-        // Consul leaves Envoy's default in place of 0.
-        max_failures: lenient(block.small("max_failures"), notes).filter(|max| *max > 0).unwrap_or(defaults.max_failures),
-        enforcing_percent: percent(lenient(block.small("enforcing_consecutive_5xx"), notes), defaults.enforcing_percent),
-        max_ejection_percent: percent(lenient(block.small("max_ejection_percent"), notes), defaults.max_ejection_percent),
-        base_ejection: positive(lenient(block.duration("base_ejection_time"), notes), defaults.base_ejection),
-        interval: positive(lenient(block.duration("interval"), notes), defaults.interval),
-    };
-    notes.extend(block.unread().iter().map(|key| format!("passive_health_check.{} has no effect", key.escape_default())));
-    outlier
 }
 
 /// Two listeners on one address would fail later and less clearly.
@@ -439,10 +297,7 @@ mod tests {
         assert_eq!(warehouse.max_connections, Some(64));
         assert_eq!((warehouse.outlier.max_failures, warehouse.outlier.interval), (3, Duration::from_secs(5)));
         assert_eq!(warehouse.connect_timeout, Some(Duration::from_millis(2_500)));
-        assert_eq!(
-            definition.upstreams[2].bind,
-            Bind::Unix { path: "/run/mesh/broker.sock".into(), mode: Some(0o660) }
-        );
+        assert_eq!(definition.upstreams[2].bind, Bind::Unix { path: "/run/mesh/broker.sock".into(), mode: Some(0o660) });
         assert_eq!(definition.upstreams[3].mesh_gateway, "local");
         assert_eq!(definition.warnings, ["proxy.config.envoy_prometheus_bind_addr has no effect"]);
     }
@@ -498,10 +353,7 @@ mod tests {
             name: "batch".into(),
             listen: Some("127.0.0.1:20000".parse().expect("address")),
             service_address: Some("[::1]:8080".into()),
-            upstreams: vec![config::UpstreamFlag {
-                destination: "db".into(),
-                bind: "127.0.0.1:9191".parse().expect("address"),
-            }],
+            upstreams: vec![config::UpstreamFlag { destination: "db".into(), bind: "127.0.0.1:9191".parse().expect("address") }],
         };
         let definition = from_flags(&flags, &config::Consul::default()).expect("accepted");
         assert_eq!(definition.public.expect("public").app, App::Tcp { host: "::1".into(), port: 8_080 });

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::AbortHandle;
 
+use super::consul::budget::{Class, Wanted};
 use super::consul::client::Client;
 use super::consul::token::Token;
 use super::consul::watch::{self as consul_watch, Context, EVENTS_MAX, Event, Key};
@@ -37,6 +38,10 @@ pub(crate) struct Feeder {
     sender: mpsc::Sender<Event>,
     events: mpsc::Receiver<Event>,
     rotations: u64,
+    /// What each proxy will need once its definition is known; until then lower classes leave room for it.
+    reserved: Vec<Vec<Wanted>>,
+    /// When what waits is published.
+    publish_at: Option<Instant>,
 }
 
 struct Task {
@@ -61,12 +66,27 @@ impl Feeder {
             return Err(ControlError::Config("no proxy to run: give -sidecar-for, -proxy-id or -service".into()));
         }
         if let config::TokenSource::Static(text) = &settings.token {
-            token::Secret::new(text.clone()).map_err(|why| ControlError::Config(format!("the ACL token cannot be used: {why}")))?;
+            token::Secret::new(text.clone())
+                .map_err(|why| ControlError::Config(format!("the ACL token cannot be used: {why}")))?;
         }
         let client = Client::new(&settings, Token::new(&settings.token))?;
         let (sender, events) = mpsc::channel(EVENTS_MAX);
         let state = State::new(&settings, workers);
-        Ok(Self { settings, client, state, publisher, status, tasks: BTreeMap::new(), sender, events, rotations: 0 })
+        let announce = |_| [Class::Leaf, Class::Policy].map(|class| client.budget().announce(class)).into();
+        let reserved = settings.proxies.iter().map(announce).collect();
+        Ok(Self {
+            settings,
+            client,
+            state,
+            publisher,
+            status,
+            tasks: BTreeMap::new(),
+            sender,
+            events,
+            rotations: 0,
+            reserved,
+            publish_at: None,
+        })
     }
 
     /// Runs until told to stop, or until nobody is left to tell.
@@ -74,9 +94,9 @@ impl Feeder {
         self.start_keeper();
         self.reconcile();
         self.publish();
+        self.report();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut publish_at: Option<Instant> = None;
         loop {
             let urgency = tokio::select! {
                 command = commands.recv() => match command {
@@ -84,8 +104,7 @@ impl Feeder {
                     Some(Command::Stop) | None => break,
                 },
                 Some(event) = self.events.recv() => self.take(event),
-                () = sleep_until(publish_at) => {
-                    publish_at = None;
+                () = sleep_until(self.publish_at) => {
                     self.publish();
                     Urgency::None
                 }
@@ -95,13 +114,11 @@ impl Feeder {
                 Urgency::None => {}
                 Urgency::Soon => {
                     let at = Instant::now() + DEBOUNCE;
-                    publish_at = Some(publish_at.map_or(at, |known| known.min(at)));
+                    self.publish_at = Some(self.publish_at.map_or(at, |known| known.min(at)));
                 }
-                Urgency::Now => {
-                    publish_at = None;
-                    self.publish();
-                }
+                Urgency::Now => self.publish(),
             }
+            self.report();
         }
         self.stop().await;
     }
@@ -125,7 +142,6 @@ impl Feeder {
             urgency = urgency.max(self.state.apply(event, now, wall));
         }
         self.reconcile();
-        self.report();
         urgency
     }
 
@@ -138,10 +154,14 @@ impl Feeder {
                 task.nudge.notify_one();
             }
         }
+        for (reserved, proxy) in self.reserved.iter_mut().zip(&self.state.proxies) {
+            if proxy.definition.is_some() {
+                reserved.clear();
+            }
+        }
         self.client.budget().grow(now);
         metrics::gauge!("ringfence_agent_blocking_queries").set(as_f64(self.client.budget().in_use() as u64));
         self.reconcile();
-        self.report();
         self.expiry_metrics(wall);
         urgency
     }
@@ -184,6 +204,7 @@ impl Feeder {
     }
 
     fn publish(&mut self) {
+        self.publish_at = None;
         let current = self.publisher.current();
         let services = build::services(&self.state, &current.services);
         if !build::same(&services, &current.services) {
@@ -191,11 +212,11 @@ impl Feeder {
             metrics::gauge!("ringfence_snapshot_generation").set(as_f64(generation));
             tracing::debug!(generation, "snapshot published");
         }
-        self.report();
     }
 
     fn report(&mut self) {
-        let next = report::status(&mut self.state, self.client.reachable(), SystemTime::now());
+        let published = self.publish_at.is_none();
+        let next = report::status(&mut self.state, published, self.client.reachable(), SystemTime::now());
         let rotations: u64 = next.services.iter().map(|service| service.rotations).sum();
         if rotations > self.rotations {
             metrics::counter!("ringfence_rotations_total").increment(rotations - self.rotations);

@@ -12,11 +12,11 @@ use crate::policy::DefaultPolicy;
 /// Problems of one proxy that are shown; the rest is counted.
 const PROBLEMS_MAX: usize = 6;
 
-/// The status now. Marks proxies that are complete for the first time.
-pub(crate) fn status(state: &mut State, agent_reachable: bool, wall: SystemTime) -> Status {
+/// The status now. Marks proxies that are complete for the first time, once all that is known is also published.
+pub(crate) fn status(state: &mut State, published: bool, agent_reachable: bool, wall: SystemTime) -> Status {
     let complete: Vec<bool> = state.proxies.iter().map(|proxy| is_complete(state, proxy)).collect();
     for (proxy, complete) in state.proxies.iter_mut().zip(complete) {
-        proxy.was_ready |= complete;
+        proxy.was_ready |= complete && published;
     }
     let services: Vec<ServiceStatus> = (0..state.proxies.len()).map(|index| service_status(state, index, wall)).collect();
     Status { ready: state.proxies.iter().all(|proxy| proxy.was_ready), agent_reachable, services }

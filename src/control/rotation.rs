@@ -149,7 +149,9 @@ impl Identities {
             )),
             Alarm::Near => {
                 let left = current.svid.not_after.duration_since(now).unwrap_or_default().as_secs();
-                Some(format!("the certificate ends in {left} s and has not been renewed; check the agent and its servers{refused}"))
+                Some(format!(
+                    "the certificate ends in {left} s and has not been renewed; check the agent and its servers{refused}"
+                ))
             }
             Alarm::None if refused.is_empty() => None,
             Alarm::None => Some(format!("the old certificate stays in use{refused}")),
@@ -236,11 +238,8 @@ impl Slot {
         if *current.bundle == **newest || current.svid.id.trust_domain() != &*newest.trust_domain {
             return false;
         }
-        let bundle = if seam::chains(&current.svid, newest) {
-            Arc::clone(newest)
-        } else {
-            Arc::new(union(&current.bundle, newest))
-        };
+        let bundle =
+            if seam::chains(&current.svid, newest) { Arc::clone(newest) } else { Arc::new(union(&current.bundle, newest)) };
         if bundle == current.bundle {
             return false;
         }

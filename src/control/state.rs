@@ -124,9 +124,7 @@ impl State {
                 Urgency::None
             }
             What::Recovered => {
-                if self.troubles.remove(&key).is_some() {
-                    tracing::info!(watch = %key, "the agent answers this watch again");
-                }
+                self.untroubled(&key);
                 Urgency::None
             }
             What::Gone(text) => {
@@ -139,16 +137,31 @@ impl State {
                 Urgency::None
             }
             What::Data(update) => {
-                self.troubles.remove(&key);
+                self.untroubled(&key);
                 self.learn(key, update, wall)
             }
         }
     }
 
+    /// One line a problem, not one a watch: an outage stops all of them at once.
     fn trouble(&mut self, key: Key, text: String) {
-        if self.troubles.get(&key) != Some(&text) {
-            tracing::warn!(watch = %key, problem = %text, "the last good state stays in force");
-            self.troubles.insert(key, text);
+        if self.troubles.get(&key) == Some(&text) {
+            return;
+        }
+        if self.troubles.values().any(|known| *known == text) {
+            tracing::debug!(watch = %key, problem = %text, "the same for this watch");
+        } else {
+            tracing::warn!(watch = %key, problem = %text, "what was learned before stays in force");
+        }
+        self.troubles.insert(key, text);
+    }
+
+    fn untroubled(&mut self, key: &Key) {
+        if self.troubles.remove(key).is_some() {
+            tracing::debug!(watch = %key, "the agent answers this watch again");
+            if self.troubles.is_empty() {
+                tracing::info!("every watch is answered again");
+            }
         }
     }
 

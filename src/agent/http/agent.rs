@@ -94,7 +94,9 @@ async fn services(Extract(shared): App, params: Params) -> Answer {
 }
 
 async fn checks(Extract(shared): App) -> Response {
-    json(&Value::Object(shared.read(|state| state.checks.iter().map(|(id, check)| (id.clone(), view::check(state, check))).collect())))
+    json(&Value::Object(
+        shared.read(|state| state.checks.iter().map(|(id, check)| (id.clone(), view::check(state, check))).collect()),
+    ))
 }
 
 /// Blocks on the content's hash, not on an index.
@@ -213,7 +215,7 @@ async fn health_by_name(Extract(shared): App, Path(name): Path<String>, params: 
     });
     // The worst instance names the status; 200 < 429 < 503.
     let worst = reports.iter().max_by_key(|(status, ..)| status.as_u16()).map(|(status, name, _)| (*status, name.clone()));
-    let (status, text) = worst.unwrap_or((StatusCode::NOT_FOUND, "critical".to_owned()));
+    let (status, text) = worst.unwrap_or_else(|| (StatusCode::NOT_FOUND, "critical".to_owned()));
     let list: Vec<Value> = reports.into_iter().map(|(_, _, report)| report).collect();
     answer(status, &text, &object!(list), &params)
 }

@@ -148,7 +148,9 @@ async fn health(shared: &Arc<Shared>, name: &str, params: &Params, by: By) -> An
 
 async fn health_checks(Extract(shared): App, Path(name): Path<String>, params: Params) -> Answer {
     blocking(&shared, &params, vec![Topic::Service(name.clone())], |state| {
-        Value::Array(state.checks.values().filter(|check| check.service_name == name).map(|check| view::check(state, check)).collect())
+        Value::Array(
+            state.checks.values().filter(|check| check.service_name == name).map(|check| view::check(state, check)).collect(),
+        )
     })
     .await
 }

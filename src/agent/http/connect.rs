@@ -74,7 +74,11 @@ async fn authorize(Extract(shared): App, body: Bytes) -> Answer {
     let id = SpiffeId::parse(lower.as_deref().unwrap_or(uri)).map_err(|_| not_connect())?;
     let Some(source) = id.service_name() else {
         let known = lower.is_none() || matches!(id.kind(), crate::identity::Kind::MeshGateway);
-        return Err(if known { Refusal::bad("Bad request: ClientCertURI not a valid Service identifier") } else { not_connect() });
+        return Err(if known {
+            Refusal::bad("Bad request: ClientCertURI not a valid Service identifier")
+        } else {
+            not_connect()
+        });
     };
     let verdict = shared.read(|state| {
         let all = intentions::flatten(state.entries.values());
@@ -106,7 +110,8 @@ async fn configure(Extract(shared): App, body: Bytes) -> Answer {
     if provider != "consul" {
         return Err(Refusal::internal(format!("could not initialize provider: unknown CA provider {provider:?}")));
     }
-    let setting = |key: &str| document.get("Config").and_then(|config| config.get(key)).and_then(Value::as_str).filter(|t| !t.is_empty());
+    let setting =
+        |key: &str| document.get("Config").and_then(|config| config.get(key)).and_then(Value::as_str).filter(|t| !t.is_empty());
     if setting("RootCert").is_some() {
         return Err(Refusal::internal("the embedded agent makes its own root certificates: leave RootCert out"));
     }

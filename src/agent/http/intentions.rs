@@ -80,9 +80,10 @@ async fn update(Extract(shared): App, Path(id): Path<String>, body: Bytes) -> An
     let (mut source, destination) = decode(&body)?.into_source().map_err(Refusal::internal)?;
     shared.change(|state| {
         let all = flatten(state);
-        let old = all.iter().find(|old| old.source.legacy_id == id).ok_or_else(|| {
-            Refusal::internal(format!("Cannot modify non-existent intention: '{id}'"))
-        })?;
+        let old = all
+            .iter()
+            .find(|old| old.source.legacy_id == id)
+            .ok_or_else(|| Refusal::internal(format!("Cannot modify non-existent intention: '{id}'")))?;
         if (old.source.name.as_str(), old.destination.as_str()) != (source.name.as_str(), destination.as_str()) {
             intentions::delete(state, &old.source.name, &old.destination).map_err(Refusal::from)?;
         }
@@ -96,9 +97,10 @@ async fn update(Extract(shared): App, Path(id): Path<String>, body: Bytes) -> An
 async fn remove(Extract(shared): App, Path(id): Path<String>) -> Answer {
     shared.change(|state| {
         let all = flatten(state);
-        let old = all.iter().find(|old| old.source.legacy_id == id).ok_or_else(|| {
-            Refusal::internal(format!("Cannot delete non-existent intention: '{id}'"))
-        })?;
+        let old = all
+            .iter()
+            .find(|old| old.source.legacy_id == id)
+            .ok_or_else(|| Refusal::internal(format!("Cannot delete non-existent intention: '{id}'")))?;
         intentions::delete(state, &old.source.name, &old.destination).map_err(Refusal::from)
     })?;
     Ok(json(&Value::Bool(true)))
@@ -156,7 +158,8 @@ async fn matching(Extract(shared): App, params: Params) -> Answer {
 
 async fn check(Extract(shared): App, params: Params) -> Answer {
     let (source, destination) = pair(&params)?;
-    let allowed = shared.read(|state| intentions::decide(&flatten(state), &source, &destination, state.settings.default_policy).allowed);
+    let allowed =
+        shared.read(|state| intentions::decide(&flatten(state), &source, &destination, state.settings.default_policy).allowed);
     Ok(json(&object!({"Allowed": allowed})))
 }
 
@@ -176,6 +179,7 @@ fn pair(params: &Params) -> Result<(String, String), Refusal> {
 fn decode(body: &[u8]) -> Result<Document, Refusal> {
     let failed = |text: String| Refusal::internal(format!("Failed to decode request body: {text}"));
     let document: Value = serde_json::from_slice(body).map_err(|error| failed(error.to_string()))?;
-    let document = schema::normalise(Shape::Struct(&schema::INTENTION), document, "", 0).map_err(|error| failed(go_words(&error)))?;
+    let document =
+        schema::normalise(Shape::Struct(&schema::INTENTION), document, "", 0).map_err(|error| failed(go_words(&error)))?;
     serde_json::from_value(document).map_err(|error| Refusal(StatusCode::BAD_REQUEST, error.to_string()))
 }

@@ -225,8 +225,7 @@ pub(in crate::agent) static SERVICE_RESOLVER: Struct = entry![
 ];
 
 /// `service-intentions`.
-pub(in crate::agent) static SERVICE_INTENTIONS: Struct =
-    entry![("Sources", List(&Object(&PERMISSION_SOURCE))), ("JWT", Opaque)];
+pub(in crate::agent) static SERVICE_INTENTIONS: Struct = entry![("Sources", List(&Object(&PERMISSION_SOURCE))), ("JWT", Opaque)];
 
 /// `mesh`. Its parts are passed on as they are: only proxies read them.
 pub(in crate::agent) static MESH: Struct = entry![

@@ -9,8 +9,8 @@ use crate::{ring, sys};
 
 /// Fewer descriptors than this are too few for a busy service: two a connection.
 const DESCRIPTORS_WANTED: u64 = 65_536;
-/// Locked memory that rings and registered buffers of one worker may need on kernels that charge it.
-const MEMLOCK_BYTES_A_WORKER: u64 = 8 << 20;
+/// Locked memory that one worker's ring may need on kernels that still charge it.
+const MEMLOCK_BYTES_A_WORKER: u64 = 1 << 20;
 
 pub(super) fn check(settings: &config::Sidecar, report: &mut Report) {
     io_uring(report);
@@ -50,7 +50,7 @@ fn limits(workers: usize, report: &mut Report) {
         Ok((soft, _)) if soft < wanted => report.warn(
             "locked memory",
             format!("{} KiB for {workers} workers", soft >> 10),
-            format!("LimitMEMLOCK={} in the unit; kernels before 5.12 charge rings to it", wanted),
+            format!("LimitMEMLOCK={wanted} in the unit; older kernels charge rings to it"),
         ),
         Ok((u64::MAX, _)) => report.ok("locked memory", "unlimited"),
         Ok((soft, _)) => report.ok("locked memory", format!("{} KiB", soft >> 10)),

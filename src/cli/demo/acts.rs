@@ -55,9 +55,7 @@ pub(super) async fn identities(scene: &Scene, story: &mut Story) -> anyhow::Resu
 /// Traffic allowed.
 pub(super) async fn traffic(scene: &mut Scene, story: &mut Story) -> anyhow::Result<()> {
     story.step("traffic", "A client of the worker asks the warehouse; neither of them knows about TLS");
-    let asked = Instant::now();
-    let mut client = first_answer(scene).await?;
-    let first = asked.elapsed();
+    let (mut client, first) = first_answer(scene).await?;
     for number in 0..10 {
         answer(client.ask(&format!("select {number}"))).await?;
     }
@@ -74,7 +72,7 @@ pub(super) async fn traffic(scene: &mut Scene, story: &mut Story) -> anyhow::Res
     story.tell(
         "allowed",
         &format!(
-            "11 answers, the first after {:.1} ms with both handshakes\nallowed by {}\n{source} spoke {version}, {}",
+            "11 answers, the first {:.1} ms after connecting, TLS handshake included\nallowed by {}\n{source} spoke {version}, {}",
             millis(first),
             field(&line, "by"),
             field(&line, "tls_suite"),
@@ -87,7 +85,7 @@ pub(super) async fn traffic(scene: &mut Scene, story: &mut Story) -> anyhow::Res
 /// An intention denied, the live connection cut.
 pub(super) async fn intention(scene: &mut Scene, story: &mut Story) -> anyhow::Result<()> {
     story.step("intention", "The intention is changed to deny while a connection is live");
-    let mut live = first_answer(scene).await?;
+    let (mut live, _) = first_answer(scene).await?;
     scene.destination_log.read()?;
     let changed = Instant::now();
     // The cut is awaited while the agent still answers the change: it may well come first.
@@ -286,17 +284,19 @@ fn told(line: &Value) -> String {
     )
 }
 
-/// Asks until there is an answer: what was changed a moment ago may not have arrived.
-async fn first_answer(scene: &Scene) -> anyhow::Result<Client> {
+/// Asks until there is an answer, because what was changed a moment ago may not have arrived. Gives the connection and how
+/// long it took from connecting to the answer.
+async fn first_answer(scene: &Scene) -> anyhow::Result<(Client, Duration)> {
     let deadline = Instant::now() + FIRST_ANSWER_TIMEOUT;
     loop {
+        let asked = Instant::now();
         let attempt = async {
             let mut client = Client::connect(scene.upstream).await?;
             client.ask("select 1").await?;
-            std::io::Result::Ok(client)
+            std::io::Result::Ok((client, asked.elapsed()))
         };
         let error = match tokio::time::timeout(ANSWER_TIMEOUT, attempt).await {
-            Ok(Ok(client)) => return Ok(client),
+            Ok(Ok(answered)) => return Ok(answered),
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("nothing within {ANSWER_TIMEOUT:?}"),
         };

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, watch};
 
 /// Blocking queries open at once.
 pub(crate) const BLOCKING_QUERIES_MAX: usize = 160;
@@ -18,8 +18,12 @@ pub(crate) const BLOCKING_QUERIES_MAX: usize = 160;
 pub(crate) const SHORT_REQUESTS_MAX: usize = 16;
 /// Idle connections kept for short requests.
 pub(crate) const IDLE_CONNECTIONS_MAX: usize = 8;
+/// Places that definitions leave for endpoints and chains, which are learned of only after them.
+const DEFINITION_HEADROOM: usize = 24;
 /// The limit never falls below this.
-const LIMIT_MIN: usize = 8;
+const LIMIT_MIN: usize = 4;
+/// Nor do short requests at once.
+const SHORT_MIN: usize = 2;
 /// At most one lowering in this time: an agent's restart resets every connection at once and must count once.
 const LOWER_INTERVAL: Duration = Duration::from_secs(2);
 /// How fast the limit grows back.
@@ -33,9 +37,13 @@ pub(crate) enum Class {
     Leaf = 0,
     /// Roots and intentions: changes must arrive within milliseconds.
     Policy = 1,
-    /// Answered from the agent's memory as well: polling is nearly as good.
+    /// Endpoints and chains, answered from the agent's memory as well: polling is nearly as good.
     Background = 2,
+    /// Registrations: the agent's own, changed seldom, one a service.
+    Definition = 3,
 }
+
+const CLASSES: [Class; 4] = [Class::Leaf, Class::Policy, Class::Background, Class::Definition];
 
 /// The accounts. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -46,9 +54,12 @@ pub(crate) struct Budget {
 #[derive(Debug)]
 struct Shared {
     limit: AtomicUsize,
-    wanted: [AtomicUsize; 3],
-    used: [AtomicUsize; 3],
-    yield_one: Notify,
+    short: Semaphore,
+    short_total: AtomicUsize,
+    wanted: [AtomicUsize; CLASSES.len()],
+    used: [AtomicUsize; CLASSES.len()],
+    /// Asks one holder of that class to make room.
+    yield_one: [Notify; CLASSES.len()],
     moved: watch::Sender<Moved>,
 }
 
@@ -77,9 +88,11 @@ impl Budget {
         Self {
             shared: Arc::new(Shared {
                 limit: AtomicUsize::new(limit),
+                short: Semaphore::new(SHORT_REQUESTS_MAX),
+                short_total: AtomicUsize::new(SHORT_REQUESTS_MAX),
                 wanted: Default::default(),
                 used: Default::default(),
-                yield_one: Notify::new(),
+                yield_one: Default::default(),
                 moved: watch::Sender::new(Moved::default()),
             }),
         }
@@ -94,23 +107,27 @@ impl Budget {
     /// A place for one blocking query, or `None`: poll. A refusal asks one lower query to make room.
     pub(crate) fn enter(&self, class: Class) -> Option<Place> {
         let shared = &self.shared;
-        let reserved: usize = (0..class as usize)
-            .map(|higher| load(&shared.wanted[higher]).saturating_sub(load(&shared.used[higher])))
-            .sum();
+        let reserved: usize =
+            (0..class as usize).map(|higher| load(&shared.wanted[higher]).saturating_sub(load(&shared.used[higher]))).sum();
+        let reserved = reserved + if class == Class::Definition { DEFINITION_HEADROOM } else { 0 };
         if shared.in_use() + reserved >= load(&shared.limit) {
-            if class < Class::Background && load(&shared.used[Class::Background as usize]) > 0 {
-                shared.yield_one.notify_one();
-            }
+            shared.ask_to_yield(class);
             return None;
         }
         shared.used[class as usize].fetch_add(1, Ordering::Relaxed);
         Some(Place { shared: Arc::clone(shared), class })
     }
 
-    /// Ends when the holder of a background place should give it up; never for the other classes.
+    /// Waits for the turn of a short request.
+    pub(crate) async fn short(&self) -> Option<SemaphorePermit<'_>> {
+        // Never closed; a closed one would only lose the bound.
+        self.shared.short.acquire().await.ok()
+    }
+
+    /// Ends when the holder of a place should give it up; never for leaves and policy.
     pub(crate) async fn asked_to_yield(&self, class: Class) {
         match class {
-            Class::Background => self.shared.yield_one.notified().await,
+            Class::Background | Class::Definition => self.shared.yield_one[class as usize].notified().await,
             Class::Leaf | Class::Policy => std::future::pending().await,
         }
     }
@@ -123,13 +140,19 @@ impl Budget {
         }
         moved.lowered = Some(now);
         self.shared.moved.send_replace(moved);
+        let total = load(&self.shared.short_total);
+        let fewer = self.shared.short.forget_permits((total / 2).min(total.saturating_sub(SHORT_MIN)));
+        self.shared.short_total.store(total - fewer, Ordering::Relaxed);
         let in_use = self.shared.in_use();
-        let limit = load(&self.shared.limit).min(in_use.max(LIMIT_MIN));
+        let before = load(&self.shared.limit);
+        let limit = before.min(in_use.max(LIMIT_MIN));
         let lowered = (limit - limit / 8).max(LIMIT_MIN);
         self.shared.limit.store(lowered, Ordering::Relaxed);
-        let background = load(&self.shared.used[Class::Background as usize]);
-        if in_use > lowered && background > 0 {
-            self.shared.yield_one.notify_one();
+        if in_use > lowered {
+            self.shared.ask_to_yield(Class::Policy);
+        }
+        if lowered == before {
+            return;
         }
         tracing::warn!(limit = lowered, "the agent refuses connections; fewer blocking queries, the rest is polled");
     }
@@ -139,8 +162,14 @@ impl Budget {
         let mut moved = *self.shared.moved.borrow();
         let limit = load(&self.shared.limit);
         let recent = |at: Option<Instant>| at.is_some_and(|last| now.duration_since(last) < GROW_INTERVAL);
-        if limit >= BLOCKING_QUERIES_MAX || recent(moved.lowered) || recent(moved.grown) {
+        let short = load(&self.shared.short_total);
+        let full = limit >= BLOCKING_QUERIES_MAX && short >= SHORT_REQUESTS_MAX;
+        if full || recent(moved.lowered) || recent(moved.grown) {
             return;
+        }
+        if short < SHORT_REQUESTS_MAX {
+            self.shared.short.add_permits(1);
+            self.shared.short_total.store(short + 1, Ordering::Relaxed);
         }
         moved.grown = Some(now);
         self.shared.moved.send_replace(moved);
@@ -156,6 +185,14 @@ impl Budget {
 impl Shared {
     fn in_use(&self) -> usize {
         self.used.iter().map(load).sum()
+    }
+
+    /// Asks one holder of the lowest class in use below `class`.
+    fn ask_to_yield(&self, class: Class) {
+        let lowest = CLASSES.iter().rev().find(|lower| load(&self.used[**lower as usize]) > 0);
+        if let Some(lower) = lowest.filter(|lower| **lower > class && **lower >= Class::Background) {
+            self.yield_one[*lower as usize].notify_one();
+        }
     }
 }
 
@@ -204,6 +241,9 @@ mod tests {
     async fn a_higher_class_makes_a_background_query_yield() {
         let budget = Budget::new(2);
         let _held = (budget.enter(Class::Background).expect("room"), budget.enter(Class::Background).expect("room"));
+        assert!(budget.enter(Class::Definition).is_none());
+        let asked = tokio::time::timeout(Duration::from_millis(20), budget.asked_to_yield(Class::Background)).await;
+        assert!(asked.is_err(), "a lower class asks nobody");
         let _wanted = budget.announce(Class::Leaf);
         assert!(budget.enter(Class::Leaf).is_none());
         tokio::time::timeout(Duration::from_secs(1), budget.asked_to_yield(Class::Background)).await.expect("asked");
@@ -235,5 +275,10 @@ mod tests {
             budget.congested(start + Duration::from_secs(1_000) + LOWER_INTERVAL * step);
         }
         assert_eq!(load(&budget.shared.limit), LIMIT_MIN);
+        assert_eq!(budget.shared.short.available_permits(), SHORT_MIN);
+        for step in 0..100 {
+            budget.grow(start + Duration::from_secs(10_000) + GROW_INTERVAL * step);
+        }
+        assert_eq!(budget.shared.short.available_permits(), SHORT_REQUESTS_MAX);
     }
 }

@@ -15,10 +15,9 @@ use hyper::{Method, StatusCode};
 use hyper_util::client::legacy;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
-use super::budget::{BLOCKING_QUERIES_MAX, Budget, IDLE_CONNECTIONS_MAX, SHORT_REQUESTS_MAX};
+use super::budget::{BLOCKING_QUERIES_MAX, Budget, IDLE_CONNECTIONS_MAX};
 use super::connector::Connector;
 use super::error::{AgentError, Endpoint};
 use super::token::{Secret, Token};
@@ -95,7 +94,6 @@ struct Shared {
     datacenter: Option<String>,
     token: Arc<Token>,
     budget: Budget,
-    short: Semaphore,
     reachable: AtomicBool,
 }
 
@@ -141,6 +139,7 @@ impl Client {
             .pool_idle_timeout(IDLE_TIMEOUT)
             .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
             .build(connector.clone());
+        metrics::gauge!("ringfence_agent_connected").set(0.0);
         let set = |value: &Option<String>| value.clone().filter(|text| !text.is_empty());
         Ok(Self {
             shared: Arc::new(Shared {
@@ -154,7 +153,6 @@ impl Client {
                 datacenter: set(&settings.datacenter),
                 token,
                 budget: Budget::new(BLOCKING_QUERIES_MAX),
-                short: Semaphore::new(SHORT_REQUESTS_MAX),
                 reachable: AtomicBool::new(false),
             }),
         })
@@ -178,10 +176,9 @@ impl Client {
         self.shared.connector.reload()
     }
 
-    /// A call that answers at once. At most [`SHORT_REQUESTS_MAX`] are under way.
+    /// A call that answers at once. At most `SHORT_REQUESTS_MAX` are under way.
     pub(crate) async fn call(&self, request: &Request) -> Result<Response, AgentError> {
-        // The semaphore is never closed; a closed one would only lose the bound.
-        let _turn = self.shared.short.acquire().await;
+        let _turn = self.shared.budget.short().await;
         self.send(request, SHORT_TIMEOUT).await
     }
 
@@ -202,15 +199,20 @@ impl Client {
             Ok(result) => result,
             Err(_) => Err(AgentError::Timeout { endpoint: request.endpoint, after: timeout }),
         };
-        self.account(request, &result);
+        self.account(request, token.as_ref(), &result);
         result
     }
 
-    fn account(&self, request: &Request, result: &Result<Response, AgentError>) {
+    fn account(&self, request: &Request, token: Option<&Secret>, result: &Result<Response, AgentError>) {
         let outcome = result.as_ref().map_or_else(AgentError::outcome, |_| "ok");
         metrics::counter!("ringfence_agent_requests_total", "endpoint" => request.endpoint.name(), "outcome" => outcome)
             .increment(1);
-        let reachable = result.as_ref().map_or_else(AgentError::answered, |_| true);
+        let reachable = match result {
+            Ok(_) => true,
+            // Whoever refuses a connection is there.
+            Err(error) if error.congestion() => self.reachable(),
+            Err(error) => error.answered(),
+        };
         if self.shared.reachable.swap(reachable, Ordering::Relaxed) != reachable {
             metrics::gauge!("ringfence_agent_connected").set(if reachable { 1.0 } else { 0.0 });
             match result {
@@ -219,9 +221,13 @@ impl Client {
             }
         }
         match result {
+            // These answer only whom they know.
+            Ok(_) if matches!(request.endpoint, Endpoint::Definition | Endpoint::Match | Endpoint::Chain) => {
+                self.shared.token.accepted();
+            }
             Ok(_) => {}
             Err(error) if error.congestion() => self.shared.budget.congested(Instant::now()),
-            Err(AgentError::TokenUnknown { .. }) if matches!(request.auth, Auth::Current) => self.shared.token.suspect(),
+            Err(AgentError::TokenUnknown { .. }) if matches!(request.auth, Auth::Current) => self.shared.token.suspect(token),
             Err(_) => {}
         }
     }
@@ -312,8 +318,10 @@ impl Response {
     /// The body as JSON. `null` and anything unexpected is an error, never a default.
     pub(crate) fn json<T: serde::de::DeserializeOwned>(&self, endpoint: Endpoint) -> Result<T, AgentError> {
         // serde's messages quote at most a short piece of a value, and never one of a string that was expected to be one.
-        serde_json::from_slice(&self.body)
-            .map_err(|error| AgentError::Malformed { endpoint, detail: format!("line {} column {}: {:?}", error.line(), error.column(), error.classify()) })
+        serde_json::from_slice(&self.body).map_err(|error| AgentError::Malformed {
+            endpoint,
+            detail: format!("line {} column {}: {:?}", error.line(), error.column(), error.classify()),
+        })
     }
 }
 

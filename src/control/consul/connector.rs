@@ -27,12 +27,8 @@ use crate::control::ControlError;
 /// Bound on name resolution, TCP and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Where distributions keep the system's roots; the first that exists is used, as Go does.
-const SYSTEM_ROOTS: [&str; 4] = [
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/ca-bundle.pem",
-    "/etc/ssl/cert.pem",
-];
+const SYSTEM_ROOTS: [&str; 4] =
+    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem"];
 
 /// The byte stream under HTTP.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -141,9 +137,9 @@ fn client_config(tls: &AgentTls) -> Result<ClientConfig, ControlError> {
             let bytes = zeroize::Zeroizing::new(read(key)?);
             let key_der = PrivateKeyDer::from_pem_slice(&bytes)
                 .map_err(|_| ControlError::Config(format!("-client-key {}: no PEM private key in it", key.display())))?;
-            builder.with_client_auth_cert(chain, key_der).map_err(|error| {
-                ControlError::Config(format!("-client-cert {} with its key: {error}", cert.display()))
-            })
+            builder
+                .with_client_auth_cert(chain, key_der)
+                .map_err(|error| ControlError::Config(format!("-client-cert {} with its key: {error}", cert.display())))
         }
         _ => Err(ControlError::Config("-client-cert and -client-key must be given together".into())),
     }
@@ -152,8 +148,8 @@ fn client_config(tls: &AgentTls) -> Result<ClientConfig, ControlError> {
 fn roots(tls: &AgentTls) -> Result<rustls::RootCertStore, ControlError> {
     let mut files: Vec<PathBuf> = tls.ca_file.iter().cloned().collect();
     if let Some(folder) = &tls.ca_path {
-        let entries = std::fs::read_dir(folder)
-            .map_err(|error| ControlError::Config(format!("-ca-path {}: {error}", folder.display())))?;
+        let entries =
+            std::fs::read_dir(folder).map_err(|error| ControlError::Config(format!("-ca-path {}: {error}", folder.display())))?;
         files.extend(entries.filter_map(|entry| entry.ok().map(|entry| entry.path())).filter(|path| path.is_file()));
     }
     if tls.ca_file.is_none() && tls.ca_path.is_none() {
@@ -215,5 +211,85 @@ impl ServerCertVerifier for BelieveAnybody {
 
     fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
         self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use crate::config::{Consul, TokenSource};
+    use crate::control::consul::client::{Client, Request};
+    use crate::control::consul::error::{AgentError, Endpoint};
+    use crate::control::consul::token::Token;
+
+    fn client(address: AgentAddress, tls: AgentTls) -> Result<Client, ControlError> {
+        let basic_auth = Some(zeroize::Zeroizing::new("user:pass".to_owned()));
+        Client::new(&Consul { address, tls, basic_auth, ..Consul::default() }, Token::new(&TokenSource::None))
+    }
+
+    /// Reads one request and answers it with `ok`; returns what was asked.
+    async fn answer_once(mut stream: impl Stream) -> String {
+        let mut request = vec![0; 4_096];
+        let length = stream.read(&mut request).await.expect("a request");
+        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nX-Consul-Index: 7\r\n\r\ntrue").await.expect("answered");
+        stream.shutdown().await.expect("ended");
+        String::from_utf8_lossy(&request[..length]).into_owned()
+    }
+
+    #[tokio::test]
+    async fn a_unix_socket_works_and_basic_authentication_is_sent() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("agent.sock");
+        let listener = tokio::net::UnixListener::bind(&path).expect("bound");
+        let server = tokio::spawn(async move { answer_once(listener.accept().await.expect("accepted").0).await });
+        let client = client(AgentAddress::Unix(path), AgentTls::default()).expect("a client");
+        let response = client.call(&Request::get(Endpoint::Roots, &["a b", "é/"]).with("x", "1&2")).await.expect("an answer");
+        assert_eq!(response.index, Some(7));
+        let asked = server.await.expect("served");
+        assert!(asked.starts_with("GET /v1/a%20b/%C3%A9%2F?x=1%262 HTTP/1.1\r\n"), "{asked}");
+        assert!(asked.contains("authorization: Basic dXNlcjpwYXNz"), "{asked}");
+    }
+
+    #[tokio::test]
+    async fn https_believes_only_the_given_ca_and_name() {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let certificate = rcgen::CertificateParams::new(vec!["server.dc1.consul".to_owned()])
+            .and_then(|params| params.self_signed(&key))
+            .expect("a certificate");
+        let folder = tempfile::tempdir().expect("folder");
+        let ca_file = folder.path().join("ca.pem");
+        std::fs::write(&ca_file, certificate.pem()).expect("written");
+        let server_key = PrivateKeyDer::try_from(key.serialize_der()).expect("a key");
+        let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .and_then(|builder| builder.with_no_client_auth().with_single_cert(vec![certificate.der().clone()], server_key))
+            .expect("a server");
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let port = listener.local_addr().expect("an address").port();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let server = tokio::spawn(async move {
+            loop {
+                let (tcp, _) = listener.accept().await.expect("accepted");
+                if let Ok(stream) = acceptor.accept(tcp).await {
+                    answer_once(stream).await;
+                }
+            }
+        });
+        let address = AgentAddress::Http { host: "127.0.0.1".into(), port, tls: true, prefix: "/consul".into() };
+        let right =
+            AgentTls { ca_file: Some(ca_file.clone()), server_name: Some("server.dc1.consul".into()), ..AgentTls::default() };
+        let request = Request::get(Endpoint::Roots, &["x"]);
+        let made = client(address.clone(), right.clone()).expect("a client");
+        assert_eq!(made.call(&request).await.expect("an answer").index, Some(7));
+        let wrong_name = AgentTls { server_name: None, ..right.clone() };
+        let error = client(address.clone(), wrong_name).expect("a client").call(&request).await.expect_err("refused");
+        assert!(matches!(&error, AgentError::Unreachable { detail, .. } if detail.contains("certificate")), "{error}");
+        let careless = AgentTls { ca_file: None, skip_verify: true, ..AgentTls::default() };
+        assert!(client(address.clone(), careless).expect("a client").call(&request).await.is_ok());
+        let half = AgentTls { client_cert: Some(ca_file), ..right };
+        assert!(client(address, half).expect_err("refused").to_string().contains("together"));
+        server.abort();
     }
 }

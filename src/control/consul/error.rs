@@ -151,8 +151,7 @@ impl AgentError {
 /// The agent's text on one line, bounded, without control characters.
 pub(crate) fn printable(body: &[u8]) -> String {
     let text = String::from_utf8_lossy(&body[..body.len().min(TEXT_CHARS_MAX * 4)]);
-    let clean: String =
-        text.trim().chars().take(TEXT_CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let clean: String = text.trim().chars().take(TEXT_CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect();
     if clean.is_empty() { "no further text".to_owned() } else { clean }
 }
 
@@ -172,10 +171,7 @@ mod tests {
         assert!(matches!(of(500, "No known Consul servers"), AgentError::Server { status: 500, .. }));
         assert!(matches!(of(400, "Bad request"), AgentError::Rejected { status: 400, .. }));
         assert!(
-            matches!(
-                AgentError::from_status(Endpoint::Login, 403, b"ACL not found"),
-                AgentError::Forbidden { .. }
-            ),
+            matches!(AgentError::from_status(Endpoint::Login, 403, b"ACL not found"), AgentError::Forbidden { .. }),
             "an unknown auth method is no unknown token"
         );
     }

@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 
 use super::client::{Auth, Client, Request};
 use super::error::{AgentError, Endpoint};
-use super::token::{SUSPECT_INTERVAL, Secret, read_text};
+use super::token::{Secret, read_text};
 use super::watch::Context;
 use super::wire;
 use crate::config::Login;
@@ -22,6 +22,8 @@ const LOGOUT_DELAY: Duration = Duration::from_secs(2);
 const RENEW_MIN: Duration = Duration::from_secs(5);
 /// Waits between failed logins.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+/// Waits before a login because the agent does not know the token: it may only lag behind, and each login makes a token.
+const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
 #[derive(Serialize)]
 struct Body<'a> {
@@ -45,6 +47,7 @@ struct Answer {
 /// Logs in and keeps logging in. Never ends.
 pub(super) async fn keep(settings: &Login, client: &Client, cx: &Context) {
     let mut backoff = Backoff::new(RETRY.0, RETRY.1);
+    let mut again = Backoff::new(AGAIN.0, AGAIN.1);
     loop {
         match log_in(settings, client).await {
             Ok((secret, expires)) => {
@@ -60,8 +63,8 @@ pub(super) async fn keep(settings: &Login, client: &Client, cx: &Context) {
                 }
                 let renew = expires.map(|at| renew_after(SystemTime::now(), at));
                 tokio::select! {
-                    () = sleep_or_never(renew) => {}
-                    () = client.token().wanted() => tokio::time::sleep(SUSPECT_INTERVAL).await,
+                    () = sleep_or_never(renew) => again.reset(),
+                    () = client.token().wanted() => tokio::time::sleep(again.wait()).await,
                 }
             }
             Err(text) => {
@@ -100,7 +103,8 @@ async fn log_in(settings: &Login, client: &Client) -> Result<(Secret, Option<Sys
     request.auth = Auth::Anonymous;
     let explain = |error: AgentError| format!("login with auth method `{}` failed: {error}", settings.method);
     let answer: Answer = client.call(&request).await.and_then(|response| response.json(Endpoint::Login)).map_err(explain)?;
-    let secret = Secret::new(answer.secret_id.0).map_err(|why| format!("the agent answered the login with a token, but {why}"))?;
+    let secret =
+        Secret::new(answer.secret_id.0).map_err(|why| format!("the agent answered the login with a token, but {why}"))?;
     Ok((secret, answer.expiration_time.as_deref().and_then(wire::rfc3339)))
 }
 

@@ -23,7 +23,7 @@ const FILE_INTERVAL: Duration = Duration::from_secs(2);
 /// Longest token file believed.
 const FILE_BYTES_MAX: u64 = 64 << 10;
 /// A suspected token leads to at most one new read in this time.
-pub(super) const SUSPECT_INTERVAL: Duration = Duration::from_secs(1);
+const SUSPECT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A token that prints as nothing.
 #[derive(Clone)]
@@ -87,10 +87,19 @@ impl Token {
         self.state.subscribe()
     }
 
-    /// The agent does not know it: read or log in again.
-    pub(crate) fn suspect(&self) {
+    /// The agent does not know `used`: read or log in again, unless it has been replaced meanwhile.
+    pub(crate) fn suspect(&self, used: Option<&Secret>) {
+        let current = self.now();
+        if current.as_ref().map(Secret::text) != used.map(Secret::text) {
+            return;
+        }
         self.suspected.store(true, Ordering::Relaxed);
         self.wanted.notify_one();
+    }
+
+    /// The agent accepted it where rights are needed.
+    pub(crate) fn accepted(&self) {
+        self.suspected.store(false, Ordering::Relaxed);
     }
 
     /// Whether the agent refused the token in use.
@@ -110,7 +119,7 @@ impl Token {
     /// Puts `secret` in force and tells every watch. True when it differs from the one before.
     pub(super) fn replace(&self, secret: Secret) -> bool {
         let changed = self.state.send_if_modified(|state| match state {
-            State::Ready(Some(old)) if *old.0.text == *secret.0.text => false,
+            State::Ready(Some(old)) if old.text() == secret.text() => false,
             _ => {
                 *state = State::Ready(Some(secret));
                 true
@@ -134,13 +143,12 @@ impl Secret {
         Ok(Self(Arc::new(Inner { text, header })))
     }
 
-    pub(super) fn header(&self) -> HeaderValue {
-        self.0.header.clone()
+    fn text(&self) -> &str {
+        &self.0.text
     }
 
-    #[cfg(test)]
-    pub(crate) fn reveal(&self) -> &str {
-        &self.0.text
+    pub(super) fn header(&self) -> HeaderValue {
+        self.0.header.clone()
     }
 }
 
@@ -185,7 +193,7 @@ async fn keep_file(path: &Path, token: &Token, cx: &Context) {
             () = tokio::time::sleep(FILE_INTERVAL) => {}
             () = token.wanted() => {
                 seen = None;
-                tokio::time::sleep(SUSPECT_INTERVAL.min(Duration::from_millis(100))).await;
+                tokio::time::sleep(SUSPECT_INTERVAL).await;
             }
         }
     }
@@ -235,12 +243,17 @@ mod tests {
         let token = Token::new(&TokenSource::Static(Zeroizing::new("one".to_owned())));
         let mut news = token.subscribe();
         let secret = |text: &str| Secret::new(Zeroizing::new(text.to_owned())).expect("valid");
-        token.suspect();
+        token.suspect(Some(&secret("before")));
+        assert!(!token.is_suspect(), "an answer to the token before says nothing of this one");
+        token.suspect(Some(&secret("one")));
         assert!(!token.replace(secret("one")));
         assert!(token.is_suspect(), "the same token is as bad as before");
         assert!(token.replace(secret("two")) && !token.is_suspect());
+        token.suspect(Some(&secret("two")));
+        token.accepted();
+        assert!(!token.is_suspect());
         assert!(news.has_changed().expect("open"));
-        assert_eq!(token.now().expect("set").reveal(), "two");
+        assert_eq!(token.now().expect("set").text(), "two");
         news.mark_unchanged();
     }
 
@@ -255,6 +268,6 @@ mod tests {
             assert!(error.contains(why), "{error}");
         }
         std::fs::write(&path, b"  s3cret\n").expect("written");
-        assert_eq!(read_secret(&path, "token file").await.expect("read").reveal(), "s3cret");
+        assert_eq!(read_secret(&path, "token file").await.expect("read").text(), "s3cret");
     }
 }

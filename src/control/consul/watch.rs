@@ -28,8 +28,9 @@ use crate::control::backoff::{Backoff, Pace, jittered};
 use crate::policy::{DefaultPolicy, Intention};
 use crate::tls::TlsParams;
 
-/// How long a blocking query waits. Consul's default; its bound is 10 minutes.
-const WAIT: Duration = Duration::from_secs(300);
+/// How long a blocking query waits. Shorter than Consul's default of 5 minutes, because the agent counts the connection of
+/// a query that was given up until its wait is over (seen with 1.8.7: resets at 160 connections after 40 were given up).
+const WAIT: Duration = Duration::from_secs(60);
 /// Between two reads of a watch that has no place to block in.
 const POLL_INTERVAL: Duration = Duration::from_secs(2);
 /// Events that may wait for the feeder; a full queue slows the watches down.
@@ -164,9 +165,12 @@ pub(crate) async fn follow(
 
 /// What one turn of the loop brought.
 pub(crate) enum Turn {
-    Answer { response: Response, changed: bool },
+    Answer {
+        response: Response,
+        changed: bool,
+    },
     Failed(AgentError),
-    /// A nudge, a new token or a request to make room: turn again.
+    /// A nudge, a replaced token or a request to make room: turn again.
     Interrupted,
 }
 
@@ -202,7 +206,8 @@ impl<'a> Follower<'a> {
         }
     }
 
-    /// One request, blocking where there is a place, given up for a nudge or a new token.
+    /// One request, blocking where there is a place. It is given up only for a nudge or for a more urgent watch: a query
+    /// with a replaced token may end by itself.
     pub(crate) async fn turn(&mut self) -> Turn {
         let budget = self.cx.client.budget();
         let block_on = if self.failing { None } else { self.cursor.block_on() };
@@ -221,14 +226,18 @@ impl<'a> Follower<'a> {
         let result = tokio::select! {
             result = answer => result,
             () = self.cx.nudge.notified() => { self.cursor.restart(); return Turn::Interrupted }
-            // An agent on 1.8 caches by token, and an old token may be logged out any moment.
-            Ok(()) = self.token.changed() => { self.cursor.restart(); return Turn::Interrupted }
             () = budget.asked_to_yield(self.spec.class), if place.is_some() => { return Turn::Interrupted }
         };
         match result {
             Ok(response) => {
                 let changed = self.cursor.observe(&response);
                 Turn::Answer { response, changed }
+            }
+            // The token was replaced while the query was blocked: only the old one is unknown.
+            Err(AgentError::TokenUnknown { .. }) if self.token.has_changed().unwrap_or(false) => {
+                self.token.mark_unchanged();
+                self.cursor.restart();
+                Turn::Interrupted
             }
             Err(error) => Turn::Failed(error),
         }

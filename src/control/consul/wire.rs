@@ -322,7 +322,7 @@ pub(crate) struct Check {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct QueryAnswer {
-    #[serde(default, deserialize_with = "nullable")]
+    #[serde(deserialize_with = "nullable")]
     pub(crate) nodes: Vec<Instance>,
 }
 

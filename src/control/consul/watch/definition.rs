@@ -11,7 +11,7 @@ use crate::control::consul::cursor::Style;
 use crate::control::consul::error::{AgentError, Endpoint};
 use crate::control::consul::wire;
 
-const SPEC: Spec = Spec { class: Class::Background, style: Style::Hash, cached: false };
+const SPEC: Spec = Spec { class: Class::Definition, style: Style::Hash, cached: false };
 
 /// Finds the registration, follows it, and finds it again after it went away.
 pub(super) async fn watch(cx: &Context, proxy: &Proxy) {

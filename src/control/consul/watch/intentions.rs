@@ -20,8 +20,10 @@ const LEGACY_WAIT: Duration = Duration::from_secs(60);
 const PROBE: &str = "spiffe://11111111-2222-3333-4444-555555555555.consul/ns/default/dc/probe/svc/ringfence-default-policy-probe";
 
 pub(super) async fn watch(cx: &Context, name: &Name) {
-    let request =
-        name.scope(Request::get(Endpoint::Match, &["connect", "intentions", "match"])).with("by", "destination").with("name", &name.service);
+    let request = name
+        .scope(Request::get(Endpoint::Match, &["connect", "intentions", "match"]))
+        .with("by", "destination")
+        .with("name", &name.service);
     let mut follower = Follower::new(cx, SPEC, &request);
     let mut default = DefaultPolicy::Unknown;
     loop {
@@ -63,8 +65,8 @@ async fn follow_unindexed(
     follower: &mut Follower<'_>,
     default: &mut DefaultPolicy,
 ) -> Result<(), AgentError> {
-    let list = name.scope(Request::get(Endpoint::IntentionIndex, &["connect", "intentions"])).with("filter", "DestinationName==nosuch");
-    let mut token = cx.client.token().subscribe();
+    let list =
+        name.scope(Request::get(Endpoint::IntentionIndex, &["connect", "intentions"])).with("filter", "DestinationName==nosuch");
     loop {
         let index = cx.client.call(&list).await?.index.unwrap_or(0).max(1);
         let current = cx.client.call(request).await?;
@@ -77,7 +79,6 @@ async fn follow_unindexed(
         let answer = tokio::select! {
             answer = cx.client.wait(&blocked, LEGACY_WAIT) => answer?,
             () = cx.nudge.notified() => continue,
-            Ok(()) = token.changed() => continue,
         };
         take(cx, name, &answer, follower, default).await?;
     }
@@ -147,7 +148,10 @@ fn decode(response: &Response, name: &Name) -> Result<Vec<Intention>, AgentError
         None if answer.len() == 1 => answer.into_values().next().flatten(),
         None => return Err(malformed("it does not answer for the service asked about")),
     };
-    list.unwrap_or_default().into_iter().map(|wire| intention(wire).ok_or_else(|| malformed("an intention without a source"))).collect()
+    list.unwrap_or_default()
+        .into_iter()
+        .map(|wire| intention(wire).ok_or_else(|| malformed("an intention without a source")))
+        .collect()
 }
 
 /// Anything that cannot be judged at L4, or is not understood, keeps the source out.
@@ -192,10 +196,7 @@ mod tests {
     fn the_capture_keeps_its_order() {
         let list = of(&crate::control::fixture("intentions-match-destination").to_string()).expect("parses");
         let seen: Vec<_> = list.iter().map(|i| (i.source.as_str(), i.action, i.precedence)).collect();
-        assert_eq!(
-            seen,
-            [("airflow-reports", Action::Deny, 9), ("airflow-worker", Action::Allow, 9), ("*", Action::Deny, 8)]
-        );
+        assert_eq!(seen, [("airflow-reports", Action::Deny, 9), ("airflow-worker", Action::Allow, 9), ("*", Action::Deny, 8)]);
     }
 
     #[test]
@@ -209,15 +210,13 @@ mod tests {
 
     #[test]
     fn what_cannot_be_judged_keeps_out() {
-        let actions: Vec<_> = of(
-            r#"{"warehouse":[
+        let actions: Vec<_> = of(r#"{"warehouse":[
                 {"SourceName":"l7","Permissions":[{"Action":"allow","HTTP":{"PathPrefix":"/"}}],"Precedence":9},
                 {"SourceName":"jwt","Action":"allow","JWT":{"Providers":[{"Name":"okta"}]},"Precedence":9},
                 {"SourceName":"nojwt","Action":"allow","JWT":null,"Precedence":9},
                 {"SourceName":"new","Action":"audit","Precedence":9},
                 {"SourceName":"group","Action":"allow","SourceSamenessGroup":"g","Precedence":9},
-                {"SourceName":"groupdeny","Action":"deny","SourceSamenessGroup":"g","Precedence":9}]}"#,
-        )
+                {"SourceName":"groupdeny","Action":"deny","SourceSamenessGroup":"g","Precedence":9}]}"#)
         .expect("parses")
         .into_iter()
         .map(|i| (i.action, i.source_peer))

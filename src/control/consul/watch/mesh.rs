@@ -45,7 +45,10 @@ pub(super) async fn watch(cx: &Context) {
                 tokio::time::sleep(jittered(ABSENT_INTERVAL)).await;
             }
             Turn::Failed(
-                AgentError::Forbidden { .. } | AgentError::TokenUnknown { .. } | AgentError::Rejected { .. } | AgentError::Server { .. },
+                AgentError::Forbidden { .. }
+                | AgentError::TokenUnknown { .. }
+                | AgentError::Rejected { .. }
+                | AgentError::Server { .. },
             ) => {
                 if !known {
                     cx.data(Update::Mesh(DEFAULT)).await;
@@ -60,6 +63,10 @@ pub(super) async fn watch(cx: &Context) {
 }
 
 fn decode(response: &Response) -> Result<Update, AgentError> {
+    // Every field has a default, so any object is believed; what is no object is no config entry.
+    if response.body.trim_ascii_start().first() != Some(&b'{') {
+        return Err(AgentError::Malformed { endpoint: Endpoint::Mesh, detail: "it is no object".to_owned() });
+    }
     let mesh: wire::Mesh = response.json(Endpoint::Mesh)?;
     params(&mesh.tls).map(Update::Mesh).map_err(|detail| AgentError::Malformed { endpoint: Endpoint::Mesh, detail })
 }
@@ -114,6 +121,7 @@ mod tests {
         );
         assert!(of(r#"{"TLS":{"Incoming":{"TLSMaxVersion":"TLSv1_1"}}}"#).is_err());
         assert!(of(r#"{"TLS":{"Incoming":{"TLSMaxVersion":"SSLv3"}}}"#).is_err());
+        assert!(decode(&Response::with_body(b"[]")).is_err() && decode(&Response::with_body(b"")).is_err());
         assert_eq!(
             serde_json::from_value::<wire::Mesh>(crate::control::fixture("config-mesh")).map(|mesh| params(&mesh.tls)).ok(),
             Some(Ok(DEFAULT))

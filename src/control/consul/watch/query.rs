@@ -12,8 +12,7 @@ use crate::control::consul::wire;
 const INTERVAL: Duration = Duration::from_secs(30);
 
 pub(super) async fn watch(cx: &Context, name: &str, datacenter: &str) {
-    let request =
-        Request::get(Endpoint::Query, &["query", name, "execute"]).with("connect", "true").with("dc", datacenter);
+    let request = Request::get(Endpoint::Query, &["query", name, "execute"]).with("connect", "true").with("dc", datacenter);
     let mut backoff = Backoff::new(Duration::from_millis(200), INTERVAL);
     let mut last = None;
     let mut token = cx.client.token().subscribe();
