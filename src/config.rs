@@ -131,7 +131,7 @@ pub struct DataPlane {
     pub handshakes_max: u32,
     /// See [`WORKER_BUFFER_BYTES_MAX`].
     pub buffer_bytes_max: usize,
-    /// Pin each worker to a core.
+    /// Pin each worker to a core, when there is one for each core.
     pub pin: bool,
 }
 

@@ -97,7 +97,7 @@ pub struct Workers {
     wakes: Vec<EventFd>,
 }
 
-/// Starts one thread a worker, `worker-N`, pinned to the cores this process may use.
+/// Starts one thread a worker, `worker-N`; with a worker for each core that this process may use, each is pinned to its own.
 pub fn spawn(plane: &DataPlane, readers: Vec<Reader<Snapshot>>, senders: Vec<Sender>) -> Result<Workers, ProxyError> {
     if readers.len() != plane.workers || senders.len() != plane.workers {
         return Err(ProxyError::Mismatch { workers: plane.workers, readers: readers.len(), senders: senders.len() });
@@ -112,7 +112,8 @@ pub fn spawn(plane: &DataPlane, readers: Vec<Reader<Snapshot>>, senders: Vec<Sen
         workers.wakes.push(wake.try_clone().map_err(start("eventfd"))?);
         let mut pool = Pool::new(plane.buffer_bytes_max).map_err(start("mapping buffers"))?;
         let ring = Uring::new(&mut pool, StreamOptions { keepalive: plane.keepalive }, wake)?;
-        let core = plane.pin.then(|| cores.get(index % cores.len().max(1)).copied()).flatten();
+        // Fewer workers than cores leave the choice to the scheduler: several such processes would else meet on core 0.
+        let core = (plane.pin && plane.workers >= cores.len()).then(|| cores.get(index % cores.len().max(1)).copied()).flatten();
         let parts = worker::Parts {
             index,
             ring,
