@@ -1,4 +1,51 @@
 //! ringfence: an L4 mutual-TLS sidecar for Consul Connect on io_uring.
+//!
+//! This page is the map: rooms, arrows, threads, and what holds everywhere. `tests/architecture.rs` enforces the arrows.
+//!
+//! # Threads
+//!
+//! | thread | does | never does |
+//! | --- | --- | --- |
+//! | `worker-N`, one a core, pinned | owns one ring, its `SO_REUSEPORT` listeners, its connections from accept to close | locks, waits for another thread, allocates in steady state, formats a log line |
+//! | `rotation`, tokio | talks to Consul, validates, publishes snapshots | touches a connection |
+//! | `admin`, tokio | admin port, metrics, connection log | delays a worker or a rotation |
+//!
+//! The planes meet in two places: [`store`] (rotation publishes immutable snapshots, workers read them) and [`telemetry`]
+//! (workers write cells and single-producer rings, admin reads them). Limits over all workers are the one shared counter
+//! besides: it is touched at accept and close, never for a byte.
+//!
+//! # Rooms, from the top
+//!
+//! - [`cli`]: one file a command. [`app`]: boot order, threads, signals; the only room that sees all others.
+//! - [`proxy`]: the data plane. [`control`]: the rotation thread. [`admin`]: HTTP endpoints. [`agent`]: the embedded
+//!   Consul-compatible agent, for development and tests.
+//! - [`store`]: the lock-free certificate store. [`telemetry`]: counters, metrics, the connection log.
+//! - [`mesh`]: the snapshot, all that a worker enforces. [`policy`]: intentions and the proof that one allows.
+//!   [`tls`]: handshakes and records as transformations of buffers. [`identity`]: SPIFFE IDs, SVIDs, trust bundles.
+//! - [`ring`]: io_uring, and a deterministic kernel to test on. [`buffer`]: the budgeted pool. [`sys`]: what only a system
+//!   call can do. Only these three may hold `unsafe`.
+//! - [`config`]: typed settings and every default.
+//!
+//! Imports point downwards only. [`control`] and [`admin`] import neither [`proxy`] nor [`ring`]; [`proxy`] imports neither
+//! [`control`] nor [`admin`]. [`ring`] knows leases of [`buffer`], which is what it hands to the kernel.
+//!
+//! # What holds everywhere
+//!
+//! - Identity and policy fail closed; a control plane that is away fails static: the last good state stays.
+//! - A connection to the local app needs a [`policy::Authorized`], which only a decision makes.
+//! - A snapshot is validated whole before it is published, and a connection that is still allowed never notices a new one.
+//! - Payload is copied by the kernel in and out and touched once by the AEAD, where it lies. A receive stops where every
+//!   record that has begun still fits the lease's slack, so that not even a partial record moves
+//!   (`tests/zero_copy_is_counted.rs` counts it).
+//! - A flow receives again only when all it had was sent: that is the back-pressure.
+//! - Hostile input ends in a counted [`telemetry::close::CloseReason`], a broken invariant ends the process.
+//!
+//! # Decisions that a measurement made
+//!
+//! - The data plane drives the `io-uring` crate itself; README has the figures against a tokio-uring relay.
+//! - Plain descriptors: accepted sockets inherit their options from the listener, so a connection costs no `setsockopt`,
+//!   and `getpeername`, `shutdown` and linger need descriptors that other calls can name.
+//! - `shutdown` is a system call of its own: the kernel sends the ring's operation for it to a helper thread.
 
 pub mod admin;
 pub mod agent;

@@ -295,8 +295,10 @@ impl Connection {
                 Next::Wait
             }
             Err(error) => {
-                self.facts.detail = Some(error.to_string().into());
-                self.retreat(io, self.connect_failure())
+                // Our own want of descriptors: no word against the endpoint.
+                io.cells.connect_failures.add(1);
+                self.facts.detail = Some(format!("no socket could be opened: {error}; raise LimitNOFILE").into());
+                self.close(io, self.connect_failure(), true)
             }
         }
     }

@@ -43,6 +43,8 @@ pub(super) struct Listener {
     pub(super) retry_at: Option<Instant>,
     /// The last bind failure was told already.
     pub(super) failure_told: bool,
+    /// The admin thread was told that it is bound.
+    pub(super) announced: bool,
     /// Connections that came through it and live.
     pub(super) live: u32,
     /// The snapshot has it no more, or the process drains.
@@ -112,6 +114,7 @@ impl Listener {
             cancelling: false,
             retry_at: None,
             failure_told: false,
+            announced: false,
             live: 0,
             removed: false,
         }

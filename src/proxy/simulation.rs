@@ -80,7 +80,7 @@ impl Side {
                 self.worker = None;
             }
         }
-        while let Some(event) = self.events.next() {
+        for event in self.events.by_ref() {
             if let Event::Connection(record) = event {
                 self.records.push(*record);
             }
@@ -232,7 +232,7 @@ impl Talker {
 }
 
 fn payload(random: &mut Random, len: usize) -> Vec<u8> {
-    (0..len).map(|_| random.next() as u8).collect()
+    (0..len).map(|_| random.number() as u8).collect()
 }
 
 /// Mostly a message, sometimes a bulk that promotes its buffers.

@@ -62,6 +62,9 @@ pub(super) struct Worker<R: Ring> {
     drain_deadline: Option<Instant>,
     teardown_deadline: Option<Instant>,
     next_region_sweep: Instant,
+    /// The earliest time that a listener wants to bind or accept again.
+    listeners_due: Option<Instant>,
+    listeners_bound: u64,
 }
 
 impl<R: Ring> Worker<R> {
@@ -90,6 +93,8 @@ impl<R: Ring> Worker<R> {
             drain_deadline: None,
             teardown_deadline: None,
             next_region_sweep: now,
+            listeners_due: None,
+            listeners_bound: 0,
         }
     }
 
@@ -127,9 +132,8 @@ impl<R: Ring> Worker<R> {
             return Some(Duration::ZERO);
         }
         let now = self.now();
-        let listeners = self.listeners.iter().flatten().filter_map(|listener| listener.retry_at).min();
         let regions = (self.pool.leased_bytes() > shared_bytes()).then_some(self.next_region_sweep);
-        [listeners, regions, self.drain_deadline, self.teardown_deadline]
+        [self.listeners_due, regions, self.drain_deadline, self.teardown_deadline]
             .into_iter()
             .flatten()
             .map(|at| at.saturating_duration_since(now).max(Duration::from_millis(1)))
@@ -215,7 +219,8 @@ impl<R: Ring> Worker<R> {
     }
 
     fn close_all(&mut self, reason: CloseReason) {
-        self.teardown_deadline.get_or_insert(self.ring.now() + TEARDOWN);
+        let deadline = self.ring.now() + TEARDOWN;
+        self.teardown_deadline.get_or_insert(deadline);
         for slot in 0..self.connections.slots() {
             let Some(mut connection) = self.connections.take_any(slot) else { continue };
             // Cut, not ended: the app must not take what it has for the whole.
@@ -245,6 +250,7 @@ impl<R: Ring> Worker<R> {
             listener.accepting = false;
             if !listener.cancelling && !listener.removed {
                 listener.retry_at = Some(now);
+                self.listeners_due = Some(now);
             }
         }
         match completion.outcome() {
@@ -252,6 +258,7 @@ impl<R: Ring> Worker<R> {
             Err(crate::ring::Errno(libc::ECANCELED)) => self.close_if_removed(completion.token.slot()),
             Err(errno) => {
                 listener.retry_at = Some(now + ACCEPT_BACKOFF);
+                self.listeners_due = Some(now + ACCEPT_BACKOFF);
                 self.telemetry.cells.accept_errors.add(1);
                 let bind = listener.bind.clone();
                 self.telemetry.send(Event::AcceptFailed { bind, error: errno.into() });
@@ -277,16 +284,9 @@ impl<R: Ring> Worker<R> {
         let now = self.now();
         let Some(Some(listener)) = self.listeners.get_mut(index as usize) else { return };
         let full = self.connections.live() >= self.plane.connections_max;
-        if full || listener.removed || !listener.gate.enter(listener.connections_max()) {
-            listener.cells.connections.add(1);
-            listener.cells.closed[CloseReason::Limit as usize].add(1);
-            self.ring.close(socket, true);
-            return;
-        }
-        listener.live += 1;
+        let admitted = !full && !listener.removed && listener.gate.enter(listener.connections_max());
         listener.cells.connections.add(1);
-        listener.cells.active.add(1);
-        let facts = Box::new(ConnectionRecord {
+        let mut facts = Box::new(ConnectionRecord {
             start: SystemTime::now(),
             direction: listener.cells.direction,
             service: Arc::clone(&listener.service.name),
@@ -305,9 +305,19 @@ impl<R: Ring> Worker<R> {
             handshake: None,
             total: Duration::ZERO,
             attempts: 0,
-            reason: CloseReason::Complete,
+            reason: CloseReason::Limit,
             detail: None,
         });
+        if !admitted {
+            listener.cells.closed[CloseReason::Limit as usize].add(1);
+            facts.detail =
+                Some(if full { "this worker carries as many connections as it may" } else { "max connections reached" }.into());
+            self.telemetry.send(Event::Connection(facts));
+            self.ring.close(socket, true);
+            return;
+        }
+        listener.live += 1;
+        listener.cells.active.add(1);
         let (slot, generation) = self.connections.reserve();
         let connection = Box::new(Connection::new(slot, generation, index, socket, facts, now));
         self.start(connection);
@@ -316,6 +326,9 @@ impl<R: Ring> Worker<R> {
     /// Binds what is not bound, arms what does not accept.
     fn retry_listeners(&mut self) {
         let now = self.now();
+        if self.listeners_due.is_none_or(|at| at > now) {
+            return;
+        }
         for index in 0..self.listeners.len() {
             let Some(listener) = &mut self.listeners[index] else { continue };
             if listener.removed || listener.retry_at.is_none_or(|at| at > now) {
@@ -325,8 +338,10 @@ impl<R: Ring> Worker<R> {
             if listener.socket.is_none() {
                 self.bind(index, now);
             }
+            self.announce(index, now);
             self.arm(index);
         }
+        self.listeners_due = self.listeners.iter().flatten().filter_map(|listener| listener.retry_at).min();
     }
 
     fn bind(&mut self, index: usize, now: Instant) {
@@ -341,16 +356,28 @@ impl<R: Ring> Worker<R> {
                 listener.socket = Some(socket);
                 listener.gate.bound.store(true, std::sync::atomic::Ordering::Release);
                 listener.failure_told = false;
-                let event = Event::ListenerUp { bind: listener.bind.clone(), cells: Arc::clone(&listener.cells) };
-                self.telemetry.send(event);
+                self.listeners_bound += 1;
             }
             Err(error) => {
                 listener.retry_at = Some(now + BIND_RETRY);
-                if !std::mem::replace(&mut listener.failure_told, true) {
+                if !listener.failure_told {
                     let bind = listener.bind.clone();
-                    self.telemetry.send(Event::BindFailed { bind, error });
+                    listener.failure_told = self.telemetry.send(Event::BindFailed { bind, error });
                 }
             }
+        }
+    }
+
+    /// Tells of a bound listener: readiness depends on it, so a full event ring means another try.
+    fn announce(&mut self, index: usize, now: Instant) {
+        let Some(listener) = self.listeners[index].as_mut().filter(|listener| listener.socket.is_some() && !listener.announced)
+        else {
+            return;
+        };
+        let event = Event::ListenerUp { bind: listener.bind.clone(), cells: Arc::clone(&listener.cells) };
+        listener.announced = self.telemetry.send(event);
+        if !listener.announced {
+            listener.retry_at = Some(now + BIND_RETRY);
         }
     }
 
@@ -396,6 +423,7 @@ impl<R: Ring> Worker<R> {
         }
         if let Some(socket) = listener.socket.take() {
             self.ring.close(socket, false);
+            self.listeners_bound -= 1;
             let bind = listener.bind.clone();
             self.telemetry.send(Event::ListenerDown { bind });
         }
@@ -425,7 +453,7 @@ impl<R: Ring> Worker<R> {
         cells.buffer_bytes_leased.set((self.pool.leased_bytes().saturating_sub(shared_bytes())) as u64);
         cells.connections.set(u64::from(self.connections.live()));
         cells.handshakes_active.set(u64::from(self.handshakes));
-        cells.listeners.set(self.listeners.iter().flatten().filter(|listener| listener.socket.is_some()).count() as u64);
+        cells.listeners.set(self.listeners_bound);
     }
 
     /// Steps a connection with everything it may use, and keeps the count of handshakes.

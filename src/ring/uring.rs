@@ -346,6 +346,7 @@ impl std::fmt::Debug for Uring {
 /// Addresses, message headers and part lists of queued operations. Boxes and fixed arrays: growing the outer vectors
 /// must not move what the kernel was pointed to.
 #[derive(Default)]
+#[expect(clippy::vec_box, reason = "the kernel holds the address of each until the submission is consumed")]
 struct Scratch {
     addresses: Vec<Box<SockAddr>>,
     messages: Vec<Box<Message>>,

@@ -32,11 +32,13 @@ pub fn pair() -> (Sender, Receiver) {
 }
 
 impl Sender {
-    /// Sends, or drops and counts.
-    pub fn send(&mut self, event: Event) {
-        if self.events.push(event).is_err() {
+    /// Sends, or drops and counts; says whether it was sent.
+    pub fn send(&mut self, event: Event) -> bool {
+        let sent = self.events.push(event).is_ok();
+        if !sent {
             self.cells.events_dropped.add(1);
         }
+        sent
     }
 }
 

@@ -1,3 +1,5 @@
+//! The snapshot that a state makes: listeners, targets, what stays the same `Arc`, and what is refused.
+
 use std::time::{Duration, Instant};
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Rotation decisions under an injected clock: what is taken up, what is kept, when to force a read and to raise an alarm.
+
 use super::*;
 use crate::tls::fixtures::{Ca, chain_pem, key_pem, now};
 

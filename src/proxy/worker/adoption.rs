@@ -61,6 +61,7 @@ impl<R: Ring> Worker<R> {
         let seed = u64::from(self.listener_generation) << 32 | self.index as u64;
         let mut listener = Listener::new(self.listener_generation, wanted, gate, seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         listener.retry_at = Some(self.ring.now());
+        self.listeners_due = listener.retry_at;
         match self.listeners.iter().position(Option::is_none) {
             Some(index) => self.listeners[index] = Some(listener),
             None => self.listeners.push(Some(listener)),

@@ -45,7 +45,7 @@ impl Random {
     }
 
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -54,12 +54,12 @@ impl Random {
 
     /// A number below `bound`, which must not be zero.
     pub fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound as u64) as usize
+        (self.number() % bound as u64) as usize
     }
 
     /// True with this chance.
     pub fn chance(&mut self, chance: f64) -> bool {
-        chance > 0.0 && (self.next() % 1_000_000) as f64 / 1e6 < chance
+        chance > 0.0 && (self.number() % 1_000_000) as f64 / 1e6 < chance
     }
 }
 
