@@ -42,6 +42,7 @@ fn holds(upstream: std::net::SocketAddr, limited: &Sidecar) {
     for live in &mut live {
         live.ping().expect("a connection within the limit");
     }
+    limited.wait_closed("limit");
     live.pop();
     wait_until("the place is free again", PATIENCE, || round_trip(upstream, b"next").is_ok());
     assert!(limited.closed("limit") >= 3, "refusals are counted");

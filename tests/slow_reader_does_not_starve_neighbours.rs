@@ -16,16 +16,9 @@ const P99_MAX: Duration = Duration::from_millis(500);
 fn pings_stay_quick_beside_stalled_readers() {
     let app = Echo::start();
     let mut pair = Pair::local(app.address).wait_open();
-    // Each writes until its way is full and never reads an echo.
-    let stalled = (0..STALLED)
-        .map(|seed| {
-            let mut stream = traffic::connect(pair.upstream).expect("web's upstream listens");
-            stream.set_write_timeout(Some(Duration::from_millis(300))).expect("write timeout");
-            let piece = bytes(seed as u64, 1 << 20);
-            while stream.write_all(&piece).is_ok() {}
-            stream
-        })
-        .collect::<Vec<_>>();
+    let upstream = pair.upstream;
+    let writers = (0..STALLED).map(|seed| std::thread::spawn(move || stall(upstream, seed as u64))).collect::<Vec<_>>();
+    let stalled = writers.into_iter().map(|writer| writer.join().expect("writing thread")).collect::<Vec<_>>();
     let mut live = Live::open(pair.upstream);
     let mut latencies = (0..1_000)
         .map(|_| {
@@ -40,4 +33,13 @@ fn pings_stay_quick_beside_stalled_readers() {
     assert_eq!(stalled.len(), STALLED);
     drop(stalled);
     pair.assert_healthy();
+}
+
+/// A connection that writes until its way is full and never reads an echo.
+fn stall(upstream: std::net::SocketAddr, seed: u64) -> std::net::TcpStream {
+    let mut stream = traffic::connect(upstream).expect("web's upstream listens");
+    stream.set_write_timeout(Some(Duration::from_secs(2))).expect("write timeout");
+    let piece = bytes(seed, 1 << 20);
+    while stream.write_all(&piece).is_ok() {}
+    stream
 }

@@ -158,7 +158,15 @@ impl Mesh for Consul {
     }
 
     fn token(&self, service: &str) -> Option<String> {
-        Some(self.make_token(&json!({"ServiceIdentities": [{"ServiceName": service}]})).1)
+        let (_, secret) = self.make_token(&json!({"ServiceIdentities": [{"ServiceName": service}]}));
+        // A client agent that has just started knows no new token for a moment: it still resolves ACLs in the old way.
+        let client = Client::new(self.address(), Some(&secret));
+        let question = json!({"Target": service, "ClientCertURI": "spiffe://nobody.consul/ns/default/dc/dc1/svc/nobody"});
+        wait_for("the agent knows the new token", PATIENCE, || {
+            let answer = client.try_post("/v1/agent/connect/authorize", &question)?;
+            if answer.status == 200 { Ok(()) } else { Err(answer.body) }
+        });
+        Some(secret)
     }
 
     fn rotate_ca(&self) {

@@ -191,6 +191,10 @@ impl Builder {
             command.args(["-token", &token]);
         }
         command.args(&self.arguments);
+        // A failed test shows the last lines: let them say something.
+        if !self.arguments.iter().any(|argument| argument == "-log-level") {
+            command.args(["-log-level", "debug"]);
+        }
         let process = Process::start(&format!("ringfence connect {}", self.services[0]), &command);
         Sidecar { process, admin, connection_log, _folder: folder }
     }
