@@ -132,28 +132,50 @@ impl Pool {
             libc::madvise(base, budget_bytes, libc::MADV_DONTFORK);
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        Ok(Self { base, budget_bytes, carved_bytes: 0, free: Default::default(), leased_bytes: 0, leases: 0 })
+        // As many as can ever be free, so that giving back never allocates.
+        let free = [Class::Slot, Class::Medium, Class::Large].map(|class| Vec::with_capacity(budget_bytes / class.bytes()));
+        Ok(Self { base, budget_bytes, carved_bytes: 0, free, leased_bytes: 0, leases: 0 })
     }
 
     /// A lease of `class`, or `None` when the budget is spent.
     pub fn lease(&mut self, class: Class) -> Option<Lease> {
+        if class != Class::Slot && self.leased_bytes + class.bytes() > self.budget_bytes / 4 * 3 {
+            // Handshakes and last words must find room however much bulk there is; bulk goes on in smaller steps.
+            return None;
+        }
         let offset = match self.free[class as usize].pop() {
             Some(offset) => offset,
-            None => {
-                let start = match class {
-                    Class::Slot => self.carved_bytes,
-                    Class::Medium | Class::Large => self.carved_bytes.next_multiple_of(PAGE_BYTES),
-                };
-                if start + class.bytes() > self.budget_bytes {
-                    return None;
-                }
-                self.carved_bytes = start + class.bytes();
-                u32::try_from(start).ok()?
-            }
+            None => self.carve(class).or_else(|| self.split(class))?,
         };
         self.leased_bytes += class.bytes();
         self.leases += 1;
         Some(Lease { offset, class })
+    }
+
+    fn carve(&mut self, class: Class) -> Option<u32> {
+        let start = match class {
+            Class::Slot => self.carved_bytes,
+            Class::Medium | Class::Large => self.carved_bytes.next_multiple_of(PAGE_BYTES),
+        };
+        if start + class.bytes() > self.budget_bytes {
+            return None;
+        }
+        self.carved_bytes = start + class.bytes();
+        u32::try_from(start).ok()
+    }
+
+    /// Cuts a free region into slots when there is no other room for one. Regions do not grow back: after such a peak
+    /// bulk may find fewer of them.
+    fn split(&mut self, class: Class) -> Option<u32> {
+        if class != Class::Slot {
+            return None;
+        }
+        let (region, start) =
+            [Class::Medium, Class::Large].into_iter().find_map(|region| Some((region, self.free[region as usize].pop()?)))?;
+        for slot in 0..region.bytes() / SLOT_BYTES {
+            self.free[Class::Slot as usize].push(start + u32::try_from(slot * SLOT_BYTES).ok()?);
+        }
+        self.free[Class::Slot as usize].pop()
     }
 
     /// Ends a lease. No operation of the ring may still use it.
@@ -242,6 +264,19 @@ mod tests {
         assert_eq!((pool.leased_bytes(), pool.leases()), (0, 0));
         let again = pool.lease(Class::Slot).expect("room came back");
         pool.give_back(again);
+    }
+
+    #[test]
+    fn bulk_leaves_room_for_slots_and_gives_its_own_back_to_them() {
+        let mut pool = Pool::new(4 << 20).expect("mapping");
+        let regions: Vec<_> = std::iter::from_fn(|| pool.lease(Class::Large)).collect();
+        assert!(pool.leased_bytes() <= 3 << 20);
+        let last_word = pool.lease(Class::Slot).expect("bulk must not take everything");
+        pool.give_back(last_word);
+        regions.into_iter().for_each(|lease| pool.give_back(lease));
+        let slots: Vec<_> = std::iter::from_fn(|| pool.lease(Class::Slot)).collect();
+        assert!(slots.len() * SLOT_BYTES > (4 << 20) * 9 / 10, "only {} slots", slots.len());
+        slots.into_iter().for_each(|lease| pool.give_back(lease));
     }
 
     proptest! {

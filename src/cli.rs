@@ -140,9 +140,26 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Parsed, Stop> {
     let envoy = matches!(command, "connect" | "check");
     let normal = argv::normalise(rest, &known(command), envoy)?;
     let line = ["ringfence", command].into_iter().filter(|word| !word.is_empty()).map(str::to_owned);
-    let matches = Cli::command().try_get_matches_from(line.chain(normal.arguments)).map_err(stop)?;
+    let matches = last_one_wins(Cli::command()).try_get_matches_from(line.chain(normal.arguments)).map_err(stop)?;
     let cli = Cli::from_arg_matches(&matches).map_err(stop)?;
     Ok(Parsed { command: cli.command, ignored: normal.ignored })
+}
+
+/// A flag given twice counts as it was given last, as in Go: wrapper scripts and unit files override by appending.
+/// Lists keep all they are given.
+fn last_one_wins(command: clap::Command) -> clap::Command {
+    let names: Vec<String> = command.get_subcommands().map(|command| command.get_name().to_owned()).collect();
+    names.into_iter().fold(command, |command, name| {
+        command.mut_subcommand(name, |command| {
+            command.mut_args(|arg| match arg.get_action() {
+                clap::ArgAction::Set | clap::ArgAction::SetTrue => {
+                    let id = arg.get_id().clone();
+                    arg.overrides_with(id)
+                }
+                _ => arg,
+            })
+        })
+    })
 }
 
 /// The command's name (empty for the program itself) and its arguments.

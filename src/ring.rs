@@ -13,7 +13,7 @@ pub mod uring;
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 pub use probe::{Probe, probe};
@@ -202,6 +202,9 @@ pub trait Ring {
     fn shutdown_write(&mut self, socket: Socket);
     /// Closes, with RST instead of FIN when `reset`. Only when nothing is pending on it.
     fn close(&mut self, socket: Socket, reset: bool);
+
+    /// Closes a listening socket at once and removes its socket file. Only when no accept is pending on it.
+    fn close_listener(&mut self, listener: Socket, file: Option<&Path>);
 
     /// The lease behind a shared buffer that a completion named.
     fn shared(&self, buffer: u16) -> &Lease;

@@ -10,7 +10,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 use std::time::Duration;
 
@@ -57,12 +57,16 @@ fn tcp_listener(address: SocketAddr) -> io::Result<Socket> {
 /// A listening unix socket. A stale socket file (nobody answers on it) is replaced; a live one is an error.
 pub fn listen_unix(path: &Path, mode: Option<u32>) -> io::Result<OwnedFd> {
     let address = SockAddr::unix(path)?;
-    if path.exists() {
-        let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-        if probe.connect(&address).is_ok() {
-            return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
+    if let Ok(file) = std::fs::symlink_metadata(path) {
+        if !file.file_type().is_socket() {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "the path is taken by a file that is no socket"));
         }
-        std::fs::remove_file(path)?;
+        // Not blocking: a live listener may have a full backlog.
+        let probe = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+        match probe.connect(&address) {
+            Err(error) if error.raw_os_error() == Some(libc::ECONNREFUSED) => std::fs::remove_file(path)?,
+            _ => return Err(io::Error::from_raw_os_error(libc::EADDRINUSE)),
+        }
     }
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.bind(&address)?;
@@ -272,6 +276,10 @@ mod tests {
         assert_eq!(std::fs::metadata(&path).expect("file").permissions().mode() & 0o777, 0o600);
         assert_eq!(listen_unix(&path, None).expect_err("live").kind(), io::ErrorKind::AddrInUse);
         drop(live);
+        let file = folder.path().join("data");
+        std::fs::write(&file, b"precious").expect("a file");
+        assert_eq!(listen_unix(&file, None).expect_err("no socket").kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read(&file).expect("still there"), b"precious");
     }
 
     #[test]

@@ -198,7 +198,10 @@ impl State {
                 }
                 soon(self.chains.insert(ask, chain.clone()).as_ref() != Some(&chain))
             }
-            (key @ (Key::Health(_) | Key::Query { .. }), Update::Instances(list)) => {
+            (key @ (Key::Health(_) | Key::Query { .. }), Update::Instances(mut list)) => {
+                if let Some(before) = self.instances.get(&key) {
+                    health::keep_unproven(&mut list, before);
+                }
                 soon(self.instances.insert(key, list.clone()).as_ref() != Some(&list))
             }
             (Key::Host(host), Update::Host(addresses)) => {

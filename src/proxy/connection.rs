@@ -349,10 +349,11 @@ impl Connection {
 
     /// Refuses the peer: `code` as an alert, a moment to read it, then the end.
     pub(super) fn refuse<R: Ring>(&mut self, io: &mut Io<'_, R>, code: u8, reason: CloseReason) -> Next {
-        let lease = io.pool.lease(Class::Slot);
-        let (Some(lease), Some(session), false) = (lease, self.session.as_mut(), self.legs[MESH].is_pending(Op::Send)) else {
+        if self.legs[MESH].is_pending(Op::Send) {
             return self.close(io, reason, true);
-        };
+        }
+        let Some(session) = self.session.as_mut() else { return self.close(io, reason, true) };
+        let Some(lease) = io.pool.lease(Class::Slot) else { return self.close(io, reason, true) };
         match session.seal_alert(code, io.pool.bytes(&lease)) {
             Ok(len) => {
                 self.facts.reason = reason;
@@ -392,6 +393,8 @@ impl Connection {
             (Op::Receive, Ok(bytes)) if bytes > 0 => self.receive_and_discard(io),
             (Op::Receive, Ok(_)) if self.legs[MESH].is_pending(Op::Send) => Next::Wait,
             (Op::Receive, Ok(_)) => self.close(io, reason, false),
+            // Of an idle flow that was about to give its region up.
+            (Op::Cancel, _) => Next::Wait,
             _ => self.close(io, reason, true),
         }
     }
@@ -444,9 +447,11 @@ impl Connection {
             }
             return Next::AppFailed;
         }
-        for leg in &mut self.legs {
-            if let Some(socket) = leg.socket.take() {
-                io.ring.close(socket, self.reset);
+        for leg in [PLAIN, MESH] {
+            // The local side takes a FIN for the whole: only a stream that both sides ended may close with one.
+            let reset = self.reset || (leg == PLAIN && self.facts.reason != CloseReason::Complete);
+            if let Some(socket) = self.legs[leg].socket.take() {
+                io.ring.close(socket, reset);
             }
         }
         self.drop_tls(io);
@@ -472,10 +477,6 @@ impl Connection {
 
     /// A socket broke while bytes were flowing.
     pub(super) fn broken<R: Ring>(&mut self, io: &mut Io<'_, R>, side: Side, errno: crate::ring::Errno) -> Next {
-        if self.seal.is_finished() && self.open.is_finished() {
-            // Both sides had said they were done: the reset only tells that the other did not wait.
-            return self.close(io, CloseReason::Complete, false);
-        }
         self.facts.detail = Some(std::io::Error::from(errno).to_string().into());
         self.close(io, close::broken(side, errno), true)
     }

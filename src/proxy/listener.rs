@@ -152,7 +152,11 @@ impl Listener {
     pub(super) fn local(&self, worker: usize) -> Option<Local> {
         match &self.bind {
             Bind::Tcp(_) if worker > 0 && !self.gate.bound.load(Ordering::Acquire) => None,
-            Bind::Tcp(address) => Some(Local::Tcp { address: *address, exclusive: worker == 0 }),
+            Bind::Tcp(address) => {
+                // A socket of another worker that has not yet seen the listener go is no stranger.
+                let exclusive = worker == 0 && self.gate.holders.load(Ordering::Acquire) == 0;
+                Some(Local::Tcp { address: *address, exclusive })
+            }
             Bind::Unix { .. } if worker > 0 => None,
             Bind::Unix { path, mode } => Some(Local::Unix { path: path.clone(), mode: *mode }),
         }
@@ -162,8 +166,10 @@ impl Listener {
 /// What workers share about one listener.
 #[derive(Debug, Default)]
 pub(super) struct Gate {
-    /// The first worker has the address, so the others may join it.
+    /// The first worker has the address, so the others may join it. Only the first worker writes it.
     pub(super) bound: AtomicBool,
+    /// Workers that have a socket on it.
+    pub(super) holders: AtomicU32,
     connections: AtomicU32,
 }
 
@@ -195,6 +201,8 @@ impl Gates {
         }
         self.0.rcu(|gates| {
             let mut gates = HashMap::clone(gates);
+            // Held by the old map and this clone alone: no listener has it any more.
+            gates.retain(|_, gate| Arc::strong_count(gate) > 2);
             gates.entry(key.clone()).or_default();
             gates
         });

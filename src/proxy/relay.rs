@@ -82,10 +82,6 @@ impl Default for Flow {
 }
 
 impl Flow {
-    pub(super) fn is_finished(&self) -> bool {
-        self.state == State::Finished || self.ended
-    }
-
     /// Gives the buffer back. Only when no operation uses it.
     pub(super) fn release<R: Ring>(&mut self, ring: &mut R, pool: &mut Pool) {
         match std::mem::replace(&mut self.hold, Hold::None) {
@@ -118,7 +114,11 @@ impl Flow {
         if !matches!(&self.hold, Hold::Own(lease) if lease.class() == self.wanted) {
             self.release(ring, pool);
             match pool.lease(self.wanted) {
-                Some(lease) => self.hold = Hold::Own(lease),
+                Some(lease) => {
+                    self.hold = Hold::Own(lease);
+                    // Once, so that a stream of any mix of records never grows it.
+                    self.parts.reserve(PARTS_MAX - self.parts.len());
+                }
                 // The budget is spent: one record at a time still works.
                 None => return false,
             }

@@ -157,7 +157,7 @@ impl Balancer {
         let roll = u32::try_from(self.next_random() % 100).unwrap_or(0);
         let may_eject = self.may_eject_one_more(outlier, now);
         let seen = self.seen.entry(address).or_default();
-        seen.failures_in_a_row += 1;
+        seen.failures_in_a_row = seen.failures_in_a_row.saturating_add(1);
         if outlier.max_failures == 0
             || seen.failures_in_a_row < outlier.max_failures
             || !may_eject

@@ -104,6 +104,8 @@ impl<R: Ring> Worker<R> {
         while !self.is_over() {
             self.turn()?;
         }
+        // The last closes are only queued yet.
+        self.ring.turn(Some(Duration::ZERO))?;
         self.telemetry.send(Event::Drained { worker: self.index });
         Ok(())
     }

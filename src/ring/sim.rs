@@ -12,6 +12,7 @@ mod network;
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 pub use network::{End, Faults, Network, Random};
@@ -251,6 +252,10 @@ impl Ring for Sim {
     fn close(&mut self, socket: Socket, reset: bool) {
         assert!(self.pending.iter().all(|pending| pending.socket != socket), "closed with operations pending");
         self.network.close(socket.0, reset);
+    }
+
+    fn close_listener(&mut self, listener: Socket, _file: Option<&Path>) {
+        self.close(listener, false);
     }
 
     fn shared(&self, buffer: u16) -> &Lease {

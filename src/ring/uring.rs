@@ -15,6 +15,7 @@ mod shared;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::IntoRawFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, cqueue, opcode, register::Restriction, squeue, types};
@@ -145,11 +146,18 @@ impl Uring {
         while self.ring.submission().is_full() {
             self.enters += 1;
             match self.ring.submit() {
-                Ok(_) => self.scratch.clear(),
+                Ok(_) => self.clear_scratch(),
                 // The completion side is full or memory is short: reap, then try again.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN | libc::EINTR)) => self.reap(),
                 Err(error) => panic!("io_uring_enter failed for good: {error}"),
             }
+        }
+    }
+
+    /// Frees scratch memory once every submission was consumed; the kernel may take fewer than it was given.
+    fn clear_scratch(&mut self) {
+        if self.ring.submission().is_empty() {
+            self.scratch.clear();
         }
     }
 
@@ -287,6 +295,15 @@ impl Ring for Uring {
         self.push(entry, Token::new(Op::Close, 0, 0, 0));
     }
 
+    fn close_listener(&mut self, listener: Socket, file: Option<&Path>) {
+        // At once, not with the next turn: clients must be refused from here on.
+        sys::close(listener.0);
+        if let Some(file) = file {
+            // Somebody may have removed it already.
+            let _ = std::fs::remove_file(file);
+        }
+    }
+
     fn shared(&self, buffer: u16) -> &Lease {
         &self.shared.leases[usize::from(buffer)]
     }
@@ -303,15 +320,10 @@ impl Ring for Uring {
         self.reaped_next = 0;
         let wait = if self.reaped.is_empty() { wait } else { Some(Duration::ZERO) };
         match self.enter(wait) {
-            Ok(()) => self.scratch.clear(),
+            Ok(()) => self.clear_scratch(),
             Err(error) => match error.raw_os_error() {
-                // Nothing came in time, or a signal came: normal. The queue may not have been consumed by an
-                // interrupted wait, and scratch memory is kept until it is empty.
-                Some(libc::ETIME | libc::EINTR) => {
-                    if self.ring.submission().is_empty() {
-                        self.scratch.clear();
-                    }
-                }
+                // Nothing came in time, or a signal came: normal.
+                Some(libc::ETIME | libc::EINTR) => self.clear_scratch(),
                 // Completions must be reaped first, or memory is short: the next turn submits the rest.
                 Some(libc::EBUSY | libc::EAGAIN) => {}
                 _ => return Err(call("io_uring_enter", "This is a defect: please report it with the kernel's version.")(error)),

@@ -316,6 +316,11 @@ pub(crate) struct Node {
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Check {
     pub(crate) status: String,
+    /// What the check last said; empty until it has run.
+    pub(crate) output: String,
+    /// `tcp`, `http`, `ttl`, `alias` and so on; empty for node checks and maintenance.
+    #[serde(rename = "Type")]
+    pub(crate) kind: String,
 }
 
 /// `GET /v1/query/:name/execute`.

@@ -116,7 +116,13 @@ impl Connection {
     pub(super) fn seal_sent<R: Ring>(&mut self, io: &mut Io<'_, R>, completion: Completion) -> Next {
         let sent = match completion.outcome() {
             Ok(sent) => sent as usize,
-            Err(Errno(libc::EINTR | libc::EAGAIN)) => 0,
+            Err(Errno(libc::EINTR | libc::EAGAIN)) if matches!(self.control, Control::None) => 0,
+            // Only our own close_notify was lost on a peer that had said it is done: what it sent is still delivered.
+            Err(_) if self.seal.ended && self.open.ended => {
+                self.release_control(io.pool);
+                self.seal.state = State::Finished;
+                return self.finish_if_both_ended(io);
+            }
             Err(errno) => return self.broken(io, Side::Mesh, errno),
         };
         match std::mem::take(&mut self.control) {

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::super::connection::{Connection, Stage};
+use super::super::connection::{Connection, Next, Stage};
 use super::super::limits::SWEEP_PER_TURN_MAX;
 use super::super::listener::{self, Key, Listener, Wanted};
 use super::{Order, Worker};
@@ -17,7 +17,7 @@ use crate::telemetry::record::{Decision, Event};
 impl<R: Ring> Worker<R> {
     /// Takes the newest snapshot, if there is one: one load of an unchanged line when there is none.
     pub(super) fn adopt_snapshot(&mut self) {
-        if self.order != Order::Run || self.reader.refresh().is_none() {
+        if self.order == Order::Stop || self.reader.refresh().is_none() {
             return;
         }
         let snapshot = Arc::clone(self.reader.current());
@@ -25,7 +25,16 @@ impl<R: Ring> Worker<R> {
             listener::wanted(&snapshot).into_iter().map(|wanted| (wanted.key.clone(), wanted)).collect();
         let mut policy_changed = false;
         for index in 0..self.listeners.len() {
-            let Some(listener) = self.listeners[index].as_mut().filter(|listener| !listener.removed) else { continue };
+            let Some(listener) = self.listeners[index].as_mut() else { continue };
+            if listener.removed {
+                // Its last connections are still judged by what is in force.
+                let service = snapshot.services.iter().find(|service| service.proxy_id == listener.service.proxy_id);
+                if let Some(service) = service {
+                    policy_changed |= !Arc::ptr_eq(&listener.service.intentions, &service.intentions);
+                    listener.service = Arc::clone(service);
+                }
+                continue;
+            }
             match wanted.remove(&listener.key()) {
                 Some(wanted) => {
                     policy_changed |= !Arc::ptr_eq(&listener.service.intentions, &wanted.service.intentions);
@@ -34,10 +43,12 @@ impl<R: Ring> Worker<R> {
                 None => self.remove_listener(index),
             }
         }
-        for (_, wanted) in wanted {
-            self.add_listener(wanted);
+        if self.order == Order::Run {
+            for (_, wanted) in wanted {
+                self.add_listener(wanted);
+            }
+            self.drop_connections_of_removed_listeners();
         }
-        self.drop_connections_of_removed_listeners();
         self.start_held();
         if policy_changed || self.sweep.is_some() {
             // A sweep under way starts over: what it has judged was judged by an older set.
@@ -61,7 +72,7 @@ impl<R: Ring> Worker<R> {
         let seed = u64::from(self.listener_generation) << 32 | self.index as u64;
         let mut listener = Listener::new(self.listener_generation, wanted, gate, seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         listener.retry_at = Some(self.ring.now());
-        self.listeners_due = listener.retry_at;
+        self.wake_listeners_at(self.ring.now());
         match self.listeners.iter().position(Option::is_none) {
             Some(index) => self.listeners[index] = Some(listener),
             None => self.listeners.push(Some(listener)),
@@ -79,10 +90,8 @@ impl<R: Ring> Worker<R> {
             let Some(mut connection) = self.connections.take_any(slot) else { continue };
             if self.listener(&connection).removed && connection.stage == Stage::Relay && connection.deadline.is_none() {
                 connection.deadline = Some(deadline);
-                self.drive(connection, super::super::connection::Next::Wait);
-            } else {
-                self.connections.put(connection);
             }
+            self.drive(connection, Next::Wait);
         }
     }
 

@@ -22,22 +22,36 @@ impl<R: Ring> Worker<R> {
         };
         if !completion.more {
             listener.accepting = false;
-            if !listener.cancelling && !listener.removed {
+            if listener.removed {
+                let index = completion.token.slot();
+                if completion.outcome().is_ok() {
+                    self.on_accepted(index, Socket(completion.result));
+                }
+                self.close_if_removed(index);
+                return;
+            }
+            if !listener.cancelling {
                 listener.retry_at = Some(now);
-                self.listeners_due = Some(now);
+                self.wake_listeners_at(now);
             }
         }
         match completion.outcome() {
             Ok(_) => self.on_accepted(completion.token.slot(), Socket(completion.result)),
-            Err(Errno(libc::ECANCELED)) => self.close_if_removed(completion.token.slot()),
+            Err(Errno(libc::ECANCELED)) => {}
             Err(errno) => {
+                let Some(listener) = find_listener(&mut self.listeners, completion.token) else { return };
                 listener.retry_at = Some(now + ACCEPT_BACKOFF);
-                self.listeners_due = Some(now + ACCEPT_BACKOFF);
-                self.telemetry.cells.accept_errors.add(1);
                 let bind = listener.bind.clone();
+                self.wake_listeners_at(now + ACCEPT_BACKOFF);
+                self.telemetry.cells.accept_errors.add(1);
                 self.telemetry.send(Event::AcceptFailed { bind, error: errno.into() });
             }
         }
+    }
+
+    /// Looks at the listeners again at `at`, or earlier.
+    pub(super) fn wake_listeners_at(&mut self, at: Instant) {
+        self.listeners_due = Some(self.listeners_due.map_or(at, |due| due.min(at)));
     }
 
     fn drop_accepted(&mut self, completion: Completion) {
@@ -83,9 +97,14 @@ impl<R: Ring> Worker<R> {
             detail: None,
         });
         if !admitted {
-            listener.cells.closed[CloseReason::Limit as usize].add(1);
-            facts.detail =
-                Some(if full { "this worker carries as many connections as it may" } else { "max connections reached" }.into());
+            let (reason, detail) = match (listener.removed, full) {
+                (true, _) => (CloseReason::Drained, "the listener is closing"),
+                (false, true) => (CloseReason::Limit, "this worker carries as many connections as it may"),
+                (false, false) => (CloseReason::Limit, "max connections reached"),
+            };
+            facts.reason = reason;
+            facts.detail = Some(detail.into());
+            listener.cells.closed[reason as usize].add(1);
             self.telemetry.send(Event::Connection(facts));
             self.ring.close(socket, true);
             return;
@@ -125,17 +144,26 @@ impl<R: Ring> Worker<R> {
             listener.retry_at = waits_for_first.then_some(now + BIND_FOLLOW);
             return;
         };
+        let bind = listener.bind.clone();
+        if self.listeners.iter().flatten().any(|other| other.removed && other.socket.is_some() && other.bind == bind) {
+            // An older listener of ours is about to leave the address.
+            self.listeners[index].as_mut().into_iter().for_each(|listener| listener.retry_at = Some(now + BIND_FOLLOW));
+            return;
+        }
+        let Some(listener) = &mut self.listeners[index] else { return };
         match self.ring.listen(&local) {
             Ok(socket) => {
                 listener.socket = Some(socket);
-                listener.gate.bound.store(true, Ordering::Release);
+                listener.gate.holders.fetch_add(1, Ordering::AcqRel);
+                if self.index == 0 {
+                    listener.gate.bound.store(true, Ordering::Release);
+                }
                 listener.failure_told = false;
                 self.listeners_bound += 1;
             }
             Err(error) => {
                 listener.retry_at = Some(now + BIND_RETRY);
                 if !listener.failure_told {
-                    let bind = listener.bind.clone();
                     listener.failure_told = self.telemetry.send(Event::BindFailed { bind, error });
                 }
             }
@@ -196,7 +224,12 @@ impl<R: Ring> Worker<R> {
             return;
         }
         if let Some(socket) = listener.socket.take() {
-            self.ring.close(socket, false);
+            let path = match &listener.bind {
+                Bind::Unix { path, .. } => Some(path.as_path()),
+                Bind::Tcp(_) => None,
+            };
+            self.ring.close_listener(socket, path);
+            listener.gate.holders.fetch_sub(1, Ordering::AcqRel);
             self.listeners_bound -= 1;
             let bind = listener.bind.clone();
             self.telemetry.send(Event::ListenerDown { bind });

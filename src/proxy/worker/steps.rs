@@ -6,7 +6,7 @@ use super::super::connection::{Connection, Next, Stage};
 use super::super::limits::{CONNECT_ATTEMPTS_MAX, HELD_MAX};
 use super::super::listener::Role;
 use super::super::timer::Owner;
-use super::{Worker, own_side};
+use super::{Order, Worker, own_side};
 use crate::mesh::Service;
 use crate::ring::Ring;
 use crate::telemetry::cells::Direction;
@@ -89,6 +89,11 @@ impl<R: Ring> Worker<R> {
 
     fn park(&mut self, mut connection: Box<Connection>) {
         self.count_held(&mut connection);
+        let late = connection.stage == Stage::Relay && connection.deadline.is_none() && self.order == Order::Run;
+        if late && self.listener(&connection).removed {
+            // Its listener went away while it was being set up.
+            connection.deadline = Some(self.ring.now() + self.plane.drain_time);
+        }
         if connection.deadline != connection.armed {
             connection.armed = connection.deadline;
             if let Some(deadline) = connection.deadline {
@@ -156,6 +161,9 @@ impl<R: Ring> Worker<R> {
         let timeout = balancer.upstream().connect_timeout;
         let choice = (attempts < CONNECT_ATTEMPTS_MAX).then(|| balancer.choose(client, &tried, now)).flatten();
         let Some(choice) = choice else {
+            if failure == CloseReason::NoEndpoint {
+                connection.facts.detail = Some(no_endpoint(balancer.upstream()));
+            }
             return self.with_io(connection, |connection, io| connection.close(io, failure, true));
         };
         balancer.opened(choice.address);
@@ -201,6 +209,8 @@ impl<R: Ring> Worker<R> {
         if let (Some(address), Role::Upstream(balancer)) = (connection.endpoint, &mut self.listener_mut(connection).role) {
             balancer.succeeded(address);
         }
+        // What failed before was not the end of it: `attempts` tells of it.
+        connection.facts.detail = None;
         self.with_io(connection, |connection, io| connection.start_relay(io))
     }
 
@@ -239,5 +249,17 @@ impl<R: Ring> Worker<R> {
 
     fn service(&self, connection: &Connection) -> Arc<Service> {
         Arc::clone(&self.listener(connection).service)
+    }
+}
+
+/// Says what there would be to dial, for the log.
+fn no_endpoint(upstream: &crate::mesh::Upstream) -> Box<str> {
+    let endpoints = || upstream.targets.iter().flat_map(|target| target.endpoints.iter());
+    match (endpoints().count(), endpoints().filter(|endpoint| endpoint.healthy).count()) {
+        (0, _) => "Consul knows no instance of the upstream".into(),
+        (known, 0) => format!("none of {known} known instances is healthy in Consul").into(),
+        (known, healthy) => {
+            format!("{healthy} of {known} known instances are healthy in Consul, but ejected here after failed connects").into()
+        }
     }
 }

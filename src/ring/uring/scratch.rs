@@ -8,9 +8,11 @@ use socket2::SockAddr;
 use crate::buffer::Span;
 use crate::ring::PARTS_MAX;
 
+/// Message headers made at start; a turn with more of them makes more.
+const MESSAGES_WARM: usize = 64;
+
 /// Addresses, message headers and part lists of queued operations. Boxes and fixed arrays: growing the outer vectors
 /// must not move what the kernel was pointed to.
-#[derive(Default)]
 #[expect(clippy::vec_box, reason = "the kernel holds the address of each until the submission is consumed")]
 pub(super) struct Scratch {
     addresses: Vec<Box<SockAddr>>,
@@ -26,6 +28,14 @@ struct Message {
 // SAFETY: the pointers inside lead only into these boxes or into leases of the worker that owns this ring; none is bound
 // to a thread.
 unsafe impl Send for Scratch {}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        // SAFETY: all-zero is a valid msghdr and a valid iovec (null with length zero).
+        let messages = (0..MESSAGES_WARM).map(|_| Box::new(unsafe { std::mem::zeroed() })).collect();
+        Self { addresses: Vec::new(), messages, messages_used: 0 }
+    }
+}
 
 impl Scratch {
     pub(super) fn address(&mut self, address: SockAddr) -> (*const libc::sockaddr, libc::socklen_t) {

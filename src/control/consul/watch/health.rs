@@ -41,6 +41,8 @@ pub(crate) struct Instance {
     pub(crate) lan: (String, u16),
     pub(crate) wan: (String, u16),
     pub(crate) state: State,
+    /// Critical only because no check has run yet: see [`Instance::not_run`].
+    unproven: bool,
     passing_weight: i64,
     warning_weight: i64,
 }
@@ -110,6 +112,7 @@ fn instance(wire: wire::Instance) -> Option<Instance> {
         lan,
         wan,
         state,
+        unproven: wire.checks.iter().filter(|check| self::state(&check.status) == State::Critical).all(not_run),
         passing_weight: weights.passing,
         warning_weight: weights.warning,
     })
@@ -121,6 +124,25 @@ fn state(text: &str) -> State {
         "warning" => State::Warning,
         // `critical`, `maintenance` and anything new.
         _ => State::Critical,
+    }
+}
+
+/// Whether a check is critical only because it has not run since its agent started: a restarted agent sets what it probes
+/// itself to critical until the first result, and these probes never end without a word.
+fn not_run(check: &wire::Check) -> bool {
+    check.output.is_empty() && matches!(check.kind.as_str(), "tcp" | "http" | "grpc" | "h2ping" | "alias")
+}
+
+/// Fail static over a restart of an instance's own agent: an instance that was usable stays so until a check of it has
+/// really run. One that nobody knew yet starts critical, as in Consul.
+pub(crate) fn keep_unproven(list: &mut [Instance], before: &[Instance]) {
+    for instance in list.iter_mut().filter(|instance| instance.state == State::Critical && instance.unproven) {
+        let known = before
+            .iter()
+            .find(|known| (&known.name, &known.lan, &known.datacenter) == (&instance.name, &instance.lan, &instance.datacenter));
+        if let Some(known) = known {
+            instance.state = known.state;
+        }
     }
 }
 
@@ -145,6 +167,7 @@ impl Instance {
             lan: (lan.0.into(), lan.1),
             wan: (wan.0.into(), wan.1),
             state,
+            unproven: false,
             passing_weight: 1,
             warning_weight: 1,
         }
@@ -206,5 +229,33 @@ mod tests {
         assert_eq!(wan("", r#"{"wan":"198.51.100.8"}"#), ("198.51.100.8".to_owned(), 1));
         assert_eq!(wan(r#","Address":"db.example""#, r#"{"wan":"198.51.100.8"}"#), ("db.example".to_owned(), 1));
         assert_eq!(wan("", "null"), ("10.0.0.1".to_owned(), 1));
+    }
+
+    /// What a real agent answers right after its restart, and what it answers once the check has run.
+    #[test]
+    fn an_agents_restart_takes_no_known_instance_away() {
+        let with = |check: &str| {
+            vec![of(&format!(
+                r#"{{"Node":{{"Address":"10.0.0.1","Datacenter":"dc1"}},"Service":{{"Service":"db-sidecar-proxy","Port":21000,"Proxy":{{"DestinationServiceName":"db"}}}},
+                "Checks":[{{"Status":"passing","Output":"Agent alive and reachable"}},{check}]}}"#
+            ))]
+        };
+        let restarted = r#"{"Status":"critical","Output":"","Type":"tcp"}"#;
+        let before = with(r#"{"Status":"passing","Output":"TCP connect: Success","Type":"tcp"}"#);
+        let after = |check: &str, before: &[Instance]| {
+            let mut list = with(check);
+            keep_unproven(&mut list, before);
+            list[0].state
+        };
+        assert_eq!(after(restarted, &before), State::Passing);
+        assert_eq!(after(restarted, &[]), State::Critical, "a new instance starts critical");
+        for proven in [
+            r#"{"Status":"critical","Output":"connection refused","Type":"tcp"}"#,
+            r#"{"Status":"critical","Output":"","Type":"ttl"}"#,
+            r#"{"Status":"critical","Output":"","CheckID":"_service_maintenance:db"}"#,
+        ] {
+            assert_eq!(after(proven, &before), State::Critical, "{proven}");
+            assert_eq!(after(&format!("{restarted},{proven}"), &before), State::Critical, "{proven}");
+        }
     }
 }
