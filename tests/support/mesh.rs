@@ -107,7 +107,6 @@ pub struct Definition {
     config: Value,
     meta: Value,
     extra: Value,
-    initial_status: Option<&'static str>,
 }
 
 impl Definition {
@@ -121,7 +120,6 @@ impl Definition {
             config: json!({}),
             meta: json!({}),
             extra: json!({}),
-            initial_status: None,
         }
     }
 
@@ -171,13 +169,6 @@ impl Definition {
         self
     }
 
-    /// The check starts out passing, also when the agent starts again: without this, Consul calls a service critical until
-    /// the first turn of its check.
-    pub fn initially_passing(mut self) -> Self {
-        self.initial_status = Some("passing");
-        self
-    }
-
     /// The registration. Its check passes at the first turn after the sidecar listens, within a second.
     pub fn json(&self) -> Value {
         let mut proxy = json!({"Upstreams": self.upstreams, "Config": self.config});
@@ -188,10 +179,7 @@ impl Definition {
         for (key, value) in self.extra.as_object().into_iter().flatten() {
             proxy[key] = value.clone();
         }
-        let mut check = json!({"Name": "listening", "TCP": self.public.to_string(), "Interval": "1s", "Timeout": "1s"});
-        if let Some(status) = self.initial_status {
-            check["Status"] = status.into();
-        }
+        let check = json!({"Name": "listening", "TCP": self.public.to_string(), "Interval": "1s", "Timeout": "1s"});
         json!({
             "Name": self.name, "ID": self.id, "Port": self.app.map_or(1, |app| app.port()), "Meta": self.meta,
             "Connect": {"SidecarService": {
