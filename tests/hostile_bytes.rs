@@ -115,8 +115,7 @@ fn from_the_server_that_an_upstream_dials() {
     let mut web = Sidecar::start(&agent, "web");
     web.wait_endpoint();
     for _ in 0..count {
-        let stream = traffic::connect(upstream).expect("web's upstream listens");
-        let (received, _) = traffic::read_to_end(&stream);
+        let (received, _) = traffic::read_all(upstream);
         assert!(received.is_empty(), "bytes of an unproven server reached the client");
     }
     wait_until("all are closed and counted", support::PATIENCE, || web.closed_all() >= count as u64 && web.active() == 0);

@@ -109,7 +109,7 @@ fn listening(mut server: Process, address: SocketAddr) -> Process {
 struct Postgres {
     address: SocketAddr,
     programs: PathBuf,
-    _server: Process,
+    server: Process,
     _folder: tempfile::TempDir,
 }
 
@@ -140,7 +140,14 @@ impl Postgres {
         server.args(["-D"]).arg(&data).args(["-p", &address.port().to_string(), "-h", "127.0.0.1", "-F", "-k", ""]);
         server.current_dir(folder.path());
         let server = listening(Process::start("postgres", &server), address);
-        Self { address, programs, _server: server, _folder: folder }
+        let postgres = Self { address, programs, server, _folder: folder };
+        // It listens before it answers.
+        wait_for("PostgreSQL answers", PATIENCE, || {
+            let output =
+                postgres.command("psql", address).args(["-Atc", "select 1"]).output().map_err(|error| error.to_string())?;
+            if output.status.success() { Ok(()) } else { Err(format!("{output:?}\n{}", postgres.server.tail())) }
+        });
+        postgres
     }
 
     /// A client program with the address to connect to.

@@ -15,6 +15,30 @@ pub struct Consul {
     management: String,
 }
 
+/// See [`Consul::at_server`].
+pub struct AtServer {
+    http: SocketAddr,
+    management: String,
+}
+
+impl Mesh for AtServer {
+    fn address(&self) -> SocketAddr {
+        self.http
+    }
+
+    fn client(&self) -> Client {
+        Client::new(self.http, Some(&self.management))
+    }
+
+    fn token(&self, service: &str) -> Option<String> {
+        Some(make_token(self, service))
+    }
+
+    fn rotate_ca(&self) {
+        rotate_ca(&self.client());
+    }
+}
+
 /// One Consul process, which can be killed and started again with its data and ports.
 pub struct Node {
     name: String,
@@ -49,6 +73,11 @@ impl Consul {
     /// The agent's process: the client agent where there is one.
     pub fn agent(&mut self) -> &mut Node {
         self.client.as_mut().unwrap_or(&mut self.server)
+    }
+
+    /// The mesh as a service on the server's host sees it.
+    pub fn at_server(&self) -> AtServer {
+        AtServer { http: self.server.http, management: self.management.clone() }
     }
 
     /// A token made of `body`: `ServiceIdentities`, `Policies`. Gives (accessor, secret).
@@ -158,20 +187,32 @@ impl Mesh for Consul {
     }
 
     fn token(&self, service: &str) -> Option<String> {
-        let (_, secret) = self.make_token(&json!({"ServiceIdentities": [{"ServiceName": service}]}));
-        // A client agent that has just started knows no new token for a moment: it still resolves ACLs in the old way.
-        let client = Client::new(self.address(), Some(&secret));
-        let question = json!({"Target": service, "ClientCertURI": "spiffe://nobody.consul/ns/default/dc/dc1/svc/nobody"});
-        wait_for("the agent knows the new token", PATIENCE, || {
-            let answer = client.try_post("/v1/agent/connect/authorize", &question)?;
-            if answer.status == 200 { Ok(()) } else { Err(answer.body) }
-        });
-        Some(secret)
+        Some(make_token(self, service))
     }
 
     fn rotate_ca(&self) {
-        let key = rcgen::KeyPair::generate().expect("a key for the new root").serialize_pem();
-        let body = json!({"Provider": "consul", "Config": {"LeafCertTTL": "72h", "PrivateKey": key, "RootCert": ""}});
-        self.client().put("/v1/connect/ca/configuration", &body).ok("rotation of the CA");
+        rotate_ca(&self.client());
     }
+}
+
+/// A token with the identity of `service`, once the agent of `mesh` knows it.
+fn make_token(mesh: &dyn Mesh, service: &str) -> String {
+    let body = json!({"ServiceIdentities": [{"ServiceName": service}]});
+    let token = mesh.client().put("/v1/acl/token", &body).ok("creation of a token").json();
+    let secret = token["SecretID"].as_str().expect("a token's secret").to_owned();
+    // A client agent that has just started knows no new token for a moment: it still resolves ACLs in the old way.
+    let client = Client::new(mesh.address(), Some(&secret));
+    let question = json!({"Target": service, "ClientCertURI": "spiffe://nobody.consul/ns/default/dc/dc1/svc/nobody"});
+    wait_for("the agent knows the new token", PATIENCE, || {
+        let answer = client.try_post("/v1/agent/connect/authorize", &question)?;
+        if answer.status == 200 { Ok(()) } else { Err(answer.body) }
+    });
+    secret
+}
+
+/// A new key makes a new root.
+fn rotate_ca(client: &Client) {
+    let key = rcgen::KeyPair::generate().expect("a key for the new root").serialize_pem();
+    let body = json!({"Provider": "consul", "Config": {"LeafCertTTL": "72h", "PrivateKey": key, "RootCert": ""}});
+    client.put("/v1/connect/ca/configuration", &body).ok("rotation of the CA");
 }

@@ -179,11 +179,11 @@ impl Definition {
         for (key, value) in self.extra.as_object().into_iter().flatten() {
             proxy[key] = value.clone();
         }
+        let check = json!({"Name": "listening", "TCP": self.public.to_string(), "Interval": "1s", "Timeout": "1s"});
         json!({
             "Name": self.name, "ID": self.id, "Port": self.app.map_or(1, |app| app.port()), "Meta": self.meta,
             "Connect": {"SidecarService": {
-                "Address": self.public.ip().to_string(), "Port": self.public.port(), "Proxy": proxy,
-                "Checks": [{"Name": "listening", "TCP": self.public.to_string(), "Interval": "1s", "Timeout": "1s"}],
+                "Address": self.public.ip().to_string(), "Port": self.public.port(), "Proxy": proxy, "Checks": [check],
             }},
         })
     }

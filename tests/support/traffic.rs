@@ -66,6 +66,15 @@ pub fn read_to_end(mut stream: &TcpStream) -> (Vec<u8>, End) {
     }
 }
 
+/// Connects and reads to the end. A reset that overtakes the connect counts as one that follows it.
+pub fn read_all(address: SocketAddr) -> (Vec<u8>, End) {
+    match connect(address) {
+        Ok(stream) => read_to_end(&stream),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => (Vec::new(), End::Reset),
+        Err(error) => panic!("connecting to {address}: {error}"),
+    }
+}
+
 /// Closes with RST.
 pub fn reset(stream: TcpStream) {
     socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("SO_LINGER");
