@@ -122,3 +122,13 @@ fn consul_takes_the_login_that_these_tests_make() {
     assert_eq!(login["ServiceIdentities"][0]["ServiceName"], "db");
     assert_eq!(login_tokens(&consul).len(), 1);
 }
+
+/// The agent may refuse one question of a cold start: here it does not know a token that is a moment old. That must heal.
+#[test]
+fn a_token_that_the_agent_learns_a_moment_late_is_enough() {
+    let consul = Consul::start_with_client_agent();
+    consul.register(&Definition::new("db").app(ports::free_address()));
+    consul.allow("web", "db");
+    let (_, secret) = consul.make_token(&json!({"ServiceIdentities": [{"ServiceName": "db"}]}));
+    Sidecar::of("db").token(Some(&secret)).start(&consul);
+}

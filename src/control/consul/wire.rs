@@ -317,9 +317,10 @@ pub(crate) struct Node {
 pub(crate) struct Check {
     pub(crate) status: String,
     /// What the check last said; empty until it has run.
+    #[serde(default, deserialize_with = "nullable")]
     pub(crate) output: String,
     /// `tcp`, `http`, `ttl`, `alias` and so on; empty for node checks and maintenance.
-    #[serde(rename = "Type")]
+    #[serde(default, rename = "Type", deserialize_with = "nullable")]
     pub(crate) kind: String,
 }
 

@@ -16,6 +16,8 @@ use crate::policy::{Action, DefaultPolicy, Intention};
 const SPEC: Spec = Spec { class: Class::Policy, style: Style::Index, cached: false };
 /// How long a blocked `match` of Consul 1.8 waits.
 const LEGACY_WAIT: Duration = Duration::from_secs(60);
+/// The same while the default policy is not known, so that its probe is soon repeated.
+const UNKNOWN_WAIT: Duration = Duration::from_secs(1);
 /// The probe's source: a service that nobody registers, of a trust domain that no cluster has.
 const PROBE: &str = "spiffe://11111111-2222-3333-4444-555555555555.consul/ns/default/dc/probe/svc/ringfence-default-policy-probe";
 
@@ -75,9 +77,10 @@ async fn follow_unindexed(
             follower.went_well(&current).await;
             continue;
         };
+        let wait = if *default == DefaultPolicy::Unknown { UNKNOWN_WAIT } else { LEGACY_WAIT };
         let blocked = request.clone().with("index", &index.to_string());
         let answer = tokio::select! {
-            answer = cx.client.wait(&blocked, LEGACY_WAIT) => answer?,
+            answer = cx.client.wait(&blocked, wait) => answer?,
             () = cx.nudge.notified() => continue,
         };
         take(cx, name, &answer, follower, default).await?;
@@ -95,6 +98,9 @@ async fn take(
         let intentions = decode(response, name)?;
         follower.accept(response);
         cx.data(Update::Intentions(intentions)).await;
+        learn_default(cx, name, response, default).await;
+    } else if *default == DefaultPolicy::Unknown {
+        // A probe that failed is asked again, or nothing but an intention change would ever end the denial of all.
         learn_default(cx, name, response, default).await;
     }
     Ok(())
