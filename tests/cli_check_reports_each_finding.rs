@@ -121,6 +121,18 @@ fn a_wrong_clock_and_an_unknown_token_are_told_apart() {
 }
 
 #[test]
+fn upstreams_that_share_a_destination_are_checked_once() {
+    let output = check(&format!(
+        "-service web -upstream db:19996 -upstream db:19997 -upstream cache:19998 -http-addr {} -admin-bind 127.0.0.1:0 -json",
+        refusing_agent()
+    ));
+    let lines = lines(&output);
+    for what in ["right: chain db", "right: health db", "right: chain cache", "right: health cache"] {
+        assert_eq!(lines.iter().filter(|line| line["what"] == what).count(), 1, "{what}: {lines:#?}");
+    }
+}
+
+#[test]
 fn flags_for_envoy_are_named_in_one_line() {
     let output = check(&format!(
         "-sidecar-for web -http-addr {} -envoy-binary /usr/bin/envoy -grpc-addr x:1 -admin-bind 127.0.0.1:0 -json -- -l debug",

@@ -99,7 +99,12 @@ async fn until(port: u16, works: bool) {
 }
 
 async fn start() -> Agent {
+    start_with(None).await
+}
+
+async fn start_with(file: Option<PathBuf>) -> Agent {
     let settings = AgentSettings {
+        file,
         bind: "127.0.0.1:0".parse().expect("an address"),
         check_interval: Duration::from_millis(200),
         ..AgentSettings::default()
@@ -149,6 +154,48 @@ async fn the_built_in_proxy_carries_traffic_through_denial_and_rotation() {
     let mut byte = [0];
     tokio::time::timeout(EXCHANGE, live.read_exact(&mut byte)).await.expect("in time").expect("echoed");
     agent.stop().await;
+}
+
+/// The ID that the list gives to the intention.
+async fn intention_id(agent: &Agent, source: &str, destination: &str) -> String {
+    let (success, text) = run(agent, &["intention", "get", source, destination]).await;
+    let id = text.lines().find_map(|line| line.strip_prefix("ID:")).map(|id| id.trim().to_owned());
+    assert!(success && id.as_ref().is_some_and(|id| id.len() == 36), "{text}");
+    id.expect("checked")
+}
+
+#[tokio::test]
+async fn the_command_line_changes_intentions_that_a_file_declares() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let bootstrap = "config_entries {\n bootstrap = [\n  { kind = \"service-intentions\" name = \"db\"\n    sources = [\n     \
+        { name = \"web\" action = \"deny\" },\n     { name = \"api\" action = \"allow\" }\n    ] }\n ]\n}\n";
+    let alone = "kind = \"service-intentions\"\nname = \"db\"\nsources = [\n { name = \"web\" action = \"deny\" },\n \
+        { name = \"api\" action = \"allow\" }\n]\n";
+    let mut ids = Vec::new();
+    for (name, text) in [("bootstrap.hcl", bootstrap), ("entry.hcl", alone)] {
+        let agent = start_with(Some(write(folder.path(), name, text).into())).await;
+        succeeds(&agent, &["intention", "get", "web", "db"], "deny").await;
+        let id = intention_id(&agent, "web", "db").await;
+        succeeds(&agent, &["intention", "get", &id], "web").await;
+
+        succeeds(&agent, &["intention", "create", "-replace", "-allow", "web", "db"], "").await;
+        succeeds(&agent, &["intention", "check", "web", "db"], "Allowed").await;
+        assert_eq!(intention_id(&agent, "web", "db").await, id, "a replacement keeps the ID");
+        let (success, text) = run(&agent, &["intention", "create", "-deny", "web", "db"]).await;
+        assert!(!success && text.contains("duplicate intention found") && text.contains(&id), "{text}");
+
+        succeeds(&agent, &["intention", "delete", "web", "db"], "Intention deleted.").await;
+        let (success, text) = run(&agent, &["intention", "get", "web", "db"]).await;
+        assert!(!success && text.contains("not found"), "{text}");
+        let api = intention_id(&agent, "api", "db").await;
+        assert_ne!(api, id);
+        succeeds(&agent, &["intention", "delete", &api], "Intention deleted.").await;
+        let (success, text) = run(&agent, &["intention", "delete", &api]).await;
+        assert!(!success && text.contains(&api), "{text}");
+        agent.stop().await;
+        ids.push((id, api));
+    }
+    assert_eq!(ids[0], ids[1], "an ID outlives a restart and the way of declaring");
 }
 
 #[tokio::test]

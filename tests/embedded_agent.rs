@@ -288,6 +288,31 @@ async fn intentions_by_id_and_by_name_are_one_store() {
 }
 
 #[tokio::test]
+async fn an_intention_of_a_config_entry_has_an_id_of_its_names() {
+    let agent = start().await;
+    let sources = json!([{"Name": "a", "Action": "deny"}, {"Name": "a", "Peer": "east", "Action": "deny"}]);
+    agent.put_config_entry(json!({"Kind": "service-intentions", "Name": "b", "Sources": sources})).expect("stored");
+    let list = get(&agent, "/v1/connect/intentions").await.json();
+    let ids: Vec<&str> = list.as_array().expect("a list").iter().map(|one| one["ID"].as_str().expect("an ID")).collect();
+    let [id, east] = ids.as_slice() else { panic!("{list}") };
+    let (path, east) = (format!("/v1/connect/intentions/{id}"), format!("/v1/connect/intentions/{east}"));
+    assert_eq!(get(&agent, "/v1/connect/intentions/match?by=destination&name=b").await.json()["b"], list);
+
+    let renamed = json!({"SourceName": "c", "DestinationName": "b", "Action": "allow"});
+    let refused = ask(&agent, "PUT", &path, Some(renamed)).await;
+    assert_eq!(refused.status, 500);
+    assert!(refused.body.contains(id) && refused.body.contains("delete it and create the other one"), "{}", refused.body);
+    let allow = json!({"SourceName": "a", "DestinationName": "b", "Action": "allow"});
+    assert_eq!(ask(&agent, "PUT", &path, Some(allow)).await.json()["ID"], *id);
+    assert_eq!(get(&agent, &path).await.json()["Action"], "allow");
+    assert_eq!(get(&agent, "/v1/config/service-intentions/b").await.json()["Sources"][0].get("LegacyID"), None);
+
+    assert_eq!(ask(&agent, "DELETE", &path, None).await.json(), true);
+    assert_eq!(get(&agent, &path).await.status, 404);
+    assert_eq!(get(&agent, &east).await.json()["SourcePeer"], "east", "the one of the same name at a peer stays");
+}
+
+#[tokio::test]
 async fn registration_is_strict_and_health_follows_checks() {
     let agent = start().await;
     let register = |body: Value| ask(&agent, "PUT", "/v1/agent/service/register", Some(body));

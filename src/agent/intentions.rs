@@ -1,10 +1,12 @@
 //! Intentions as Consul keeps them: sources inside `service-intentions` entries, flattened for the intentions endpoints.
 //!
 //! Invariant: the flattened list is always in evaluation order (precedence descending, then names), so the first whose source
-//! matches decides. Whatever cannot be judged at L4 denies. Pure.
+//! matches decides. Every intention has an ID, also one that a config entry declares, since Consul 1.8's command line knows no
+//! other way to an intention. Whatever cannot be judged at L4 denies. Pure.
 
 use std::time::SystemTime;
 
+use ring::digest::{Context, SHA256};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -181,6 +183,24 @@ pub(super) fn decide(all: &[Intention], source: &str, destination: &str, default
 }
 
 impl Intention {
+    /// Its ID: the one it was created with, or the one that its names give.
+    pub(super) fn id(&self) -> String {
+        if self.is_declared() {
+            return derived_id(&self.source, &self.destination);
+        }
+        self.source.legacy_id.clone()
+    }
+
+    /// Whether it came without an ID: from a config entry, a file or an `exact` call.
+    pub(super) fn is_declared(&self) -> bool {
+        self.source.legacy_id.is_empty()
+    }
+
+    /// Whether `source` and `destination` name this intention.
+    pub(super) fn has_names(&self, source: &Source, destination: &str) -> bool {
+        (&self.source.name, &self.source.peer, self.destination.as_str()) == (&source.name, &source.peer, destination)
+    }
+
     /// Whether it speaks of the source `name`.
     pub(super) fn has_source(&self, name: &str) -> bool {
         self.source.name == "*" || self.source.name == name
@@ -207,9 +227,9 @@ impl Intention {
 
     /// Consul's text of an intention in an error.
     pub(super) fn describe(&self) -> String {
-        let Source { name, action, legacy_id, precedence, .. } = &self.source;
+        let Source { name, action, precedence, .. } = &self.source;
         let action = action.to_ascii_uppercase();
-        format!("{action} default/{name} => default/{} (ID: {legacy_id}, Precedence: {precedence})", self.destination)
+        format!("{action} default/{name} => default/{} (ID: {}, Precedence: {precedence})", self.destination, self.id())
     }
 
     /// The intention as the list, match and read endpoints print it.
@@ -219,9 +239,7 @@ impl Intention {
         let mut put = |key: &str, value: Value| {
             out.insert(key.to_owned(), value);
         };
-        if !source.legacy_id.is_empty() {
-            put("ID", json!(source.legacy_id));
-        }
+        put("ID", json!(self.id()));
         if !source.description.is_empty() {
             put("Description", json!(source.description));
         }
@@ -255,6 +273,25 @@ impl Intention {
     }
 }
 
+/// A UUID that the same names always give, so that it outlives a restart and a reload of the file.
+fn derived_id(source: &Source, destination: &str) -> String {
+    let mut digest = Context::new(&SHA256);
+    for part in [destination, &source.name, &source.peer] {
+        // The length keeps `a`, `bc` apart from `ab`, `c`.
+        digest.update(&(part.len() as u64).to_be_bytes());
+        digest.update(part.as_bytes());
+    }
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&digest.finish().as_ref()[..16]);
+    // Version 8 says that the bytes have a meaning of their own; `create` gives out version 4, so the two never meet.
+    uuid::Builder::from_custom_bytes(bytes).into_uuid().to_string()
+}
+
+/// The intention with this ID.
+pub(super) fn by_id<'a>(all: &'a [Intention], id: &str) -> Option<&'a Intention> {
+    all.iter().find(|intention| intention.id() == id)
+}
+
 /// Adds the intention, or replaces the one of the same source and destination.
 pub(super) fn put(state: &mut State, mut source: Source, destination: &str) -> Result<(), AgentError> {
     let now = stamp(SystemTime::now());
@@ -280,12 +317,21 @@ pub(super) fn put(state: &mut State, mut source: Source, destination: &str) -> R
 
 /// Removes the intention; one that is not there is no error, as in Consul.
 pub(super) fn delete(state: &mut State, source: &str, destination: &str) -> Result<(), AgentError> {
+    delete_where(state, destination, |old| old.name == source)
+}
+
+/// Removes exactly this intention and not one of the same name at another peer.
+pub(super) fn delete_one(state: &mut State, intention: &Intention) -> Result<(), AgentError> {
+    delete_where(state, &intention.destination, |old| intention.has_names(old, &intention.destination))
+}
+
+fn delete_where(state: &mut State, destination: &str, gone: impl Fn(&Source) -> bool) -> Result<(), AgentError> {
     let key = ("service-intentions".to_owned(), destination.to_owned());
     let Some(mut entry) = state.entries.get(&key).cloned() else {
         return Ok(());
     };
     let mut all = sources(&entry);
-    all.retain(|old| old.name != source);
+    all.retain(|old| !gone(old));
     if all.is_empty() {
         state.delete_entry(&key.0, &key.1);
         return Ok(());
@@ -389,6 +435,43 @@ mod tests {
         let verdict = decide(&flatten([&entry].into_iter()), "web", "db", DefaultPolicy::Allow);
         assert!(!verdict.allowed);
         assert!(verdict.reason.starts_with("Matched L7 intention"), "{}", verdict.reason);
+    }
+
+    #[test]
+    fn a_declared_intention_has_an_id_that_its_names_give() {
+        let of = |list: &[(&str, &[(&str, &str)])]| -> Vec<String> {
+            flatten(entries(list).iter()).iter().map(Intention::id).collect()
+        };
+        let all = of(&[("db", &[("web", "allow"), ("api", "deny"), ("*", "deny")]), ("web", &[("db", "allow")])]);
+        let distinct: std::collections::BTreeSet<_> = all.iter().collect();
+        assert_eq!(distinct.len(), 4, "{all:?}");
+        for id in &all {
+            let uuid = uuid::Uuid::parse_str(id).expect("a UUID");
+            assert_eq!((uuid.get_version_num(), id.len()), (8, 36), "{id}");
+        }
+        // The names alone count: neither the action nor the company in the entry changes the ID, nor does a new version.
+        let alone = of(&[("db", &[("web", "deny")])]);
+        assert_eq!(alone, ["28280775-a261-8ff3-bb22-293faa319924"]);
+        assert!(distinct.contains(&alone[0]), "{all:?}");
+        // Names that are the same when written one after the other are not the same intention.
+        assert_ne!(of(&[("bc", &[("a", "allow")])]), of(&[("b", &[("ca", "allow")])]));
+    }
+
+    #[test]
+    fn an_id_finds_its_intention_and_shows_in_the_document() {
+        let entry = Entry::decode(json!({"Kind": "service-intentions", "Name": "db", "Sources": [
+            {"Name": "web", "Action": "allow"}, {"Name": "web", "Peer": "east", "Action": "deny"},
+            {"Name": "api", "Action": "deny", "LegacyID": "0b3c4d5e-0000-4000-8000-000000000001"}]}))
+        .expect("valid");
+        let all = flatten([&entry].into_iter());
+        for intention in &all {
+            let found = by_id(&all, &intention.id()).expect("found");
+            assert_eq!(found, intention);
+            assert_eq!(intention.to_json()["ID"], json!(intention.id()));
+            assert!(intention.describe().contains(&intention.id()), "{}", intention.describe());
+        }
+        assert!(by_id(&all, "0b3c4d5e-0000-4000-8000-000000000001").is_some_and(|found| found.source.name == "api"));
+        assert_eq!(by_id(&all, ""), None);
     }
 
     #[test]

@@ -69,10 +69,10 @@ async fn read(Extract(shared): App, Path(id): Path<String>, params: Params) -> A
         return Err(Refusal::bad("Bad request: failed intention lookup: index error: UUID must be 36 characters"));
     }
     let response = blocking(&shared, &params, vec![Topic::Intentions], |state| {
-        flatten(state).iter().find(|intention| intention.source.legacy_id == id).map_or(Value::Null, Intention::to_json)
+        intentions::by_id(&flatten(state), &id).map_or(Value::Null, Intention::to_json)
     })
     .await?;
-    let exists = shared.read(|state| flatten(state).iter().any(|intention| intention.source.legacy_id == id));
+    let exists = shared.read(|state| intentions::by_id(&flatten(state), &id).is_some());
     if exists { Ok(response) } else { Err(Refusal::missing("Intention not found")) }
 }
 
@@ -80,15 +80,25 @@ async fn update(Extract(shared): App, Path(id): Path<String>, body: Bytes) -> An
     let (mut source, destination) = decode(&body)?.into_source().map_err(Refusal::internal)?;
     shared.change(|state| {
         let all = flatten(state);
-        let old = all
-            .iter()
-            .find(|old| old.source.legacy_id == id)
+        let old = intentions::by_id(&all, &id)
             .ok_or_else(|| Refusal::internal(format!("Cannot modify non-existent intention: '{id}'")))?;
-        if (old.source.name.as_str(), old.destination.as_str()) != (source.name.as_str(), destination.as_str()) {
-            intentions::delete(state, &old.source.name, &old.destination).map_err(Refusal::from)?;
+        match (old.is_declared(), old.has_names(&source, &destination)) {
+            // Its ID comes from its names: it stays what it is, and with other names it would be another one.
+            (true, true) => {}
+            (true, false) => {
+                return Err(Refusal::internal(format!(
+                    "Cannot modify source or destination of intention '{id}', which a config entry declares: \
+                     delete it and create the other one"
+                )));
+            }
+            (false, same) => {
+                if !same {
+                    intentions::delete_one(state, old).map_err(Refusal::from)?;
+                }
+                source.legacy_id.clone_from(&id);
+                source.legacy_create_time.clone_from(&old.source.legacy_create_time);
+            }
         }
-        source.legacy_id.clone_from(&id);
-        source.legacy_create_time.clone_from(&old.source.legacy_create_time);
         intentions::put(state, source, &destination).map_err(Refusal::from)
     })?;
     Ok(json(&object!({"ID": id})))
@@ -97,11 +107,9 @@ async fn update(Extract(shared): App, Path(id): Path<String>, body: Bytes) -> An
 async fn remove(Extract(shared): App, Path(id): Path<String>) -> Answer {
     shared.change(|state| {
         let all = flatten(state);
-        let old = all
-            .iter()
-            .find(|old| old.source.legacy_id == id)
+        let old = intentions::by_id(&all, &id)
             .ok_or_else(|| Refusal::internal(format!("Cannot delete non-existent intention: '{id}'")))?;
-        intentions::delete(state, &old.source.name, &old.destination).map_err(Refusal::from)
+        intentions::delete_one(state, old).map_err(Refusal::from)
     })?;
     Ok(json(&Value::Bool(true)))
 }

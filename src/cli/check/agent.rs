@@ -3,6 +3,7 @@
 //! Each call is made once and raw: what the agent says is the finding. Sources of the rights: Consul's API documentation
 //! and measurements against 1.8.7.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
@@ -37,8 +38,9 @@ pub(super) async fn check(settings: &Consul, report: &mut Report) -> bool {
             return false;
         }
     };
+    let mut checked = BTreeSet::new();
     for proxy in &settings.proxies {
-        rights(&http, proxy, report).await;
+        rights(&http, proxy, &mut checked, report).await;
     }
     if login {
         // What a login made, a logout ends; if that fails, the token's own end does it.
@@ -133,8 +135,9 @@ async fn log_in(login: &Login, http: &Http, report: &mut Report) -> Option<Zeroi
     }
 }
 
-async fn rights(http: &Http, proxy: &Proxy, report: &mut Report) {
-    let (service, upstreams) = match proxy {
+/// `checked` holds the upstreams (kind, name) that have their lines already: the calls are the same for all that share one.
+async fn rights(http: &Http, proxy: &Proxy, checked: &mut BTreeSet<(String, String)>, report: &mut Report) {
+    let (service, upstreams): (_, Vec<_>) = match proxy {
         Proxy::Service(service) => {
             let upstreams = service.upstreams.iter().map(|one| ("service".to_owned(), one.destination.clone())).collect();
             (service.name.clone(), upstreams)
@@ -158,8 +161,10 @@ async fn rights(http: &Http, proxy: &Proxy, report: &mut Report) {
     let call = format!("/v1/connect/intentions/match?by=destination&name={service_path}");
     let read = format!("give the token intentions:read on `{service}`; service:write implies it");
     right(http, &format!("right: intentions {service}"), &call, &read, report).await;
-    for (kind, name) in &upstreams {
-        upstream(http, kind, name, report).await;
+    for (kind, name) in upstreams {
+        if checked.insert((kind.clone(), name.clone())) {
+            upstream(http, &kind, &name, report).await;
+        }
     }
 }
 
