@@ -51,3 +51,21 @@ fn an_idle_process_ends_at_once() {
     assert!(pair.web.process.wait_exit(Duration::from_secs(10)).success(), "{}", pair.web.process.tail());
     println!("ended {:?} after SIGTERM", start.elapsed());
 }
+
+/// A worker without connections is done at once, and leaves no socket behind that would take clients and never answer.
+#[test]
+fn every_worker_stops_listening_at_once() {
+    let app = Echo::start();
+    let four = |builder: support::sidecar::Builder| builder.workers(4).arguments(&["-drain-time", "60s"]);
+    let pair = Pair::tuned(Agent::start(), app.address, four, four, |define| define).wait_open();
+    let mut live = Live::open(pair.upstream);
+    pair.web.process.signal("TERM");
+    pair.db.process.signal("TERM");
+    for address in [pair.upstream, pair.public] {
+        wait_until("nobody listens any more", Duration::from_secs(5), || {
+            // Eight sockets in turn: with any of four left open, one of these would get in.
+            (0..8).all(|_| connect(address).is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused))
+        });
+    }
+    live.ping().expect("the live connection goes on");
+}
