@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 
 use super::budget::{BLOCKING_QUERIES_MAX, Budget, IDLE_CONNECTIONS_MAX};
 use super::connector::Connector;
-use super::error::{AgentError, Endpoint};
+use super::error::{AgentError, Endpoint, certificate_alert};
 use super::token::{Secret, Token};
 use crate::config::{self, AgentAddress};
 use crate::control::ControlError;
@@ -290,6 +290,9 @@ impl Client {
 
     fn sort(&self, endpoint: Endpoint, started: Instant, error: &legacy::Error) -> AgentError {
         let address = self.shared.authority.clone();
+        if let Some(alert) = certificate_alert(error) {
+            return AgentError::ClientCertificate { address, alert };
+        }
         if error.is_connect() {
             return AgentError::Unreachable { address, detail: innermost(error) };
         }

@@ -220,6 +220,7 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use crate::config::{Consul, TokenSource};
+    use crate::control::consul::budget::{BLOCKING_QUERIES_MAX, Class};
     use crate::control::consul::client::{Client, Request};
     use crate::control::consul::error::{AgentError, Endpoint};
     use crate::control::consul::token::Token;
@@ -238,6 +239,91 @@ mod tests {
         String::from_utf8_lossy(&request[..length]).into_owned()
     }
 
+    fn self_signed(name: &str) -> (rcgen::Certificate, rcgen::KeyPair) {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let mut params = rcgen::CertificateParams::new(vec![name.to_owned()]).expect("a name");
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        (params.self_signed(&key).expect("a certificate"), key)
+    }
+
+    fn write(folder: &Path, name: &str, text: &str) -> PathBuf {
+        let path = folder.join(name);
+        std::fs::write(&path, text).expect("written");
+        path
+    }
+
+    /// An https agent until the handle is aborted.
+    async fn serve(config: rustls::ServerConfig) -> (AgentAddress, tokio::task::JoinHandle<()>) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let port = listener.local_addr().expect("an address").port();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let server = tokio::spawn(async move {
+            loop {
+                let (tcp, _) = listener.accept().await.expect("accepted");
+                if let Ok(stream) = acceptor.accept(tcp).await {
+                    answer_once(stream).await;
+                }
+            }
+        });
+        (AgentAddress::Http { host: "127.0.0.1".into(), port, tls: true, prefix: "/consul".into() }, server)
+    }
+
+    /// An agent with `verify_incoming_https`, which speaks `version` only.
+    fn demanding(
+        version: &'static rustls::SupportedProtocolVersion,
+        server: &(rcgen::Certificate, rcgen::KeyPair),
+        client_ca: &rcgen::Certificate,
+    ) -> rustls::ServerConfig {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(client_ca.der().clone()).expect("a root");
+        let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+            .build()
+            .expect("a verifier");
+        let key = PrivateKeyDer::try_from(server.1.serialize_der()).expect("a key");
+        rustls::ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[version])
+            .expect("a version")
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(vec![server.0.der().clone()], key)
+            .expect("a server")
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_wants_a_client_certificate_is_told_from_one_that_restarts() {
+        let folder = tempfile::tempdir().expect("folder");
+        let (server_pair, ours, strange) = (self_signed("server.dc1.consul"), self_signed("client"), self_signed("strange"));
+        let plain = AgentTls {
+            ca_file: Some(write(folder.path(), "ca.pem", &server_pair.0.pem())),
+            server_name: Some("server.dc1.consul".into()),
+            ..AgentTls::default()
+        };
+        let with = |name: &str, (certificate, key): &(rcgen::Certificate, rcgen::KeyPair)| AgentTls {
+            client_cert: Some(write(folder.path(), &format!("{name}.pem"), &certificate.pem())),
+            client_key: Some(write(folder.path(), &format!("{name}-key.pem"), &key.serialize_pem())),
+            ..plain.clone()
+        };
+        let (right, wrong) = (with("ours", &ours), with("strange", &strange));
+        let request = Request::get(Endpoint::Roots, &["x"]);
+        for version in [&rustls::version::TLS12, &rustls::version::TLS13] {
+            let (address, server) = serve(demanding(version, &server_pair, &ours.0)).await;
+            for tls in [&plain, &wrong] {
+                let refused = client(address.clone(), tls.clone()).expect("a client");
+                let error = refused.call(&request).await.expect_err("refused");
+                assert!(matches!(error, AgentError::ClientCertificate { .. }), "{version:?}: {error:?}");
+                for name in ["-client-cert", "-client-key", "CONSUL_CLIENT_CERT", "CONSUL_CLIENT_KEY"] {
+                    assert!(error.to_string().contains(name), "{error}");
+                }
+                assert!(!error.congestion() && !error.answered() && !refused.reachable(), "{error}");
+                let places: Vec<_> = std::iter::from_fn(|| refused.budget().enter(Class::Leaf)).take(1_000).collect();
+                assert_eq!(places.len(), BLOCKING_QUERIES_MAX, "the budget is not to blame");
+            }
+            let made = client(address, right.clone()).expect("a client");
+            assert_eq!(made.call(&request).await.expect("an answer").index, Some(7));
+            server.abort();
+        }
+    }
+
     #[tokio::test]
     async fn a_unix_socket_works_and_basic_authentication_is_sent() {
         let folder = tempfile::tempdir().expect("folder");
@@ -254,30 +340,15 @@ mod tests {
 
     #[tokio::test]
     async fn https_believes_only_the_given_ca_and_name() {
-        let key = rcgen::KeyPair::generate().expect("a key");
-        let certificate = rcgen::CertificateParams::new(vec!["server.dc1.consul".to_owned()])
-            .and_then(|params| params.self_signed(&key))
-            .expect("a certificate");
         let folder = tempfile::tempdir().expect("folder");
-        let ca_file = folder.path().join("ca.pem");
-        std::fs::write(&ca_file, certificate.pem()).expect("written");
+        let (certificate, key) = self_signed("server.dc1.consul");
+        let ca_file = write(folder.path(), "ca.pem", &certificate.pem());
         let server_key = PrivateKeyDer::try_from(key.serialize_der()).expect("a key");
         let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .with_safe_default_protocol_versions()
             .and_then(|builder| builder.with_no_client_auth().with_single_cert(vec![certificate.der().clone()], server_key))
             .expect("a server");
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bound");
-        let port = listener.local_addr().expect("an address").port();
-        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
-        let server = tokio::spawn(async move {
-            loop {
-                let (tcp, _) = listener.accept().await.expect("accepted");
-                if let Ok(stream) = acceptor.accept(tcp).await {
-                    answer_once(stream).await;
-                }
-            }
-        });
-        let address = AgentAddress::Http { host: "127.0.0.1".into(), port, tls: true, prefix: "/consul".into() };
+        let (address, server) = serve(config).await;
         let right =
             AgentTls { ca_file: Some(ca_file.clone()), server_name: Some("server.dc1.consul".into()), ..AgentTls::default() };
         let request = Request::get(Endpoint::Roots, &["x"]);

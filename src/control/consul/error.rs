@@ -2,10 +2,15 @@
 //!
 //! Statuses and texts: Consul 1.8 to current; only `ACL not found` is matched by text, because 403 has two meanings.
 
+use std::error::Error;
 use std::time::Duration;
+
+use rustls::AlertDescription;
 
 /// Longest piece of an agent's error text that is repeated in ours.
 const TEXT_CHARS_MAX: usize = 300;
+/// Most errors below an error that are looked at; HTTP over TLS over TCP has five.
+const SOURCES_MAX: usize = 16;
 
 /// An endpoint that this proxy calls: its name in errors and metrics, the right it needs, the largest body believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -79,6 +84,12 @@ pub(crate) enum AgentError {
         endpoint.name()
     )]
     Reset { address: String, endpoint: Endpoint, soon: bool },
+    #[error(
+        "Consul agent at {address} wants a TLS client certificate and got none, or one that it does not accept \
+         (alert {alert:?}): name one that the agent's CA signed, with its key, by -client-cert and -client-key \
+         (CONSUL_CLIENT_CERT, CONSUL_CLIENT_KEY)"
+    )]
+    ClientCertificate { address: String, alert: AlertDescription },
     #[error("Consul agent did not answer {} within {after:?}", endpoint.name())]
     Timeout { endpoint: Endpoint, after: Duration },
     #[error(
@@ -121,7 +132,7 @@ impl AgentError {
 
     /// Whether the agent itself answered, so that it is reachable.
     pub(crate) fn answered(&self) -> bool {
-        !matches!(self, Self::Unreachable { .. } | Self::Reset { .. } | Self::Timeout { .. })
+        !matches!(self, Self::Unreachable { .. } | Self::Reset { .. } | Self::ClientCertificate { .. } | Self::Timeout { .. })
     }
 
     /// Whether it is a sign of too many connections.
@@ -134,6 +145,7 @@ impl AgentError {
         match self {
             Self::Unreachable { .. } => "unreachable",
             Self::Reset { .. } => "reset",
+            Self::ClientCertificate { .. } => "client_certificate",
             Self::Timeout { .. } => "timeout",
             Self::TokenUnknown { .. } => "token_unknown",
             Self::Forbidden { .. } => "forbidden",
@@ -146,6 +158,41 @@ impl AgentError {
             Self::Hidden { .. } => "hidden",
         }
     }
+}
+
+/// The alert with which the agent refused our client certificate, or the lack of one, if that is why a call failed.
+///
+/// TLS 1.2 sends it within the handshake and TLS 1.3 after it, so it hides at different depths of the error.
+pub(crate) fn certificate_alert(error: &(dyn Error + 'static)) -> Option<AlertDescription> {
+    let mut next = Some(error);
+    for _ in 0..SOURCES_MAX {
+        let error = next?;
+        if let Some(rustls::Error::AlertReceived(alert)) = error.downcast_ref() {
+            return refuses_certificate(*alert).then_some(*alert);
+        }
+        // The `source` of an I/O error leaves out the error that it wraps.
+        next = match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+            Some(wrapped) => Some(wrapped),
+            None => error.source(),
+        };
+    }
+    None
+}
+
+/// Alerts that speak of a certificate. Go's TLS 1.2 calls a missing one `BadCertificate`.
+fn refuses_certificate(alert: AlertDescription) -> bool {
+    matches!(
+        alert,
+        AlertDescription::CertificateRequired
+            | AlertDescription::NoCertificate
+            | AlertDescription::BadCertificate
+            | AlertDescription::UnsupportedCertificate
+            | AlertDescription::CertificateRevoked
+            | AlertDescription::CertificateExpired
+            | AlertDescription::CertificateUnknown
+            | AlertDescription::UnknownCA
+            | AlertDescription::AccessDenied
+    )
 }
 
 /// The agent's text on one line, bounded, without control characters.
@@ -174,6 +221,20 @@ mod tests {
             matches!(AgentError::from_status(Endpoint::Login, 403, b"ACL not found"), AgentError::Forbidden { .. }),
             "an unknown auth method is no unknown token"
         );
+    }
+
+    #[test]
+    fn only_an_alert_about_certificates_is_one() {
+        let wrapped = |alert| {
+            let inner = std::io::Error::new(std::io::ErrorKind::InvalidData, rustls::Error::AlertReceived(alert));
+            certificate_alert(&std::io::Error::other(inner))
+        };
+        for alert in [AlertDescription::CertificateRequired, AlertDescription::BadCertificate, AlertDescription::UnknownCA] {
+            assert_eq!(wrapped(alert), Some(alert));
+        }
+        assert_eq!(wrapped(AlertDescription::HandshakeFailure), None);
+        assert_eq!(wrapped(AlertDescription::UnrecognisedName), None);
+        assert_eq!(certificate_alert(&std::io::Error::from(std::io::ErrorKind::ConnectionReset)), None);
     }
 
     #[test]
