@@ -87,7 +87,7 @@ pub(crate) enum AgentError {
     #[error(
         "Consul agent at {address} wants a TLS client certificate and got none, or one that it does not accept \
          (alert {alert:?}): name one that the agent's CA signed, with its key, by -client-cert and -client-key \
-         (CONSUL_CLIENT_CERT, CONSUL_CLIENT_KEY), or set verify_incoming_https = false on the agent"
+         (CONSUL_CLIENT_CERT, CONSUL_CLIENT_KEY)"
     )]
     ClientCertificate { address: String, alert: AlertDescription },
     #[error("Consul agent did not answer {} within {after:?}", endpoint.name())]
