@@ -12,7 +12,13 @@ fn demo() -> Command {
     command
 }
 
+/// One after the other: two demos at once would look for the same free ports.
 #[test]
+fn the_demo_tells_and_holds_every_step() {
+    every_step_is_told_and_held();
+    a_signal_before_the_last_step_is_no_success();
+}
+
 fn every_step_is_told_and_held() {
     let output = demo().output().expect("the program runs");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -32,7 +38,6 @@ fn every_step_is_told_and_held() {
     assert!(find("figures")["requests"].as_u64().expect("number") > 100);
 }
 
-#[test]
 fn a_signal_before_the_last_step_is_no_success() {
     let mut child = demo().stdout(Stdio::piped()).spawn().expect("the program runs");
     let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
