@@ -134,8 +134,12 @@ impl Mesh {
     }
 
     fn publish_server(&mut self, policy: DefaultPolicy) {
+        self.publish_server_at(PUBLIC, policy);
+    }
+
+    fn publish_server_at(&mut self, bind: SocketAddr, policy: DefaultPolicy) {
         let public = PublicListener {
-            bind: Bind::Tcp(PUBLIC),
+            bind: Bind::Tcp(bind),
             app: vec![Address::Tcp(APP)],
             local_connect_timeout: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(10),
@@ -430,4 +434,43 @@ fn connections_before_the_first_certificate_wait_for_it() {
     drop((early, server, late));
     let (client, _) = mesh.finish();
     assert!(client.iter().any(|record| record.reason == CloseReason::NoIdentity));
+}
+
+#[test]
+fn connections_of_a_listener_that_moved_are_judged_by_the_new_policy() {
+    let mut mesh = Mesh::new(6, Faults::NONE);
+    let app = mesh.network.listen(APP);
+    let client = mesh.network.connect(LISTEN).expect("the sidecar listens");
+    client.write(b"hello");
+    mesh.turns(500);
+    let server = mesh.network.accept(app).expect("the app was dialed");
+    mesh.publish_server_at(address(21_001), DefaultPolicy::Allow);
+    mesh.turns(50);
+    client.write(b"again");
+    mesh.turns(50);
+    assert_eq!(server.read(100), Ok(Some(b"helloagain".to_vec())), "a moved listener's connections go on");
+    mesh.publish_server_at(address(21_002), DefaultPolicy::Deny);
+    mesh.turns(50);
+    assert!(server.read(100).is_err() && client.read(100).is_err(), "both ends see a reset");
+    drop((client, server));
+    let (_, server) = mesh.finish();
+    assert_eq!(server[0].reason, CloseReason::Revoked);
+}
+
+#[test]
+fn a_denial_during_the_drain_still_cuts() {
+    let mut mesh = Mesh::new(7, Faults::NONE);
+    let app = mesh.network.listen(APP);
+    let client = mesh.network.connect(LISTEN).expect("the sidecar listens");
+    client.write(b"hello");
+    mesh.turns(500);
+    let server = mesh.network.accept(app).expect("the app was dialed");
+    mesh.server.orders.raise(Order::Drain);
+    mesh.turns(50);
+    mesh.publish_server(DefaultPolicy::Deny);
+    mesh.turns(50);
+    assert!(client.read(100).is_err(), "a revoked peer must not live through the drain");
+    drop((client, server));
+    let (_, server) = mesh.finish();
+    assert_eq!(server[0].reason, CloseReason::Revoked);
 }

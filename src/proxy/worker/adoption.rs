@@ -26,19 +26,15 @@ impl<R: Ring> Worker<R> {
         let mut policy_changed = false;
         for index in 0..self.listeners.len() {
             let Some(listener) = self.listeners[index].as_mut() else { continue };
-            if listener.removed {
-                // Its last connections are still judged by what is in force.
-                let service = snapshot.services.iter().find(|service| service.proxy_id == listener.service.proxy_id);
-                if let Some(service) = service {
-                    policy_changed |= !Arc::ptr_eq(&listener.service.intentions, &service.intentions);
-                    listener.service = Arc::clone(service);
-                }
-                continue;
+            // Also of a listener that goes: its last connections are judged by what is in force.
+            if let Some(service) = snapshot.services.iter().find(|service| service.proxy_id == listener.service.proxy_id) {
+                policy_changed |= !Arc::ptr_eq(&listener.service.intentions, &service.intentions);
+                listener.service = Arc::clone(service);
             }
             match wanted.remove(&listener.key()) {
-                Some(wanted) => {
-                    policy_changed |= !Arc::ptr_eq(&listener.service.intentions, &wanted.service.intentions);
-                    listener.update(wanted);
+                Some(wanted) if !listener.removed => listener.update(wanted),
+                Some(again) => {
+                    wanted.insert(again.key.clone(), again);
                 }
                 None => self.remove_listener(index),
             }
