@@ -107,3 +107,19 @@ fn a_reset_of_the_client_is_a_reset_for_the_app() {
     assert_eq!(received.next().1, End::Reset);
     pair.web.wait_closed("local_reset");
 }
+
+/// Whoever sits on the path can forge a record and a FIN, but not make the app take half an answer for the whole.
+#[test]
+fn a_forged_record_and_a_fin_are_a_reset_for_the_app() {
+    let (app, received) = reporting_app();
+    let pair = Pair::local(app.address);
+    let mut peer = tls::client(pair.public, Some(&pair.mesh.leaf("web"))).expect("a mesh client");
+    peer.write_all(b"half of").and_then(|()| peer.flush()).expect("a write");
+    support::wait_until("the app has the connection", PATIENCE, || app.accepted() > 0);
+    let mut forged = vec![0x17, 3, 3, 0, 40];
+    forged.extend([0x5a; 40]);
+    peer.sock.write_all(&forged).expect("a forged record");
+    peer.sock.shutdown(Shutdown::Write).expect("a FIN");
+    assert_eq!(received.next().1, End::Reset);
+    pair.db.wait_closed("protocol_error");
+}
