@@ -1,4 +1,5 @@
-//! Real clients and servers through the pair: Redis, PostgreSQL and iperf3, none of which knows that it is proxied.
+//! Real clients and servers through the pair: Redis and PostgreSQL beside a real Consul with ACLs, iperf3 beside the embedded
+//! agent; none of them knows that it is proxied.
 
 mod support;
 
@@ -15,7 +16,7 @@ const RUN_MAX: Duration = Duration::from_secs(90);
 #[test]
 fn redis_benchmark() {
     let (_folder, _server, app) = redis();
-    let pair = Pair::local(app);
+    let pair = Pair::consul(app);
     let port = pair.upstream.port().to_string();
     wait_for("redis answers through the pair", PATIENCE, || {
         let ping =
@@ -34,7 +35,7 @@ fn redis_benchmark() {
 #[test]
 fn psql_and_pgbench() {
     let postgres = Postgres::start();
-    let mut pair = Pair::local(postgres.address);
+    let mut pair = Pair::consul(postgres.address);
     wait_for("psql through the pair", PATIENCE, || {
         let mut psql = postgres.command("psql", pair.upstream);
         let output = psql.args(["-Atc", "select 6 * 7"]).output().map_err(|error| error.to_string())?;

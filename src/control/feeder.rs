@@ -263,7 +263,7 @@ impl Feeder {
 /// One line for each change that a person would want to see.
 fn log_changes(old: &Status, new: &Status) {
     if new.ready && !old.ready {
-        tracing::info!("every proxy has its definition, identity, policy and listeners");
+        tracing::info!("every proxy has its definition, identity and policy");
     }
     for service in &new.services {
         let before = old.services.iter().find(|before| before.proxy_id == service.proxy_id);

@@ -151,7 +151,7 @@ impl State {
         if self.troubles.values().any(|known| *known == text) {
             tracing::debug!(watch = %key, problem = %text, "the same for this watch");
         } else {
-            tracing::warn!(watch = %key, problem = %text, "what was learned before stays in force");
+            tracing::warn!(watch = %key, problem = %text, "no new answer for this watch; what was learned before, if anything, stays in force");
         }
         self.troubles.insert(key, text);
     }
