@@ -18,7 +18,7 @@ pub struct Federation {
 
 /// One datacenter: a server agent that its services register at.
 pub struct Datacenter {
-    name: &'static str,
+    pub name: &'static str,
     node: Node,
 }
 
