@@ -9,6 +9,9 @@ use serde_json::{Value, json};
 use super::http::Client;
 use super::{Mesh, PATIENCE, Process, ports, wait_for};
 
+mod federation;
+pub use federation::{Datacenter, Federation};
+
 pub struct Consul {
     server: Node,
     client: Option<Node>,
@@ -147,6 +150,7 @@ impl Node {
         Self { name: format!("consul {name}"), http, serf, process: None, folder: super::scratch() }
     }
 
+    /// Writes the configuration that all share, changed by `role`: an object in it adds to the one that is there.
     fn configure(&self, role: &Value, rpc: u16) {
         let mut config = json!({
             "node_name": self.name.replace(' ', "-"), "datacenter": "dc1", "data_dir": self.folder.path().join("data"),
@@ -155,7 +159,10 @@ impl Node {
             "ports": {"http": self.http.port(), "serf_lan": self.serf.port(), "serf_wan": -1, "server": rpc, "dns": -1, "grpc": -1},
         });
         for (key, value) in role.as_object().expect("a role") {
-            config[key] = value.clone();
+            match (config.get_mut(key).and_then(Value::as_object_mut), value) {
+                (Some(known), Value::Object(more)) => known.extend(more.clone()),
+                _ => config[key] = value.clone(),
+            }
         }
         std::fs::write(self.folder.path().join("config.json"), config.to_string()).expect("configuration of Consul");
     }

@@ -26,7 +26,7 @@ pub mod tls;
 pub mod traffic;
 
 pub use agent::Agent;
-pub use consul::Consul;
+pub use consul::{Consul, Datacenter, Federation};
 pub use mesh::{Definition, Mesh};
 pub use pair::{Kind, Pair};
 pub use process::Process;
