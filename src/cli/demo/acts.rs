@@ -31,6 +31,8 @@ const LOAD_MARGIN: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(10);
 /// Pause between looks at the logs while the demo stays up.
 const STAY_PAUSE: Duration = Duration::from_millis(200);
+/// How long the connection log may lag behind.
+const LOG_SETTLE: Duration = Duration::from_millis(500);
 
 /// Identities issued.
 pub(super) async fn identities(scene: &Scene, story: &mut Story) -> anyhow::Result<()> {
@@ -254,7 +256,8 @@ pub(super) async fn stay(scene: &mut Scene, story: &mut Story) -> anyhow::Result
             "destination_admin": scene.destination.admin_address(),
         }),
     );
-    // The load's own lines are not news.
+    // The load's own lines are not news, and they are written some ticks of the admin thread after the load ended.
+    tokio::time::sleep(LOG_SETTLE).await;
     while !(scene.source_log.read()?.is_empty() && scene.destination_log.read()?.is_empty()) {}
     loop {
         for line in scene.destination_log.read()? {
