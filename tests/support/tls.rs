@@ -31,8 +31,13 @@ fn crypto() -> Arc<CryptoProvider> {
 
 /// Connects and finishes the handshake as this client; `None` presents no certificate.
 pub fn client(address: SocketAddr, identity: Option<&Leaf>) -> io::Result<ClientStream> {
+    client_with(address, &client_config(identity, rustls::ALL_VERSIONS))
+}
+
+/// A client that remembers sessions, for more than one connection.
+pub fn client_config(identity: Option<&Leaf>, versions: &[&'static rustls::SupportedProtocolVersion]) -> Arc<ClientConfig> {
     let config = ClientConfig::builder_with_provider(crypto())
-        .with_safe_default_protocol_versions()
+        .with_protocol_versions(versions)
         .expect("TLS versions")
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(AnyServer));
@@ -40,9 +45,14 @@ pub fn client(address: SocketAddr, identity: Option<&Leaf>) -> io::Result<Client
         Some(leaf) => config.with_client_auth_cert(chain(leaf), key(leaf)).expect("client certificate"),
         None => config.with_no_client_auth(),
     };
+    Arc::new(config)
+}
+
+/// Connects and finishes the handshake.
+pub fn client_with(address: SocketAddr, config: &Arc<ClientConfig>) -> io::Result<ClientStream> {
     let tcp = super::traffic::connect(address)?;
     let name = ServerName::try_from("mesh.invalid").expect("a server name");
-    let mut stream = StreamOwned::new(ClientConnection::new(Arc::new(config), name).expect("client"), tcp);
+    let mut stream = StreamOwned::new(ClientConnection::new(Arc::clone(config), name).expect("client"), tcp);
     while stream.conn.is_handshaking() {
         stream.conn.complete_io(&mut stream.sock)?;
     }
