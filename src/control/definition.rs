@@ -234,6 +234,9 @@ fn note_ignored(proxy: &wire::Proxy, config: &Opaque<'_>, warnings: &mut Vec<Str
         warnings
             .push("expose has no effect: nothing is let in without mutual TLS, so rewritten HTTP checks will fail".to_owned());
     }
+    if proxy.access_logs.enabled {
+        warnings.push("access_logs has no effect: -connection-log says where connections are logged".to_owned());
+    }
     for extension in &proxy.envoy_extensions {
         warnings.push(format!("Envoy extension {} has no effect", extension.name.escape_default()));
     }
@@ -318,6 +321,18 @@ mod tests {
         assert!(refused(|v| v["Kind"] = json!("")).contains("connect-proxy"));
         let transparent = serde_json::from_value(crate::control::fixture("agent-service-transparent")).expect("parses");
         assert!(parse(&transparent).expect_err("refused").contains("transparent"));
+    }
+
+    #[test]
+    fn what_has_no_effect_is_named() {
+        let definition = parse(&service(|v| {
+            v["Proxy"]["Expose"] = json!({"Checks": true});
+            v["Proxy"]["AccessLogs"] = json!({"Enabled": true});
+        }))
+        .expect("accepted");
+        for word in ["envoy_prometheus_bind_addr", "expose", "access_logs"] {
+            assert!(definition.warnings.iter().any(|warning| warning.contains(word)), "{word}: {:?}", definition.warnings);
+        }
     }
 
     #[test]

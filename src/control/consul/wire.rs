@@ -79,6 +79,8 @@ pub(crate) struct Proxy {
     #[serde(deserialize_with = "nullable")]
     pub(crate) expose: Expose,
     #[serde(deserialize_with = "nullable")]
+    pub(crate) access_logs: AccessLogs,
+    #[serde(deserialize_with = "nullable")]
     pub(crate) envoy_extensions: Vec<EnvoyExtension>,
 }
 
@@ -95,6 +97,12 @@ pub(crate) struct Expose {
     pub(crate) checks: bool,
     #[serde(deserialize_with = "nullable")]
     pub(crate) paths: Vec<Value>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub(crate) struct AccessLogs {
+    pub(crate) enabled: bool,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
