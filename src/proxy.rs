@@ -162,9 +162,14 @@ impl Workers {
         }
     }
 
-    /// Whether every worker has ended.
+    /// Whether every worker has ended, or one has without having been told to: then its connections and its share of each
+    /// address are gone, and the process must not go on with the rest in silence. [`Self::join`] has the reason.
     pub fn is_finished(&self) -> bool {
-        self.threads.iter().all(JoinHandle::is_finished)
+        let mut ended = self.threads.iter().map(JoinHandle::is_finished);
+        match self.orders.current() {
+            Order::Run => ended.any(|ended| ended),
+            Order::Drain | Order::Stop => ended.all(|ended| ended),
+        }
     }
 
     /// Waits for every worker to end, after `drain` or `stop`.

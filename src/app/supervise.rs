@@ -29,6 +29,9 @@ pub fn run(settings: config::Sidecar) -> Result<(), AppError> {
         let ended = Supervision::new(drain_time).run(&mut sidecar, &mut signals).await;
         // A failure is worth more to the reader than what stopping says after it.
         let stopped = sidecar.stop().await;
+        if let (Err(_), Err(error)) = (&ended, &stopped) {
+            tracing::error!(%error, "found while stopping");
+        }
         ended.and(stopped)
     })
 }
@@ -159,7 +162,7 @@ impl Supervision {
             return Ok(Next::GoOn);
         }
         if sidecar.is_finished() {
-            return Err(AppError::Internal("the workers ended unasked; the log lines above say why".to_owned()));
+            return Err(AppError::Internal("a worker ended unasked; the log has its reason".to_owned()));
         }
         self.tell(sidecar);
         Ok(Next::GoOn)

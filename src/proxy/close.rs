@@ -2,7 +2,6 @@
 
 pub(super) use crate::telemetry::close::CloseReason;
 
-use crate::ring::Errno;
 use crate::tls::FailureKind;
 
 /// Which side of a connection something happened on.
@@ -15,7 +14,7 @@ pub(super) enum Side {
 }
 
 /// A socket error while bytes were flowing.
-pub(super) fn broken(side: Side, _errno: Errno) -> CloseReason {
+pub(super) fn broken(side: Side) -> CloseReason {
     match side {
         Side::Plain => CloseReason::LocalReset,
         Side::Mesh => CloseReason::PeerReset,

@@ -129,8 +129,8 @@ pub(super) struct Connection {
     pub(super) authorized: Option<Authorized>,
     pub(super) facts: Box<ConnectionRecord>,
     pub(super) accepted: Instant,
-    /// When the current dial began.
-    pub(super) dialed: Instant,
+    /// When the current step, dial or handshake, began.
+    pub(super) step_began: Instant,
     pub(super) deadline: Option<Instant>,
     /// The deadline that the worker's wheel knows of.
     pub(super) armed: Option<Instant>,
@@ -190,7 +190,7 @@ impl Connection {
             authorized: None,
             facts,
             accepted: now,
-            dialed: now,
+            step_began: now,
             deadline: None,
             armed: None,
             app_index: 0,
@@ -284,7 +284,7 @@ impl Connection {
             Address::Unix(path) => Remote::Unix(path.clone()),
         };
         self.facts.endpoint = Some(address.clone());
-        self.dialed = io.now;
+        self.step_began = io.now;
         self.stage = Stage::Connecting;
         io.cells.connect_attempts.add(1);
         match io.ring.open(&remote) {
@@ -314,12 +314,13 @@ impl Connection {
         match completion.outcome() {
             Ok(_) => match self.direction {
                 Direction::Inbound => {
-                    self.facts.connect = Some(io.now - self.dialed);
+                    self.facts.connect = Some(io.now - self.step_began);
                     self.deadline = None;
                     self.start_relay(io)
                 }
                 Direction::Outbound => {
-                    self.facts.connect = Some(io.now - self.dialed);
+                    self.facts.connect = Some(io.now - self.step_began);
+                    self.step_began = io.now;
                     self.stage = Stage::Handshake;
                     self.step_handshake(io)
                 }
@@ -478,6 +479,6 @@ impl Connection {
     /// A socket broke while bytes were flowing.
     pub(super) fn broken<R: Ring>(&mut self, io: &mut Io<'_, R>, side: Side, errno: crate::ring::Errno) -> Next {
         self.facts.detail = Some(std::io::Error::from(errno).to_string().into());
-        self.close(io, close::broken(side, errno), true)
+        self.close(io, close::broken(side), true)
     }
 }

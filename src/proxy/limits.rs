@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// Completions stepped before timers, snapshot and orders are looked at again.
+/// Completions stepped before timers, snapshot and orders are looked at again; what is left is stepped next turn.
 pub(super) const COMPLETIONS_PER_TURN_MAX: usize = 4_096;
 /// Live connections decided again per turn after an intention change, so that a sweep never stalls traffic.
 pub(super) const SWEEP_PER_TURN_MAX: usize = 4_096;
@@ -22,7 +22,7 @@ pub(super) const BIND_FOLLOW: Duration = Duration::from_millis(5);
 pub(super) const REGION_IDLE: Duration = Duration::from_secs(1);
 /// Receives in a row that did not fill a quarter record, after which a flow gives its region up.
 pub(super) const SMALL_RECEIVES_MAX: u8 = 4;
-/// Records of the shutdown alert: how long teardown waits for the kernel to finish cancelled operations.
+/// How long a worker that ends waits for the kernel to finish cancelled operations.
 pub(super) const TEARDOWN: Duration = Duration::from_secs(5);
 /// Longest ejection by passive health checking (Envoy `max_ejection_time`).
 pub(super) const EJECTION_MAX: Duration = Duration::from_secs(300);

@@ -42,7 +42,7 @@ impl Connection {
     pub(super) fn start_accepting<R: Ring>(&mut self, io: &mut Io<'_, R>, tls: Handshake, timeout: std::time::Duration) -> Next {
         self.stage = Stage::Handshake;
         self.deadline = Some(io.now + timeout);
-        self.dialed = io.now;
+        self.step_began = io.now;
         self.handshaking = Some(Handshaking::new(tls));
         self.receive_handshake(io)
     }
@@ -215,8 +215,7 @@ impl Connection {
             Some(lease) => io.pool.give_back(lease),
             None => {}
         }
-        self.facts.handshake =
-            Some(io.now - self.dialed - self.facts.connect.filter(|_| self.direction == Direction::Outbound).unwrap_or_default());
+        self.facts.handshake = Some(io.now - self.step_began);
         self.facts.tls_version = Some(established.version);
         self.facts.tls_suite = Some(established.suite);
         self.facts.tls_resumed = established.resumed;

@@ -145,21 +145,17 @@ impl<R: Ring> Worker<R> {
     }
 
     fn step_completions(&mut self) {
-        loop {
-            self.batch.clear();
-            while self.batch.len() < COMPLETIONS_PER_TURN_MAX {
-                match self.ring.next() {
-                    Some(completion) => self.batch.push(completion),
-                    None => break,
-                }
+        // Copied out first: stepping a connection queues operations, which may make the ring reap again.
+        self.batch.clear();
+        while self.batch.len() < COMPLETIONS_PER_TURN_MAX {
+            match self.ring.next() {
+                Some(completion) => self.batch.push(completion),
+                None => break,
             }
-            if self.batch.is_empty() {
-                return;
-            }
-            self.telemetry.cells.completions.add(self.batch.len() as u64);
-            for at in 0..self.batch.len() {
-                self.step(self.batch[at]);
-            }
+        }
+        self.telemetry.cells.completions.add(self.batch.len() as u64);
+        for at in 0..self.batch.len() {
+            self.step(self.batch[at]);
         }
     }
 

@@ -148,7 +148,9 @@ impl Uring {
             match self.ring.submit() {
                 Ok(_) => self.clear_scratch(),
                 // The completion side is full or memory is short: reap, then try again.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN | libc::EINTR)) => self.reap(),
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN | libc::ENOMEM | libc::EINTR)) => {
+                    self.reap()
+                }
                 Err(error) => panic!("io_uring_enter failed for good: {error}"),
             }
         }
@@ -325,7 +327,7 @@ impl Ring for Uring {
                 // Nothing came in time, or a signal came: normal.
                 Some(libc::ETIME | libc::EINTR) => self.clear_scratch(),
                 // Completions must be reaped first, or memory is short: the next turn submits the rest.
-                Some(libc::EBUSY | libc::EAGAIN) => {}
+                Some(libc::EBUSY | libc::EAGAIN | libc::ENOMEM) => {}
                 _ => return Err(call("io_uring_enter", "This is a defect: please report it with the kernel's version.")(error)),
             },
         }
