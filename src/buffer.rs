@@ -17,8 +17,8 @@ pub const RECORD_ROOM_BYTES: usize = 16_448;
 /// What every lease has beyond its records: a record that begins in front of it can always be completed where it lies, so
 /// that no partial record ever moves. Mostly address space: its pages become real only when such a record comes.
 pub const SLACK_BYTES: usize = RECORD_ROOM_BYTES;
-/// The smallest lease.
-pub const SLOT_BYTES: usize = RECORD_ROOM_BYTES + SLACK_BYTES;
+/// The smallest lease: whole pages, so that a small message makes one page real and not two.
+pub const SLOT_BYTES: usize = (RECORD_ROOM_BYTES + SLACK_BYTES).next_multiple_of(PAGE_BYTES);
 /// Where received bytes start in a slot, so that a header fits before them.
 pub const HEADROOM_BYTES: usize = 16;
 /// Records in a medium region.
@@ -153,10 +153,7 @@ impl Pool {
     }
 
     fn carve(&mut self, class: Class) -> Option<u32> {
-        let start = match class {
-            Class::Slot => self.carved_bytes,
-            Class::Medium | Class::Large => self.carved_bytes.next_multiple_of(PAGE_BYTES),
-        };
+        let start = self.carved_bytes;
         if start + class.bytes() > self.budget_bytes {
             return None;
         }

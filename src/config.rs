@@ -262,6 +262,8 @@ pub struct Consul {
     pub datacenter: Option<String>,
     /// Name that mesh gateways are registered under.
     pub mesh_gateway_service: String,
+    /// `-tls-resumption`: whether the TLS configurations made of leaf and roots resume their own sessions.
+    pub tls_resumption: bool,
     /// The proxies to run.
     pub proxies: Vec<Proxy>,
 }
@@ -277,6 +279,7 @@ impl Default for Consul {
             partition: None,
             datacenter: None,
             mesh_gateway_service: "mesh-gateway".into(),
+            tls_resumption: true,
             proxies: Vec::new(),
         }
     }

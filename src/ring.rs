@@ -98,6 +98,15 @@ impl Token {
     }
 }
 
+/// When sent bytes go on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Push {
+    /// At once.
+    Now,
+    /// Together with what follows on the socket, data or FIN; alone after a moment (200 ms on Linux) if nothing does.
+    WithNext,
+}
+
 /// What came of an operation.
 #[derive(Debug, Clone, Copy)]
 pub struct Completion {
@@ -195,7 +204,7 @@ pub trait Ring {
     /// Receives into `parts` in order, at most [`PARTS_MAX`].
     fn receive(&mut self, socket: Socket, parts: &[Span], poll_first: bool, token: Token);
     /// Sends all of `parts` in order, at most [`PARTS_MAX`]. A shorter result means that the connection failed on the way.
-    fn send(&mut self, socket: Socket, parts: &[Span], token: Token);
+    fn send(&mut self, socket: Socket, parts: &[Span], push: Push, token: Token);
     /// Cancels everything pending on `socket`. What is cancelled completes with `ECANCELED`, the cancel itself too.
     fn cancel(&mut self, socket: Socket, token: Token);
     /// Ends the sending side now. Only when no send is pending.

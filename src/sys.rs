@@ -38,7 +38,7 @@ pub fn listen_tcp(address: SocketAddr, options: StreamOptions, exclusive: bool) 
     }
     let socket = tcp_listener(address)?;
     socket.set_reuse_port(true)?;
-    set_stream_options(&SockRef::from(&socket), options)?;
+    set_stream_options(&SockRef::from(&socket), address, options)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
@@ -80,7 +80,7 @@ pub fn listen_unix(path: &Path, mode: Option<u32>) -> io::Result<OwnedFd> {
 /// An unconnected TCP socket for `address`.
 pub fn stream_tcp(address: SocketAddr, options: StreamOptions) -> io::Result<OwnedFd> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    set_stream_options(&SockRef::from(&socket), options)?;
+    set_stream_options(&SockRef::from(&socket), address, options)?;
     Ok(socket.into())
 }
 
@@ -89,8 +89,13 @@ pub fn stream_unix() -> io::Result<OwnedFd> {
     Ok(Socket::new(Domain::UNIX, Type::STREAM, None)?.into())
 }
 
-fn set_stream_options(socket: &SockRef<'_>, options: StreamOptions) -> io::Result<()> {
+fn set_stream_options(socket: &SockRef<'_>, address: SocketAddr, options: StreamOptions) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
+    if address.ip().is_loopback() {
+        // Loopback has no queue to probe: BBR, which many hosts have as their default, would pace it by timers. Every
+        // kernel has Reno; one that refuses it only serves slower.
+        let _ = socket.set_tcp_congestion(b"reno");
+    }
     if !options.keepalive.is_zero() {
         let idle = options.keepalive;
         let interval = (idle / 4).max(Duration::from_secs(1));

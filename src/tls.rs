@@ -6,6 +6,7 @@
 //! bytes end in a [`Failure`], never in a panic, and a failed session stays failed.
 
 pub mod alert;
+mod backend;
 #[cfg(any(test, feature = "testing"))]
 pub mod fixtures;
 pub mod handshake;
@@ -13,8 +14,9 @@ pub mod handshake;
 mod harness;
 pub mod provider;
 pub mod record;
+mod resume;
 pub mod verify;
 
 pub use handshake::{Established, Failure, FailureKind, Handshake, Progress, Step};
-pub use provider::{TlsError, TlsParams, WorkerTls};
+pub use provider::{Dialer, TlsError, TlsParams, WorkerTls};
 pub use record::{Open, RecordError, Session};

@@ -122,6 +122,9 @@ struct Process {
     /// How long an accepted connection waits for the first certificate or endpoint
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = values::duration)]
     hold_time: Duration,
+    /// Resume TLS sessions of the certificate in use; identity and intention are decided anew on every connection
+    #[arg(long, value_name = "on|off", default_value = "on", action = clap::ArgAction::Set, value_parser = values::on_off)]
+    tls_resumption: bool,
     /// One JSON line a connection: stdout, stderr, none or a file, which SIGHUP opens again
     #[arg(long, value_name = "TARGET", default_value = "stdout", value_parser = values::log_target)]
     connection_log: LogTarget,
@@ -158,6 +161,7 @@ impl Sidecar {
         let consul = config::Consul {
             proxies: self.proxies.resolve(environment)?,
             mesh_gateway_service: self.proxies.mesh_gateway_service.clone(),
+            tls_resumption: self.process.tls_resumption,
             ..self.agent.resolve(environment)?
         };
         if consul.tls.skip_verify {

@@ -144,6 +144,14 @@ pub(super) fn key_value(text: &str) -> Result<(String, String), String> {
 }
 
 /// `-connection-log`.
+pub(super) fn on_off(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("`{text}` is neither on nor off")),
+    }
+}
+
 pub(super) fn log_target(text: &str) -> Result<LogTarget, String> {
     Ok(match text {
         "" => return Err("the connection log's target is empty; write stdout, stderr, none or a path".to_owned()),

@@ -29,10 +29,16 @@ const FORCE_INTERVAL_URGENT: Duration = Duration::from_secs(5);
 
 /// All identities of the process.
 pub(crate) struct Identities {
-    workers: usize,
-    params: TlsParams,
+    recipe: Recipe,
     roots: Option<Roots>,
     slots: BTreeMap<Name, Slot>,
+}
+
+/// How certificate and roots become configurations.
+struct Recipe {
+    workers: usize,
+    resumption: bool,
+    params: TlsParams,
 }
 
 struct Roots {
@@ -67,8 +73,9 @@ pub(crate) enum Alarm {
 }
 
 impl Identities {
-    pub(crate) fn new(workers: usize) -> Self {
-        Self { workers, params: super::consul::watch::mesh::DEFAULT, roots: None, slots: BTreeMap::new() }
+    pub(crate) fn new(workers: usize, resumption: bool) -> Self {
+        let recipe = Recipe { workers, resumption, params: super::consul::watch::mesh::DEFAULT };
+        Self { recipe, roots: None, slots: BTreeMap::new() }
     }
 
     /// A leaf from the agent. True when it is in use now.
@@ -104,15 +111,15 @@ impl Identities {
 
     /// TLS versions from the mesh's configuration.
     pub(crate) fn set_params(&mut self, params: TlsParams) -> bool {
-        if params == self.params {
+        if params == self.recipe.params {
             return false;
         }
-        self.params = params;
+        self.recipe.params = params;
         let mut changed = false;
         for name in self.names() {
             let Some(slot) = self.slots.get_mut(&name) else { continue };
             if let Some(current) = slot.current.clone() {
-                let made = make(Arc::clone(&current.svid), Arc::clone(&current.bundle), &self.params, self.workers);
+                let made = self.recipe.make(Arc::clone(&current.svid), Arc::clone(&current.bundle));
                 changed |= slot.put(made.map(Arc::new));
             }
         }
@@ -193,7 +200,7 @@ impl Identities {
                 Ok(svid) => {
                     slot.signer = seam::signer(&svid);
                     slot.current_pem.clone_from(&leaf.cert_pem);
-                    let made = make(Arc::new(svid), Arc::clone(&roots.bundle), &self.params, self.workers);
+                    let made = self.recipe.make(Arc::new(svid), Arc::clone(&roots.bundle));
                     let put = slot.put(made.map(Arc::new));
                     if put {
                         slot.candidate = None;
@@ -205,7 +212,7 @@ impl Identities {
                 Err(why) => slot.refused = Some(why),
             }
         }
-        slot.retrust(&roots.bundle, &self.params, self.workers)
+        slot.retrust(&roots.bundle, &self.recipe)
     }
 }
 
@@ -233,7 +240,7 @@ impl Slot {
     }
 
     /// Brings the identity in use to the newest roots.
-    fn retrust(&mut self, newest: &Arc<TrustBundle>, params: &TlsParams, workers: usize) -> bool {
+    fn retrust(&mut self, newest: &Arc<TrustBundle>, recipe: &Recipe) -> bool {
         let Some(current) = self.current.clone() else { return false };
         if *current.bundle == **newest || current.svid.id.trust_domain() != &*newest.trust_domain {
             return false;
@@ -244,7 +251,7 @@ impl Slot {
             return false;
         }
         let refused = self.refused.take();
-        let put = self.put(make(Arc::clone(&current.svid), bundle, params, workers).map(Arc::new));
+        let put = self.put(recipe.make(Arc::clone(&current.svid), bundle).map(Arc::new));
         self.refused = self.refused.take().or(refused);
         put
     }
@@ -284,9 +291,11 @@ fn validate(name: &Name, leaf: &wire::Leaf, bundle: &TrustBundle, now: SystemTim
     }
 }
 
-fn make(svid: Arc<Svid>, bundle: Arc<TrustBundle>, params: &TlsParams, workers: usize) -> Result<Identity, String> {
-    let tls: Result<Vec<WorkerTls>, _> = (0..workers).map(|_| WorkerTls::new(&svid, &bundle, params)).collect();
-    Ok(Identity { tls: tls.map_err(|error| error.to_string())?, svid, bundle })
+impl Recipe {
+    fn make(&self, svid: Arc<Svid>, bundle: Arc<TrustBundle>) -> Result<Identity, String> {
+        let tls = WorkerTls::for_workers(&svid, &bundle, &self.params, self.resumption, self.workers);
+        Ok(Identity { tls: tls.map_err(|error| error.to_string())?, svid, bundle })
+    }
 }
 
 fn union(old: &TrustBundle, new: &TrustBundle) -> TrustBundle {

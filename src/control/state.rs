@@ -104,7 +104,7 @@ impl State {
         });
         Self {
             proxies: proxies.collect(),
-            identities: Identities::new(workers),
+            identities: Identities::new(workers, settings.tls_resumption),
             policies: BTreeMap::new(),
             chains: BTreeMap::new(),
             instances: BTreeMap::new(),

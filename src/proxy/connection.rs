@@ -16,7 +16,7 @@ use super::secure::Handshaking;
 use crate::buffer::{Class, Lease, Pool};
 use crate::mesh::Address;
 use crate::policy::Authorized;
-use crate::ring::{Completion, Op, Remote, Ring, Socket, Token};
+use crate::ring::{Completion, Op, Push, Remote, Ring, Socket, Token};
 use crate::telemetry::cells::{Direction, ListenerCells, WorkerCells};
 use crate::telemetry::record::ConnectionRecord;
 use crate::tls::Session;
@@ -363,7 +363,7 @@ impl Connection {
                 let span = io.pool.span(&lease, 0, len);
                 self.control = Control::Alert(lease);
                 let (socket, token) = self.begin(Op::Send, MESH);
-                io.ring.send(socket, &[span], token);
+                io.ring.send(socket, &[span], Push::Now, token);
                 Next::Wait
             }
             Err(_) => {
@@ -480,5 +480,31 @@ impl Connection {
     pub(super) fn broken<R: Ring>(&mut self, io: &mut Io<'_, R>, side: Side, errno: crate::ring::Errno) -> Next {
         self.facts.detail = Some(std::io::Error::from(errno).to_string().into());
         self.close(io, close::broken(side), true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::client::ClientConnectionData;
+    use rustls::kernel::KernelConnection;
+
+    use super::*;
+
+    /// What a connection that only waits owns, by component; what rustls boxes behind its key schedule (the peer's chain,
+    /// secrets) and the AEAD's expanded keys come on top. It owns no buffer: `demote_if_idle` and the simulation see to that.
+    #[test]
+    fn a_waiting_connection_is_its_state_its_record_and_its_keys() {
+        let parts = [
+            ("state", size_of::<Connection>(), 512),
+            ("record for the log", size_of::<ConnectionRecord>(), 512),
+            ("session with inline keys", size_of::<Session>(), 1_536),
+            ("key schedule", size_of::<KernelConnection<ClientConnectionData>>(), 640),
+        ];
+        for (part, bytes, bytes_max) in parts {
+            println!("{bytes:5} bytes  {part}");
+            assert!(bytes <= bytes_max, "{part} grew to {bytes} bytes, above {bytes_max}");
+        }
+        let total: usize = parts.iter().map(|(_, bytes, _)| bytes).sum();
+        println!("{total:5} bytes  together");
     }
 }

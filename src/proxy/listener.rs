@@ -124,9 +124,19 @@ impl Listener {
         Key { bind: self.bind.clone(), proxy_id: Arc::clone(&self.service.proxy_id), upstream: self.cells.upstream.clone() }
     }
 
+    /// Takes over the newest state of its service.
+    pub(super) fn adopt(&mut self, service: &Arc<Service>) {
+        let identity = |service: &Service| service.identity.as_ref().map(Arc::as_ptr);
+        if let Role::Upstream(balancer) = &mut self.role
+            && identity(&self.service) != identity(service)
+        {
+            balancer.forget_dialers();
+        }
+        self.service = Arc::clone(service);
+    }
+
     /// Takes over what a new snapshot says of it. The socket stays.
     pub(super) fn update(&mut self, wanted: Wanted) {
-        self.service = wanted.service;
         match (&mut self.role, wanted.place) {
             (Role::Public(public), Place::Public(next)) => *public = next,
             (Role::Upstream(balancer), Place::Upstream(next)) => {

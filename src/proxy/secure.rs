@@ -6,7 +6,7 @@
 use super::close::{self, CloseReason};
 use super::connection::{Connection, Io, MESH, Next, Stage};
 use crate::buffer::{Class, HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES};
-use crate::ring::{Completion, Op, Ring};
+use crate::ring::{Completion, Op, Push, Ring};
 use crate::telemetry::cells::Direction;
 use crate::tls::{Failure, FailureKind, Handshake, Progress};
 
@@ -166,9 +166,12 @@ impl Connection {
             return self.on_progress(io, step.progress);
         }
         let span = io.pool.span(output, 0, step.written);
+        // Tickets that end a handshake are nobody's to wait for: they go with the first answer.
+        let can_wait = matches!(step.progress, Progress::Done) && handshaking.tls.ends_with_tickets();
+        let push = if can_wait { Push::WithNext } else { Push::Now };
         handshaking.after = Some(step.progress);
         let (socket, token) = self.begin(Op::Send, MESH);
-        io.ring.send(socket, &[span], token);
+        io.ring.send(socket, &[span], push, token);
         Next::Wait
     }
 

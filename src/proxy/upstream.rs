@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::limits::EJECTION_MAX;
 use crate::mesh::{Balance, Outlier, Target, Upstream};
+use crate::tls::{Dialer, WorkerTls};
 
 /// One upstream as this worker knows it.
 #[derive(Debug)]
@@ -25,7 +26,7 @@ pub(super) struct Balancer {
 }
 
 /// What this worker saw of one endpoint.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 struct Seen {
     active: u32,
     failures_in_a_row: u32,
@@ -33,6 +34,8 @@ struct Seen {
     ejected_until: Option<Instant>,
     /// Smooth weighted round robin's running weight.
     credit: i64,
+    /// Made by the first connection under the identity in use.
+    dialer: Option<Dialer>,
 }
 
 /// What was chosen.
@@ -132,6 +135,19 @@ impl Balancer {
         self.random ^= self.random << 25;
         self.random ^= self.random >> 27;
         self.random.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11
+    }
+
+    /// What `choice` is dialed with under the identity of `tls`.
+    pub(super) fn dialer(&mut self, tls: &WorkerTls, choice: &Choice) -> &Dialer {
+        let Target { sni, expected, .. } = &*choice.target;
+        let place = &mut self.seen.entry(choice.address).or_default().dialer;
+        *place = place.take().filter(|dialer| dialer.fits(sni, expected));
+        place.get_or_insert_with(|| tls.dialer(sni, expected))
+    }
+
+    /// Another identity is in use: its predecessor's key and sessions go.
+    pub(super) fn forget_dialers(&mut self) {
+        self.seen.values_mut().for_each(|seen| seen.dialer = None);
     }
 
     /// A connection to `address` begins.

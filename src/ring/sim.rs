@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 pub use network::{End, Faults, Network, Random};
 
-use super::{Completion, Local, Remote, Ring, RingError, SHARED_BUFFERS, Socket, Token};
+use super::{Completion, Local, Push, Remote, Ring, RingError, SHARED_BUFFERS, Socket, Token};
 use crate::buffer::{Class, HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES, Span};
 
 /// One worker's ring on a simulated network.
@@ -213,7 +213,7 @@ impl Ring for Sim {
         self.queue(token, socket, What::Receive { parts: parts.to_vec() });
     }
 
-    fn send(&mut self, socket: Socket, parts: &[Span], token: Token) {
+    fn send(&mut self, socket: Socket, parts: &[Span], _push: Push, token: Token) {
         let mut bytes = Vec::new();
         for part in parts {
             // SAFETY: the span lies in a lease that the caller keeps until the completion.

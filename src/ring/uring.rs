@@ -23,7 +23,7 @@ use scratch::Scratch;
 use shared::SharedBuffers;
 use socket2::SockAddr;
 
-use super::{Completion, Local, Op, Remote, Ring, RingError, Socket, Token, probe};
+use super::{Completion, Local, Op, Push, Remote, Ring, RingError, Socket, Token, probe};
 use crate::buffer::{HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES, Span};
 use crate::sys::{self, EventFd, StreamOptions};
 
@@ -269,10 +269,14 @@ impl Ring for Uring {
         self.push(entry, token);
     }
 
-    fn send(&mut self, socket: Socket, parts: &[Span], token: Token) {
+    fn send(&mut self, socket: Socket, parts: &[Span], push: Push, token: Token) {
         self.make_room();
         let fd = types::Fd(socket.0);
-        let flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
+        let more = match push {
+            Push::Now => 0,
+            Push::WithNext => libc::MSG_MORE,
+        };
+        let flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL | more;
         let entry = match parts {
             [one] => opcode::Send::new(fd, one.start.as_ptr(), one.len).flags(flags).build(),
             parts => opcode::SendMsg::new(fd, self.scratch.message(parts)).flags(flags.cast_unsigned()).build(),
@@ -404,7 +408,7 @@ mod tests {
         let lease = ring.shared(buffer);
         assert_eq!(&pool.bytes(lease)[HEADROOM_BYTES..HEADROOM_BYTES + 5], b"hello");
         let span = pool.span(lease, HEADROOM_BYTES, 5);
-        ring.send(server, &[span, span], Token::new(Op::Send, 0, 1, 7));
+        ring.send(server, &[span, span], Push::Now, Token::new(Op::Send, 0, 1, 7));
         assert_eq!(wait_for(&mut ring, Op::Send).result, 10);
         ring.recycle(buffer);
         let mut echoed = [0; 10];

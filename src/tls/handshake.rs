@@ -41,6 +41,8 @@ pub struct Handshake {
     trust: Arc<Trust>,
     /// Who may answer; none where we accepted.
     expected: Option<Arc<[SpiffeId]>>,
+    /// Whether tickets that come later are worth keeping.
+    keeps_tickets: bool,
     /// The record that is arriving, behind records that rustls still needs.
     kept: Vec<u8>,
     /// Length of the front of `kept` that rustls has seen.
@@ -240,6 +242,14 @@ impl Handshake {
         true
     }
 
+    /// Whether what [`Progress::Done`] leaves to send are tickets alone: a TLS 1.3 server's Finished went before.
+    pub fn ends_with_tickets(&self) -> bool {
+        match &self.rustls {
+            Rustls::Server(connection) => connection.protocol_version() == Some(rustls::ProtocolVersion::TLSv1_3),
+            Rustls::Client(_) => false,
+        }
+    }
+
     /// Ends the handshake after [`Progress::Done`].
     pub fn establish(self) -> Result<Established, Failure> {
         if self.state != State::Done || !self.pending.is_empty() {
@@ -260,7 +270,7 @@ impl Handshake {
                 (kernel.protocol_version(), kernel.negotiated_cipher_suite().suite(), Keys::client(secrets, kernel))
             }
         };
-        let session = Session::new(version, keys).map_err(|error| Failure::protocol(error.what))?;
+        let session = Session::new(version, keys, self.keeps_tickets).map_err(|error| Failure::protocol(error.what))?;
         Ok(Established { peer, version: version.into(), suite: suite.into(), resumed, session })
     }
 
@@ -280,18 +290,24 @@ impl Handshake {
     }
 
     pub(super) fn server(connection: UnbufferedServerConnection, trust: Arc<Trust>) -> Self {
-        Self::new(Rustls::Server(Box::new(connection)), trust, None)
+        Self::new(Rustls::Server(Box::new(connection)), trust, None, false)
     }
 
-    pub(super) fn client(connection: UnbufferedClientConnection, trust: Arc<Trust>, expected: Arc<[SpiffeId]>) -> Self {
-        Self::new(Rustls::Client(Box::new(connection)), trust, Some(expected))
+    pub(super) fn client(
+        connection: UnbufferedClientConnection,
+        trust: Arc<Trust>,
+        expected: Arc<[SpiffeId]>,
+        keeps_tickets: bool,
+    ) -> Self {
+        Self::new(Rustls::Client(Box::new(connection)), trust, Some(expected), keeps_tickets)
     }
 
-    fn new(rustls: Rustls, trust: Arc<Trust>, expected: Option<Arc<[SpiffeId]>>) -> Self {
+    fn new(rustls: Rustls, trust: Arc<Trust>, expected: Option<Arc<[SpiffeId]>>, keeps_tickets: bool) -> Self {
         Self {
             rustls,
             trust,
             expected,
+            keeps_tickets,
             kept: Vec::new(),
             seen: 0,
             pending: Vec::new(),

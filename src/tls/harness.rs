@@ -210,7 +210,7 @@ pub(super) fn linked(role: Role, suite: SupportedCipherSuite, key: KeyKind) -> L
     let (mut side, mut stock) = match role {
         Role::Client => {
             let expected: Arc<[_]> = Arc::from([ca.id("db")]);
-            let handshake = tls.connect("db.default.dc1.internal.t.consul", &expected).expect("a handshake");
+            let handshake = tls.dialer(&"db.default.dc1.internal.t.consul".into(), &expected).connect().expect("a handshake");
             (Side::new(handshake), Connection::Server(stock_server(&ca, &theirs, suite)))
         }
         Role::Server => {
@@ -309,7 +309,8 @@ pub(super) fn our_pair(params: &TlsParams) -> (Session, Session) {
     let (web, db) = (ca.svid("web"), ca.svid("db"));
     let expected: Arc<[_]> = Arc::from([ca.id("db")]);
     let bundle = ca.bundle();
-    let mut client = Side::new(worker_with(&web, &bundle, params).connect("db.internal", &expected).expect("a handshake"));
+    let mut client =
+        Side::new(worker_with(&web, &bundle, params).dialer(&"db.internal".into(), &expected).connect().expect("a handshake"));
     let mut server = Side::new(worker_with(&db, &bundle, params).accept().expect("a handshake"));
     run(&mut client, &mut server, || usize::MAX);
     (client.establish().0.session, server.establish().0.session)

@@ -2,7 +2,8 @@
 //!
 //! Invariant: every reference count that a handshake touches belongs to one worker: provider, key, chain, verifier and
 //! configurations are built per [`WorkerTls`], never shared between two (only the expected IDs of a target are the snapshot's).
-//! A full handshake is done every time: no tickets, no session store, so verification cannot be skipped.
+//! Sessions are resumed only where that was asked for, and then only within the identity that they were made with
+//! (`resume`): a new leaf or trust bundle makes new configurations, and with them everything old is forgotten.
 //!
 //! Must not know policy or sockets. Fails with a [`TlsError`] at build time, or for a name in `connect` not at all.
 
@@ -10,14 +11,16 @@ use std::fmt;
 use std::sync::Arc;
 
 use rustls::client::{Resumption, UnbufferedClientConnection};
-use rustls::crypto::ring::{self, cipher_suite as suites};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
 use rustls::pki_types::{IpAddr, Ipv4Addr, ServerName};
 use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{ClientConfig, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
 
+use super::backend::provider as library;
+use super::backend::provider::cipher_suite as suites;
 use super::handshake::Handshake;
+use super::resume::{Sessions, TicketKey};
 use super::verify::{AnswererVerifier, BundleError, CallerVerifier, Trust};
 use crate::identity::{SpiffeId, Svid, TrustBundle};
 
@@ -43,6 +46,17 @@ pub struct WorkerTls {
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
     trust: Arc<Trust>,
+    resumption: bool,
+}
+
+/// What one worker dials one endpoint with: a configuration made once, and the sessions that may be resumed there.
+pub struct Dialer {
+    config: Arc<ClientConfig>,
+    name: ServerName<'static>,
+    sni: Arc<str>,
+    trust: Arc<Trust>,
+    expected: Arc<[SpiffeId]>,
+    resumption: bool,
 }
 
 /// Why configurations could not be made.
@@ -60,12 +74,30 @@ pub enum TlsError {
 }
 
 impl WorkerTls {
-    /// Configurations for `svid` trusting `bundle`.
+    /// Configurations for `svid` trusting `bundle`, one for each of `workers`. With `resumption` both roles resume sessions
+    /// that were made with these very configurations, whichever worker a client comes back to.
+    pub fn for_workers(
+        svid: &Svid,
+        bundle: &Arc<TrustBundle>,
+        params: &TlsParams,
+        resumption: bool,
+        workers: usize,
+    ) -> Result<Vec<Self>, TlsError> {
+        // Without randomness there are no tickets either; rustls then says what is wrong with the first handshake.
+        let tickets = resumption.then(TicketKey::random).flatten();
+        (0..workers).map(|_| Self::build(svid, bundle, params, tickets.as_ref())).collect()
+    }
+
+    /// Configurations for one worker that does a full handshake every time.
     pub fn new(svid: &Svid, bundle: &Arc<TrustBundle>, params: &TlsParams) -> Result<Self, TlsError> {
+        Self::build(svid, bundle, params, None)
+    }
+
+    fn build(svid: &Svid, bundle: &Arc<TrustBundle>, params: &TlsParams, tickets: Option<&TicketKey>) -> Result<Self, TlsError> {
         let versions = versions(params)?;
         let provider = Arc::new(provider());
         let trust = Arc::new(Trust::new(bundle, provider.signature_verification_algorithms)?);
-        let key = ring::sign::any_supported_type(&svid.key)?;
+        let key = library::sign::any_supported_type(&svid.key)?;
         let certified = CertifiedKey::new(svid.chain.clone(), key);
         certified.keys_match()?;
         let resolver = Arc::new(SingleCertAndKey::from(certified));
@@ -75,8 +107,13 @@ impl WorkerTls {
             .with_client_cert_verifier(Arc::new(CallerVerifier { trust: Arc::clone(&trust) }))
             .with_cert_resolver(resolver.clone());
         server.enable_secret_extraction = true;
-        server.send_tls13_tickets = 0;
         server.session_storage = Arc::new(NoServerSessionStorage {});
+        server.send_tls13_tickets = 0;
+        if let Some(tickets) = tickets.and_then(TicketKey::tickets) {
+            server.ticketer = Arc::new(tickets);
+            // A ticket serves one connection, and each connection brings the next.
+            server.send_tls13_tickets = 1;
+        }
 
         let mut client = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&versions)?
@@ -86,7 +123,7 @@ impl WorkerTls {
         client.enable_secret_extraction = true;
         client.resumption = Resumption::disabled();
 
-        Ok(Self { server: Arc::new(server), client: Arc::new(client), trust })
+        Ok(Self { server: Arc::new(server), client: Arc::new(client), trust, resumption: tickets.is_some() })
     }
 
     /// A server-role handshake: client certificate required, any service of the trust domain accepted.
@@ -95,22 +132,52 @@ impl WorkerTls {
         Ok(Handshake::server(connection, Arc::clone(&self.trust)))
     }
 
-    /// A client-role handshake that sends `sni` and accepts exactly one of `expected`.
+    /// What to dial an endpoint with that gets `sni` and must be exactly one of `expected`. Kept by the worker for as long
+    /// as this identity is in use: what it remembers is worth nothing anywhere else.
     ///
     /// An `sni` that is no valid DNS name is left out: it routes nothing between sidecars, and the identity is what counts.
-    pub fn connect(&self, sni: &str, expected: &Arc<[SpiffeId]>) -> Result<Handshake, TlsError> {
+    pub fn dialer(&self, sni: &Arc<str>, expected: &Arc<[SpiffeId]>) -> Dialer {
         let mut config = ClientConfig::clone(&self.client);
         let verifier = AnswererVerifier { trust: Arc::clone(&self.trust), expected: Arc::clone(expected) };
         config.dangerous().set_certificate_verifier(Arc::new(verifier));
-        let name = match ServerName::try_from(sni) {
+        if self.resumption {
+            config.resumption = Resumption::store(Arc::new(Sessions::new()));
+        }
+        let name = match ServerName::try_from(&**sni) {
             Ok(name @ ServerName::DnsName(_)) => name.to_owned(),
             _ => {
                 config.enable_sni = false;
                 ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0; 4])))
             }
         };
-        let connection = UnbufferedClientConnection::new(Arc::new(config), name)?;
-        Ok(Handshake::client(connection, Arc::clone(&self.trust), Arc::clone(expected)))
+        Dialer {
+            config: Arc::new(config),
+            name,
+            sni: Arc::clone(sni),
+            trust: Arc::clone(&self.trust),
+            expected: Arc::clone(expected),
+            resumption: self.resumption,
+        }
+    }
+}
+
+impl Dialer {
+    /// A client-role handshake.
+    pub fn connect(&self) -> Result<Handshake, TlsError> {
+        let connection = UnbufferedClientConnection::new(Arc::clone(&self.config), self.name.clone())?;
+        let (trust, expected) = (Arc::clone(&self.trust), Arc::clone(&self.expected));
+        Ok(Handshake::client(connection, trust, expected, self.resumption))
+    }
+
+    /// Whether it was made for such a target.
+    pub fn fits(&self, sni: &str, expected: &[SpiffeId]) -> bool {
+        *self.sni == *sni && *self.expected == *expected
+    }
+}
+
+impl fmt::Debug for Dialer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dialer").field("sni", &self.sni).field("resumption", &self.resumption).finish_non_exhaustive()
     }
 }
 
@@ -122,7 +189,7 @@ impl fmt::Debug for WorkerTls {
 
 /// The signature algorithms that chains and handshakes may use: ECDSA, RSA and Ed25519.
 pub(super) fn algorithms() -> WebPkiSupportedAlgorithms {
-    ring::default_provider().signature_verification_algorithms
+    library::default_provider().signature_verification_algorithms
 }
 
 /// The verifier of the base configuration, which accepts nobody; each connection brings its own.
@@ -143,7 +210,7 @@ fn provider() -> CryptoProvider {
         suites::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
         suites::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
     ];
-    CryptoProvider { cipher_suites: SUITES.to_vec(), ..ring::default_provider() }
+    CryptoProvider { cipher_suites: SUITES.to_vec(), ..library::default_provider() }
 }
 
 fn versions(params: &TlsParams) -> Result<Vec<&'static SupportedProtocolVersion>, TlsError> {

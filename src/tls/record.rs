@@ -58,6 +58,7 @@ pub struct Session {
     /// The key schedule; none in TLS 1.2, which never changes keys.
     schedule: Option<Schedule>,
     messages: Messages,
+    keeps_tickets: bool,
     update_owed: bool,
     control_left: u8,
     empty_left: u8,
@@ -123,7 +124,7 @@ enum Schedule {
 }
 
 impl Session {
-    pub(super) fn new(version: ProtocolVersion, keys: Keys) -> Result<Self, RecordError> {
+    pub(super) fn new(version: ProtocolVersion, keys: Keys, keeps_tickets: bool) -> Result<Self, RecordError> {
         let Keys { secrets, schedule } = keys;
         let tls13 = version == ProtocolVersion::TLSv1_3;
         let (tx, protection) = Direction::new(secrets.tx, tls13)?;
@@ -139,6 +140,7 @@ impl Session {
             rx,
             schedule: tls13.then_some(schedule),
             messages: Messages::default(),
+            keeps_tickets,
             update_owed: false,
             control_left: CONTROL_RECORDS_MAX,
             empty_left: EMPTY_RECORDS_MAX,
@@ -245,7 +247,8 @@ impl Session {
                 _ => RecordError::unexpected("the peer sent a handshake message after the handshake"),
             });
         }
-        if let Some(request) = self.messages.feed(payload, self.role)? {
+        let schedule = self.schedule.as_mut().filter(|_| self.keeps_tickets);
+        if let Some(request) = self.messages.feed(payload, self.role, schedule)? {
             let (secrets, _) = Direction::new(self.schedule_mut()?.next_rx()?, true)?;
             self.rx = secrets;
             self.update_owed |= request == UPDATE_REQUESTED;
@@ -376,6 +379,17 @@ impl Keys {
 
     pub(super) fn client(secrets: ExtractedSecrets, kernel: KernelConnection<ClientConnectionData>) -> Self {
         Self { secrets, schedule: Schedule::Client(Box::new(kernel)) }
+    }
+}
+
+impl messages::KeepTicket for Schedule {
+    fn keep(&mut self, ticket: &[u8]) -> Result<(), RecordError> {
+        match self {
+            Self::Server(_) => Ok(()),
+            Self::Client(kernel) => kernel
+                .handle_new_session_ticket(ticket)
+                .map_err(|_| RecordError::new(alert::DECODE_ERROR, "the peer sent a session ticket that cannot be decoded")),
+        }
     }
 }
 

@@ -76,7 +76,7 @@ pub(super) async fn probe(tls: &WorkerTls, target: &Target, address: SocketAddr,
 
 /// The handshake, and the bytes that came after it.
 async fn shake(tls: &WorkerTls, target: &Target, stream: &mut TcpStream) -> Result<(Established, Vec<u8>), ProbeError> {
-    let mut handshake = tls.connect(&target.sni, &target.expected)?;
+    let mut handshake = tls.dialer(&target.sni, &target.expected).connect()?;
     let mut incoming = Vec::with_capacity(BUFFER_BYTES);
     let mut out = vec![0; BUFFER_BYTES];
     for _ in 0..STEPS_MAX {

@@ -31,7 +31,7 @@ fn life(start: SystemTime, seconds: u64, ca: &Ca) -> Svid {
 fn leaf_and_roots_may_come_in_either_order() {
     let ca = Ca::new("t.consul");
     let leaf = wire_leaf(&ca.svid("web"));
-    let mut identities = Identities::new(2);
+    let mut identities = Identities::new(2, true);
     assert!(!identities.offer_leaf(&name("web"), leaf.clone(), now()), "no roots yet");
     assert!(identities.current(&name("web")).is_none());
     assert_eq!(identities.offer_roots(&wire_roots(&ca, &[]), now()), Ok(true));
@@ -46,7 +46,7 @@ fn leaf_and_roots_may_come_in_either_order() {
 #[test]
 fn a_bad_leaf_never_replaces_a_good_one() {
     let ca = Ca::new("t.consul");
-    let mut identities = Identities::new(1);
+    let mut identities = Identities::new(1, true);
     identities.offer_roots(&wire_roots(&ca, &[]), now()).expect("roots");
     assert!(identities.offer_leaf(&name("web"), wire_leaf(&ca.svid("web")), now()));
     let good = Arc::clone(identities.current(&name("web")).expect("in use"));
@@ -70,7 +70,7 @@ fn a_bad_leaf_never_replaces_a_good_one() {
 #[test]
 fn namespace_and_partition_must_be_ours() {
     let ca = Ca::new("t.consul");
-    let mut identities = Identities::new(1);
+    let mut identities = Identities::new(1, true);
     identities.offer_roots(&wire_roots(&ca, &[]), now()).expect("roots");
     let team = Name { namespace: "team".into(), ..name("web") };
     assert!(!identities.offer_leaf(&team, wire_leaf(&ca.svid("web")), now()), "the leaf is of namespace default");
@@ -80,7 +80,7 @@ fn namespace_and_partition_must_be_ours() {
 #[test]
 fn old_and_new_roots_are_trusted_until_the_new_leaf_is_there() {
     let (old, new) = (Ca::new("t.consul"), Ca::new("t.consul"));
-    let mut identities = Identities::new(1);
+    let mut identities = Identities::new(1, true);
     identities.offer_roots(&wire_roots(&old, &[]), now()).expect("roots");
     identities.offer_leaf(&name("web"), wire_leaf(&old.svid("web")), now());
 
@@ -100,7 +100,7 @@ fn old_and_new_roots_are_trusted_until_the_new_leaf_is_there() {
 #[test]
 fn unusable_roots_keep_the_old_ones() {
     let ca = Ca::new("t.consul");
-    let mut identities = Identities::new(1);
+    let mut identities = Identities::new(1, true);
     identities.offer_roots(&wire_roots(&ca, &[]), now()).expect("roots");
     identities.offer_leaf(&name("web"), wire_leaf(&ca.svid("web")), now());
     let mut garbage = wire_roots(&ca, &[]);
@@ -114,7 +114,7 @@ fn the_clock_forces_reads_and_raises_alarms_once() {
     let ca = Ca::new("t.consul");
     let start = now() - Duration::from_secs(60);
     let at = |seconds| start + Duration::from_secs(seconds);
-    let mut identities = Identities::new(0);
+    let mut identities = Identities::new(0, true);
     identities.offer_roots(&wire_roots(&ca, &[]), now()).expect("roots");
     identities.offer_leaf(&name("web"), wire_leaf(&life(start, 3_600, &ca)), now());
 
@@ -137,7 +137,7 @@ fn the_clock_forces_reads_and_raises_alarms_once() {
 #[test]
 fn a_leaf_of_another_signer_is_asked_for_again() {
     let ca = Ca::new("t.consul");
-    let mut identities = Identities::new(0);
+    let mut identities = Identities::new(0, true);
     let mut roots = wire_roots(&ca, &[]);
     roots.roots[0].signing_key_id = "AA:BB".into();
     identities.offer_roots(&roots, now()).expect("roots");
@@ -158,7 +158,7 @@ fn a_leaf_of_another_signer_is_asked_for_again() {
 #[test]
 fn other_tls_versions_make_new_configurations_of_the_same_leaf() {
     let ca = Ca::new("t.consul");
-    let mut identities = Identities::new(1);
+    let mut identities = Identities::new(1, true);
     identities.offer_roots(&wire_roots(&ca, &[]), now()).expect("roots");
     identities.offer_leaf(&name("web"), wire_leaf(&ca.svid("web")), now());
     let before = Arc::clone(identities.current(&name("web")).expect("in use"));

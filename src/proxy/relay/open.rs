@@ -4,7 +4,7 @@ use super::{ALERT_RECORD_OVERFLOW, Hold, State, with_spans};
 use crate::buffer::{Class, HEADROOM_BYTES, RECORD_ROOM_BYTES, SLACK_BYTES};
 use crate::proxy::close::{self, CloseReason, Side};
 use crate::proxy::connection::{Connection, Io, MESH, Next, PLAIN, Stage};
-use crate::ring::{Completion, Errno, Op, PARTS_MAX, Ring};
+use crate::ring::{Completion, Errno, Op, PARTS_MAX, Push, Ring};
 use crate::tls::Open;
 use crate::tls::record::PAYLOAD_BYTES_MAX;
 
@@ -146,7 +146,7 @@ impl Connection {
         for (span, &(start, len)) in spans.iter_mut().zip(&self.open.parts) {
             *span = Some(io.pool.span(lease, start as usize, len as usize));
         }
-        with_spans(&spans, |spans| io.ring.send(socket, spans, token));
+        with_spans(&spans, |spans| io.ring.send(socket, spans, Push::Now, token));
         Next::Wait
     }
 

@@ -4,7 +4,7 @@ use super::{Hold, State, with_spans};
 use crate::buffer::{Class, HEADROOM_BYTES, Lease};
 use crate::proxy::close::{CloseReason, Side};
 use crate::proxy::connection::{Connection, Control, Io, MESH, Next, PLAIN};
-use crate::ring::{Completion, Errno, Op, PARTS_MAX, Ring};
+use crate::ring::{Completion, Errno, Op, PARTS_MAX, Push, Ring};
 use crate::tls::Session;
 use crate::tls::record::{PAYLOAD_BYTES_MAX, RecordError};
 
@@ -109,7 +109,7 @@ impl Connection {
         let (socket, token) = self.begin(Op::Send, MESH);
         let Some(lease) = self.seal.lease(io.ring) else { return Next::Wait };
         let span = io.pool.span(lease, self.seal.start, self.seal.end - self.seal.start);
-        io.ring.send(socket, &[span], token);
+        io.ring.send(socket, &[span], Push::Now, token);
         Next::Wait
     }
 
@@ -187,8 +187,10 @@ impl Connection {
             Ok(len) => {
                 let span = io.pool.span(&lease, 0, len);
                 self.control = kind(lease);
+                // The FIN that follows takes a close_notify along.
+                let push = if matches!(self.control, Control::CloseNotify(_)) { Push::WithNext } else { Push::Now };
                 let (socket, token) = self.begin(Op::Send, MESH);
-                io.ring.send(socket, &[span], token);
+                io.ring.send(socket, &[span], push, token);
                 Next::Wait
             }
             Err(error) => {

@@ -29,7 +29,7 @@ impl<R: Ring> Worker<R> {
             // Also of a listener that goes: its last connections are judged by what is in force.
             if let Some(service) = snapshot.services.iter().find(|service| service.proxy_id == listener.service.proxy_id) {
                 policy_changed |= !Arc::ptr_eq(&listener.service.intentions, &service.intentions);
-                listener.service = Arc::clone(service);
+                listener.adopt(service);
             }
             match wanted.remove(&listener.key()) {
                 Some(wanted) if !listener.removed => listener.update(wanted),

@@ -155,6 +155,8 @@ impl<R: Ring> Worker<R> {
         let client = connection.facts.downstream.map(|address| address.ip().to_canonical());
         let attempts = connection.facts.attempts;
         let tried = connection.tried.clone();
+        let service = self.service(connection);
+        let tls = service.identity.as_ref().and_then(|identity| identity.tls.get(self.index));
         let Role::Upstream(balancer) = &mut self.listener_mut(connection).role else {
             return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
         };
@@ -169,9 +171,7 @@ impl<R: Ring> Worker<R> {
         balancer.opened(choice.address);
         connection.endpoint = Some(choice.address);
         connection.tried.push(choice.address);
-        let service = self.service(connection);
-        let tls = service.identity.as_ref().and_then(|identity| identity.tls.get(self.index));
-        let handshake = tls.map(|tls| tls.connect(&choice.target.sni, &choice.target.expected));
+        let handshake = tls.map(|tls| balancer.dialer(tls, &choice).connect());
         match handshake {
             Some(Ok(handshake)) => self.with_io(connection, |connection, io| {
                 connection.handshaking = Some(super::super::secure::Handshaking::new(handshake));
@@ -211,6 +211,7 @@ impl<R: Ring> Worker<R> {
         }
         // What failed before was not the end of it: `attempts` tells of it.
         connection.facts.detail = None;
+        connection.tried = Vec::new();
         self.with_io(connection, |connection, io| connection.start_relay(io))
     }
 

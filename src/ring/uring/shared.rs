@@ -57,6 +57,9 @@ impl SharedBuffers {
                 ))
             })?;
             shared.addresses.push(pool.span(&lease, HEADROOM_BYTES, RECORD_ROOM_BYTES - HEADROOM_BYTES).start.as_ptr() as u64);
+            // Its first page becomes real now: every one of them is used within the first messages, and this is no time of
+            // theirs.
+            pool.bytes(&lease)[HEADROOM_BYTES] = 0;
             shared.leases.push(lease);
             shared.provide(buffer);
         }

@@ -30,7 +30,10 @@ fn suite(tls13: bool) -> SupportedCipherSuite {
 fn sides(params: &TlsParams, out_bytes: usize) -> (Side, Side) {
     let ca = Ca::new("t.consul");
     let expected: Arc<[_]> = Arc::from([ca.id("other"), ca.id("db")]);
-    let client = worker_with(&ca.svid("web"), &ca.bundle(), params).connect("db.internal", &expected).expect("a handshake");
+    let client = worker_with(&ca.svid("web"), &ca.bundle(), params)
+        .dialer(&"db.internal".into(), &expected)
+        .connect()
+        .expect("a handshake");
     let server = worker_with(&ca.svid("db"), &ca.bundle(), params).accept().expect("a handshake");
     (Side::with_out(client, out_bytes), Side::with_out(server, out_bytes))
 }
@@ -152,7 +155,7 @@ fn data_behind_the_finished_stays_for_the_record_layer() {
 
             // A stock server that speaks first: tickets and banner come with or right behind its Finished.
             let expected: Arc<[_]> = Arc::from([ca.id("db")]);
-            let mut ours = Side::new(worker(&ca, &web).connect("db.internal", &expected).expect("a handshake"));
+            let mut ours = Side::new(worker(&ca, &web).dialer(&"db.internal".into(), &expected).connect().expect("a handshake"));
             let mut stock = Connection::Server(stock_server(&ca, &db, suite(tls13)));
             stock.writer().write_all(b"early data").expect("buffered until the handshake is over");
             run_stock(&mut ours, &mut stock, || piece).expect("content");
@@ -188,7 +191,7 @@ fn handshake_messages_spread_over_small_records_work() {
             config.max_fragment_size = Some(fragment);
             let mut stock = Connection::Server(ServerConnection::new(config.into()).expect("a server"));
             let expected: Arc<[_]> = Arc::from([ca.id("db")]);
-            let mut ours = Side::new(worker(&ca, &web).connect("db.internal", &expected).expect("a handshake"));
+            let mut ours = Side::new(worker(&ca, &web).dialer(&"db.internal".into(), &expected).connect().expect("a handshake"));
             run_stock(&mut ours, &mut stock, || 50).expect("content");
             assert_eq!(ours.establish().0.peer, ca.id("db"));
         }
@@ -198,7 +201,8 @@ fn handshake_messages_spread_over_small_records_work() {
 /// Runs a client with `web` that expects `expected` against a server with `db`, and returns why each failed.
 fn failures(ca: &Ca, web: &Svid, db: &Svid, expected: &[SpiffeId], params: &TlsParams) -> [Option<Failure>; 2] {
     let bundle = ca.bundle();
-    let client = worker_with(web, &bundle, params).connect("db.internal", &Arc::from(expected)).expect("a handshake");
+    let client =
+        worker_with(web, &bundle, params).dialer(&"db.internal".into(), &Arc::from(expected)).connect().expect("a handshake");
     let server = worker_with(db, &bundle, params).accept().expect("a handshake");
     let (mut client, mut server) = (Side::new(client), Side::new(server));
     run(&mut client, &mut server, || usize::MAX);
@@ -265,7 +269,10 @@ fn a_bad_caller_is_refused_by_the_server_with_its_reason() {
 fn a_refused_caller_of_tls13_learns_it_from_the_record_layer() {
     // Its own handshake is over before the server has seen its certificate.
     let ca = Ca::new("t.consul");
-    let client = worker(&ca, &Ca::new("t.consul").svid("web")).connect("db", &Arc::from([ca.id("db")])).expect("a handshake");
+    let client = worker(&ca, &Ca::new("t.consul").svid("web"))
+        .dialer(&"db".into(), &Arc::from([ca.id("db")]))
+        .connect()
+        .expect("a handshake");
     let (mut client, mut server) = (Side::new(client), Side::new(worker(&ca, &ca.svid("db")).accept().expect("a handshake")));
     run(&mut client, &mut server, || usize::MAX);
     assert_eq!(server.failure.expect("refused").kind, FailureKind::Certificate);
@@ -288,7 +295,10 @@ fn a_wrong_answerer_is_refused_before_our_certificate_is_sent() {
         assert_eq!(server.kind, FailureKind::Alert(alert::CERTIFICATE_UNKNOWN), "{server}");
 
         // What the client sends after the server's flight is an alert and nothing of the size of a certificate.
-        let client = worker_with(&web, &ca.bundle(), params).connect("db", &Arc::from([ca.id("db")])).expect("a handshake");
+        let client = worker_with(&web, &ca.bundle(), params)
+            .dialer(&"db".into(), &Arc::from([ca.id("db")]))
+            .connect()
+            .expect("a handshake");
         let server = worker_with(&wrong, &ca.bundle(), params).accept().expect("a handshake");
         let (mut client, mut server) = (Side::new(client), Side::new(server));
         client.step(&mut server.incoming);
@@ -342,7 +352,8 @@ fn what_is_not_tls_is_refused_after_five_bytes() {
 fn versions_without_an_overlap_end_in_an_alert() {
     let ca = Ca::new("t.consul");
     let (web, db) = (ca.svid("web"), ca.svid("db"));
-    let client = worker_with(&web, &ca.bundle(), &TLS12).connect("db", &Arc::from([ca.id("db")])).expect("a handshake");
+    let client =
+        worker_with(&web, &ca.bundle(), &TLS12).dialer(&"db".into(), &Arc::from([ca.id("db")])).connect().expect("a handshake");
     let server = worker_with(&db, &ca.bundle(), &TLS13).accept().expect("a handshake");
     let (mut client, mut server) = (Side::new(client), Side::new(server));
     run(&mut client, &mut server, || usize::MAX);
@@ -356,7 +367,9 @@ fn versions_without_an_overlap_end_in_an_alert() {
 fn a_name_that_is_no_dns_name_connects_without_sni() {
     let ca = Ca::new("t.consul");
     for (name, sent) in [("db.default.dc1.internal.t.consul", true), ("not a name!", false), ("", false), ("10.0.0.1", false)] {
-        let mut client = Side::new(worker(&ca, &ca.svid("web")).connect(name, &Arc::from([ca.id("db")])).expect("a handshake"));
+        let mut client = Side::new(
+            worker(&ca, &ca.svid("web")).dialer(&name.into(), &Arc::from([ca.id("db")])).connect().expect("a handshake"),
+        );
         let mut hello = Vec::new();
         client.step(&mut hello);
         let found = !name.is_empty() && hello.windows(name.len()).any(|window| window == name.as_bytes());

@@ -4,12 +4,14 @@
 
 use std::ops::Range;
 
-use ring::aead::{AES_128_GCM, AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use rustls::ConnectionTrafficSecrets;
 use zeroize::Zeroize;
 
 use super::{APPLICATION_DATA, PAYLOAD_BYTES_MAX, RECORD_HEADER_BYTES, RecordError};
 use crate::tls::alert;
+use crate::tls::backend::aead::{
+    AES_128_GCM, AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey,
+};
 
 /// Most records that AES-GCM may seal under one key (RFC 8446 section 5.5, and RFC 9325 section 4.4 for TLS 1.2).
 const GCM_RECORDS_MAX: u64 = 1 << 24;

@@ -1,7 +1,7 @@
 //! Handshake messages after a TLS 1.3 handshake, read as a stream: they may be several in a record or spread over records.
 //!
-//! Invariant: nothing is kept but a four-byte header, whatever length a peer announces. Tickets are skipped: resumption is
-//! off, so handing them to rustls would only derive secrets that nobody uses.
+//! Invariant: nothing is kept but a four-byte header, whatever length a peer announces. A ticket that lies whole in one
+//! record is handed on where sessions are resumed; one that is spread over records is skipped, which costs a full handshake.
 
 use super::RecordError;
 use crate::tls::alert;
@@ -21,12 +21,20 @@ const HEADER_BYTES: usize = 4;
 /// The longest ticket message: two lengths of 2^16 and their frame stay below.
 const TICKET_BYTES_MAX: u32 = 1 << 17;
 
+/// Somebody who has a use for tickets.
+pub(super) trait KeepTicket {
+    /// Takes the body of a NewSessionTicket.
+    fn keep(&mut self, ticket: &[u8]) -> Result<(), RecordError>;
+}
+
 /// Where we are in the stream of messages.
 #[derive(Debug, Default)]
 pub(super) struct Messages {
     header: [u8; HEADER_BYTES],
     header_have: usize,
     body_left: u32,
+    /// Some of the body was in an earlier record.
+    is_within_body: bool,
 }
 
 impl Messages {
@@ -36,7 +44,12 @@ impl Messages {
     }
 
     /// Takes one record's payload. A finished KeyUpdate returns its request.
-    pub(super) fn feed(&mut self, mut payload: &[u8], role: Role) -> Result<Option<u8>, RecordError> {
+    pub(super) fn feed<K: KeepTicket>(
+        &mut self,
+        mut payload: &[u8],
+        role: Role,
+        mut keeper: Option<&mut K>,
+    ) -> Result<Option<u8>, RecordError> {
         if payload.is_empty() {
             return Err(RecordError::unexpected("the peer sent an empty handshake record"));
         }
@@ -51,6 +64,8 @@ impl Messages {
                 }
                 continue;
             }
+            let is_whole = !self.is_within_body;
+            self.is_within_body = true;
             let taken = payload.len().min(usize::try_from(self.body_left).unwrap_or(usize::MAX));
             let (body, rest) = payload.split_at(taken);
             payload = rest;
@@ -60,6 +75,10 @@ impl Messages {
                 continue;
             }
             self.header_have = 0;
+            self.is_within_body = false;
+            if let (NEW_SESSION_TICKET_TYPE, true, Some(keeper)) = (self.header[0], is_whole, keeper.as_mut()) {
+                keeper.keep(body)?;
+            }
             if self.header[0] == KEY_UPDATE_TYPE {
                 return key_update(body, payload).map(Some);
             }
@@ -99,6 +118,30 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    #[derive(Default)]
+    struct Kept(Vec<Vec<u8>>);
+
+    impl KeepTicket for Kept {
+        fn keep(&mut self, ticket: &[u8]) -> Result<(), RecordError> {
+            self.0.push(ticket.to_vec());
+            Ok(())
+        }
+    }
+
+    const NOBODY: Option<&mut Kept> = None;
+
+    #[test]
+    fn a_ticket_is_kept_when_it_lies_in_one_record() {
+        let (mut messages, mut kept) = (Messages::default(), Kept::default());
+        let both = [ticket(3), ticket(5)].concat();
+        messages.feed(&both, Role::Client, Some(&mut kept)).expect("regular");
+        assert_eq!(kept.0.iter().map(Vec::len).collect::<Vec<_>>(), [3, 5]);
+        for part in ticket(9).chunks(6) {
+            messages.feed(part, Role::Client, Some(&mut kept)).expect("regular");
+        }
+        assert_eq!(kept.0.len(), 2, "one that is spread is skipped");
+    }
+
     fn ticket(len: u16) -> Vec<u8> {
         let [high, low] = len.to_be_bytes();
         let mut message = vec![NEW_SESSION_TICKET_TYPE, 0, high, low];
@@ -108,7 +151,7 @@ mod tests {
 
     #[test]
     fn messages_that_must_not_come_are_refused() {
-        let alert_of = |role, payload: &[u8]| Messages::default().feed(payload, role).expect_err("refused").alert;
+        let alert_of = |role, payload: &[u8]| Messages::default().feed(payload, role, NOBODY).expect_err("refused").alert;
         assert_eq!(alert_of(Role::Server, &ticket(3)), alert::UNEXPECTED_MESSAGE);
         assert_eq!(alert_of(Role::Client, &[4, 0xff, 0, 0]), alert::DECODE_ERROR);
         assert_eq!(alert_of(Role::Client, &[4, 0, 0, 0]), alert::DECODE_ERROR);
@@ -127,7 +170,7 @@ mod tests {
             let mut messages = Messages::default();
             let mut updates = Vec::new();
             for record in stream.chunks(cut) {
-                updates.extend(messages.feed(record, Role::Client).expect("regular"));
+                updates.extend(messages.feed(record, Role::Client, NOBODY).expect("regular"));
             }
             prop_assert_eq!(updates, vec![UPDATE_REQUESTED]);
             prop_assert!(!messages.is_partial());
@@ -137,7 +180,7 @@ mod tests {
         fn hostile_payloads_never_panic(records in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..64), 0..8)) {
             let mut messages = Messages::default();
             for record in records {
-                if messages.feed(&record, Role::Client).is_err() {
+                if messages.feed(&record, Role::Client, NOBODY).is_err() {
                     break;
                 }
             }
