@@ -32,6 +32,8 @@ fn we_dial_envoy() {
     let line = web.wait_connection("an outbound connection", |line| line["bytes_from_mesh"] == 200_000);
     assert_eq!(line["tls_version"], "TLSv1.3");
     assert_eq!(line["reason"], "complete");
+    let resumed = web.metrics().sum("ringfence_handshakes_resumed_total", &[]);
+    assert!(resumed >= 10, "{resumed} of 20 connections in a row resumed the session with Envoy");
 }
 
 #[test]
@@ -61,6 +63,8 @@ fn envoy_dials_us() {
     assert_eq!(line["tls_version"], "TLSv1.2", "Envoy's default as a client");
     assert!(line["source"].as_str().is_some_and(|id| id.ends_with("/svc/web")), "{line}");
     assert_eq!(line["reason"], "complete");
+    let resumed = db.metrics().sum("ringfence_handshakes_resumed_total", &[]);
+    assert!(resumed >= 10, "Envoy resumed {resumed} of 20 sessions in a row");
 
     consul.deny("web", "db");
     support::wait_until("the denial", PATIENCE, || round_trip(entry, b"denied?").is_err());

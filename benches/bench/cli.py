@@ -248,6 +248,7 @@ def describe(options, binary, session):
         "cpu_model": models[0] if models else "unknown CPU",
         "cpus": len(os.sched_getaffinity(0)),
         "kernel": os.uname().release,
+        "tcp_congestion_control": pathlib.Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text(encoding="ascii").strip(),
         "memory_gib": field(meminfo, "MemTotal:") / 1_048_576,
         "load_average": os.getloadavg()[0],
     }

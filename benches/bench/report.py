@@ -60,7 +60,7 @@ def markdown(results):
         "# ringfence beside Envoy and others",
         "",
         f"Measured {results['time']}, {'quick' if options['quick'] else 'full'} run of {results['minutes']:.1f} minutes, commit {results['commit'] or 'unknown'}{dirty}, on",
-        f"{machine['cpus']} x {machine['cpu_model']}, {machine['memory_gib']:.0f} GiB, kernel {machine['kernel']}; load average at start {machine['load_average']:.2f}.",
+        f"{machine['cpus']} x {machine['cpu_model']}, {machine['memory_gib']:.0f} GiB, kernel {machine['kernel']}, TCP {machine['tcp_congestion_control']}; load average at start {machine['load_average']:.2f}.",
         "",
         "Each peer is a pair of sidecars with one worker each, pinned to the first and the last CPU, between the same clients and",
         "servers. Rounds are interleaved A B A B. A figure is the median of its rounds with (least..most); a ratio is taken round by",

@@ -12,7 +12,7 @@ from .workloads import ROWS, SETTLE_S, SYSCALL_RUN_S, WARMUP_S
 from .world import Apps, World
 
 MAIN = (OURS, REFERENCE)
-MAIN_RUNS, RUNS, QUICK_RUNS, YARDSTICK_RUNS = 5, 3, 2, 2
+MAIN_RUNS, RUNS, QUICK_RUNS, OTHER_RUNS = 5, 3, 2, 2
 QUICK_PEERS = ("ringfence", "envoy", "direct", "floor")
 # Beside a run's own seconds: starting the load, and reading what it says.
 RUN_OVERHEAD_S = 0.4
@@ -50,7 +50,7 @@ class Session:
             return MAIN_RUNS
         if row.runs_others and peer not in MAIN:
             return row.runs_others
-        return YARDSTICK_RUNS if peer in YARDSTICKS and not row.main else RUNS
+        return RUNS if peer in MAIN else OTHER_RUNS
 
     def rows(self):
         for row in ROWS:
