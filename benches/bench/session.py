@@ -172,7 +172,7 @@ class Session:
             entry["runs"].append({"round": number} | figures)
         except NotApplicable as reason:
             entry |= {"status": "n/a", "reason": str(reason)}
-        except (Failure, OSError, ValueError, KeyError) as failure:
+        except (Failure, OSError, ValueError, LookupError, AttributeError) as failure:
             text = str(failure) if isinstance(failure, Failure) else repr(failure)
             entry |= {"status": "error", "reason": text}
             say(f"{row.key}: {peer}: ERROR: {text}")

@@ -143,7 +143,7 @@ pub(super) fn key_value(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// `-connection-log`.
+/// `-tls-resumption`.
 pub(super) fn on_off(text: &str) -> Result<bool, String> {
     match text {
         "on" => Ok(true),
@@ -152,6 +152,7 @@ pub(super) fn on_off(text: &str) -> Result<bool, String> {
     }
 }
 
+/// `-connection-log`.
 pub(super) fn log_target(text: &str) -> Result<LogTarget, String> {
     Ok(match text {
         "" => return Err("the connection log's target is empty; write stdout, stderr, none or a path".to_owned()),

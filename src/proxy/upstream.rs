@@ -145,7 +145,8 @@ impl Balancer {
         place.get_or_insert_with(|| tls.dialer(sni, expected))
     }
 
-    /// Another identity is in use: its predecessor's key and sessions go.
+    /// Another identity is in use: its predecessor's sessions are not used again, and its key goes with the last connection
+    /// that it was used for.
     pub(super) fn forget_dialers(&mut self) {
         self.seen.values_mut().for_each(|seen| seen.dialer = None);
     }

@@ -1,6 +1,8 @@
 //! Which library does the cryptography of handshakes and records: ring, or aws-lc-rs with the feature of that name.
 //!
-//! Both have one interface, so nothing else of this room knows which it is.
+//! Both have one interface, so nothing else of this room depends on which it is. Digests are ring's in both, and a leaf must
+//! have a key
+//! that ring can use too, so that one build accepts what the other does.
 
 #[cfg(feature = "aws-lc-rs")]
 pub(super) use aws_lc_rs::{aead, rand};

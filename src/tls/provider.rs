@@ -3,9 +3,9 @@
 //! Invariant: every reference count that a handshake touches belongs to one worker: provider, key, chain, verifier and
 //! configurations are built per [`WorkerTls`], never shared between two (only the expected IDs of a target are the snapshot's).
 //! Sessions are resumed only where that was asked for, and then only within the identity that they were made with
-//! (`resume`): a new leaf or trust bundle makes new configurations, and with them everything old is forgotten.
+//! (`resume`): a new leaf or trust bundle makes new configurations, which know nothing of the old ones.
 //!
-//! Must not know policy or sockets. Fails with a [`TlsError`] at build time, or for a name in `connect` not at all.
+//! Must not know policy or sockets. Fails with a [`TlsError`] at build time, or for a name in `dialer` not at all.
 
 use std::fmt;
 use std::sync::Arc;

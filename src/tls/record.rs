@@ -1,7 +1,7 @@
 //! The record layer after the handshake: records are sealed and opened where they lie.
 //!
 //! Invariant: a sequence number is used once for each key and direction; payload is touched once, by the AEAD, and no call
-//! allocates but for a change of keys. A session that refused a record, or received a fatal alert, stays failed: it only
+//! allocates but for a change of keys and for the first tickets of a session. A session that refused a record, or received a fatal alert, stays failed: it only
 //! seals the one alert that tells the peer. Keys are never printed.
 //!
 //! rustls keeps the key schedule: it derives the next secrets when a KeyUpdate is sent or received. Records of any kind but
@@ -40,6 +40,10 @@ pub const CONTROL_BYTES_MAX: usize = 64;
 const CONTROL_RECORDS_MAX: u8 = 32;
 /// Most empty application records in a row.
 const EMPTY_RECORDS_MAX: u8 = 32;
+/// Most tickets taken from one session; BoringSSL sends two.
+const TICKETS_MAX: u8 = 4;
+/// The longest ticket taken. One that carries a client's chain has about 2 KiB.
+const TICKET_BYTES_MAX: usize = 8_192;
 /// Records after which new keys are asked for: a quarter of what AES-GCM allows under one key (RFC 8446 section 5.5).
 const REKEY_RECORDS: u64 = 1 << 22;
 
@@ -58,7 +62,8 @@ pub struct Session {
     /// The key schedule; none in TLS 1.2, which never changes keys.
     schedule: Option<Schedule>,
     messages: Messages,
-    keeps_tickets: bool,
+    /// Tickets that this session still takes; none where sessions are not resumed.
+    tickets_left: u8,
     update_owed: bool,
     control_left: u8,
     empty_left: u8,
@@ -140,7 +145,7 @@ impl Session {
             rx,
             schedule: tls13.then_some(schedule),
             messages: Messages::default(),
-            keeps_tickets,
+            tickets_left: if keeps_tickets { TICKETS_MAX } else { 0 },
             update_owed: false,
             control_left: CONTROL_RECORDS_MAX,
             empty_left: EMPTY_RECORDS_MAX,
@@ -247,8 +252,8 @@ impl Session {
                 _ => RecordError::unexpected("the peer sent a handshake message after the handshake"),
             });
         }
-        let schedule = self.schedule.as_mut().filter(|_| self.keeps_tickets);
-        if let Some(request) = self.messages.feed(payload, self.role, schedule)? {
+        let mut keeper = Keeper { schedule: self.schedule.as_mut(), left: &mut self.tickets_left };
+        if let Some(request) = self.messages.feed(payload, self.role, &mut keeper)? {
             let (secrets, _) = Direction::new(self.schedule_mut()?.next_rx()?, true)?;
             self.rx = secrets;
             self.update_owed |= request == UPDATE_REQUESTED;
@@ -382,14 +387,20 @@ impl Keys {
     }
 }
 
-impl messages::KeepTicket for Schedule {
+/// Hands tickets to rustls, a few a session: each costs a key derivation and memory, and the peer decides how many come.
+struct Keeper<'a> {
+    schedule: Option<&'a mut Schedule>,
+    left: &'a mut u8,
+}
+
+impl messages::KeepTicket for Keeper<'_> {
     fn keep(&mut self, ticket: &[u8]) -> Result<(), RecordError> {
-        match self {
-            Self::Server(_) => Ok(()),
-            Self::Client(kernel) => kernel
-                .handle_new_session_ticket(ticket)
-                .map_err(|_| RecordError::new(alert::DECODE_ERROR, "the peer sent a session ticket that cannot be decoded")),
-        }
+        let Some(Schedule::Client(kernel)) = &mut self.schedule else { return Ok(()) };
+        let Some(left) = self.left.checked_sub(1).filter(|_| ticket.len() <= TICKET_BYTES_MAX) else { return Ok(()) };
+        *self.left = left;
+        kernel
+            .handle_new_session_ticket(ticket)
+            .map_err(|_| RecordError::new(alert::DECODE_ERROR, "the peer sent a session ticket that cannot be decoded"))
     }
 }
 

@@ -1,8 +1,8 @@
 //! Resumption that cannot skip a decision: what a server seals into tickets, and what a client remembers of its sessions.
 //!
 //! Invariant: a ticket opens only under the identity that sealed it: each new leaf or trust bundle has a new key, and the
-//! old one is wiped with the old identity. A session is remembered for one endpoint by one thread and used with the very
-//! configuration that made it. Resumption replaces signatures only: the peer's chain, its validity and its SPIFFE ID are
+//! old one goes with the old identity. A session is remembered for one endpoint by one thread and used with the very
+//! configuration that made it; what is remembered goes with that configuration, at the latest when its last connection ends. Resumption replaces signatures only: the peer's chain, its validity and its SPIFFE ID are
 //! checked after a resumed handshake as after a full one (`handshake::Handshake::establish`), and the intention is decided
 //! on every connection.
 //!
@@ -29,6 +29,8 @@ const TIME_BYTES: usize = 8;
 const KEY_BYTES: usize = 32;
 /// Most TLS 1.3 tickets remembered for one endpoint: each serves one connection, and so many may begin at once.
 const TICKETS_MAX: usize = 64;
+/// Tickets that a thread remembers before an endpoint's next one only replaces its oldest. A ticket takes about 4 KiB.
+const TICKETS_OF_THREAD_MAX: usize = 1_024;
 
 /// The key of one identity's tickets, the same on all its workers: a client may come back to another one.
 pub(super) struct TicketKey(Zeroizing<[u8; KEY_BYTES]>);
@@ -109,8 +111,40 @@ struct Remembered {
     tls13: VecDeque<Tls13ClientSessionValue>,
 }
 
+#[derive(Default)]
+struct Memory {
+    endpoints: HashMap<u64, Remembered>,
+    /// TLS 1.3 tickets of all of them.
+    tickets: usize,
+}
+
 thread_local! {
-    static REMEMBERED: RefCell<HashMap<u64, Remembered>> = RefCell::default();
+    static MEMORY: RefCell<Memory> = RefCell::default();
+}
+
+impl Memory {
+    /// Keeps a ticket; what it displaces is returned, to be dropped where nothing is borrowed.
+    fn insert(&mut self, id: u64, ticket: Tls13ClientSessionValue) -> Option<Tls13ClientSessionValue> {
+        let queue = &mut self.endpoints.entry(id).or_default().tls13;
+        let full = queue.len() >= TICKETS_MAX || self.tickets >= TICKETS_OF_THREAD_MAX;
+        let displaced = if full { queue.pop_front() } else { None };
+        queue.push_back(ticket);
+        self.tickets += usize::from(displaced.is_none());
+        displaced
+    }
+
+    /// The newest ticket, which has the longest to live.
+    fn take(&mut self, id: u64) -> Option<Tls13ClientSessionValue> {
+        let ticket = self.endpoints.get_mut(&id)?.tls13.pop_back()?;
+        self.tickets -= 1;
+        Some(ticket)
+    }
+
+    fn forget(&mut self, id: u64) -> Option<Remembered> {
+        let gone = self.endpoints.remove(&id)?;
+        self.tickets -= gone.tls13.len();
+        Some(gone)
+    }
 }
 
 impl Sessions {
@@ -120,14 +154,14 @@ impl Sessions {
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut Remembered) -> T) -> T {
-        REMEMBERED.with_borrow_mut(|all| act(all.entry(self.0).or_default()))
+        MEMORY.with_borrow_mut(|memory| act(memory.endpoints.entry(self.0).or_default()))
     }
 }
 
 impl Drop for Sessions {
     fn drop(&mut self) {
         // A thread that ends has forgotten everything already. Taken out first: what it holds is dropped outside the borrow.
-        let gone = REMEMBERED.try_with(|all| all.try_borrow_mut().ok().and_then(|mut all| all.remove(&self.0)));
+        let gone = MEMORY.try_with(|memory| memory.try_borrow_mut().ok().and_then(|mut memory| memory.forget(self.0)));
         drop(gone);
     }
 }
@@ -156,16 +190,12 @@ impl ClientSessionStore for Sessions {
     }
 
     fn insert_tls13_ticket(&self, _: ServerName<'static>, value: Tls13ClientSessionValue) {
-        let old = self.with(|remembered| {
-            remembered.tls13.push_back(value);
-            (remembered.tls13.len() > TICKETS_MAX).then(|| remembered.tls13.pop_front())
-        });
-        drop(old);
+        let displaced = MEMORY.with_borrow_mut(|memory| memory.insert(self.0, value));
+        drop(displaced);
     }
 
     fn take_tls13_ticket(&self, _: &ServerName<'static>) -> Option<Tls13ClientSessionValue> {
-        // The newest has the longest to live.
-        self.with(|remembered| remembered.tls13.pop_back())
+        MEMORY.with_borrow_mut(|memory| memory.take(self.0))
     }
 }
 

@@ -21,9 +21,9 @@ const HEADER_BYTES: usize = 4;
 /// The longest ticket message: two lengths of 2^16 and their frame stay below.
 const TICKET_BYTES_MAX: u32 = 1 << 17;
 
-/// Somebody who has a use for tickets.
+/// Where tickets go.
 pub(super) trait KeepTicket {
-    /// Takes the body of a NewSessionTicket.
+    /// Takes the body of a NewSessionTicket, or leaves it.
     fn keep(&mut self, ticket: &[u8]) -> Result<(), RecordError>;
 }
 
@@ -48,7 +48,7 @@ impl Messages {
         &mut self,
         mut payload: &[u8],
         role: Role,
-        mut keeper: Option<&mut K>,
+        keeper: &mut K,
     ) -> Result<Option<u8>, RecordError> {
         if payload.is_empty() {
             return Err(RecordError::unexpected("the peer sent an empty handshake record"));
@@ -76,7 +76,7 @@ impl Messages {
             }
             self.header_have = 0;
             self.is_within_body = false;
-            if let (NEW_SESSION_TICKET_TYPE, true, Some(keeper)) = (self.header[0], is_whole, keeper.as_mut()) {
+            if self.header[0] == NEW_SESSION_TICKET_TYPE && is_whole {
                 keeper.keep(body)?;
             }
             if self.header[0] == KEY_UPDATE_TYPE {
@@ -128,16 +128,14 @@ mod tests {
         }
     }
 
-    const NOBODY: Option<&mut Kept> = None;
-
     #[test]
     fn a_ticket_is_kept_when_it_lies_in_one_record() {
         let (mut messages, mut kept) = (Messages::default(), Kept::default());
         let both = [ticket(3), ticket(5)].concat();
-        messages.feed(&both, Role::Client, Some(&mut kept)).expect("regular");
+        messages.feed(&both, Role::Client, &mut kept).expect("regular");
         assert_eq!(kept.0.iter().map(Vec::len).collect::<Vec<_>>(), [3, 5]);
         for part in ticket(9).chunks(6) {
-            messages.feed(part, Role::Client, Some(&mut kept)).expect("regular");
+            messages.feed(part, Role::Client, &mut kept).expect("regular");
         }
         assert_eq!(kept.0.len(), 2, "one that is spread is skipped");
     }
@@ -151,7 +149,8 @@ mod tests {
 
     #[test]
     fn messages_that_must_not_come_are_refused() {
-        let alert_of = |role, payload: &[u8]| Messages::default().feed(payload, role, NOBODY).expect_err("refused").alert;
+        let alert_of =
+            |role, payload: &[u8]| Messages::default().feed(payload, role, &mut Kept::default()).expect_err("refused").alert;
         assert_eq!(alert_of(Role::Server, &ticket(3)), alert::UNEXPECTED_MESSAGE);
         assert_eq!(alert_of(Role::Client, &[4, 0xff, 0, 0]), alert::DECODE_ERROR);
         assert_eq!(alert_of(Role::Client, &[4, 0, 0, 0]), alert::DECODE_ERROR);
@@ -170,7 +169,7 @@ mod tests {
             let mut messages = Messages::default();
             let mut updates = Vec::new();
             for record in stream.chunks(cut) {
-                updates.extend(messages.feed(record, Role::Client, NOBODY).expect("regular"));
+                updates.extend(messages.feed(record, Role::Client, &mut Kept::default()).expect("regular"));
             }
             prop_assert_eq!(updates, vec![UPDATE_REQUESTED]);
             prop_assert!(!messages.is_partial());
@@ -180,7 +179,7 @@ mod tests {
         fn hostile_payloads_never_panic(records in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..64), 0..8)) {
             let mut messages = Messages::default();
             for record in records {
-                if messages.feed(&record, Role::Client, NOBODY).is_err() {
+                if messages.feed(&record, Role::Client, &mut Kept::default()).is_err() {
                     break;
                 }
             }

@@ -374,3 +374,19 @@ fn rsa_suites_are_part_of_the_matrix() {
     let kinds: Vec<KeyKind> = suites().into_iter().map(|(_, key)| key).collect();
     assert_eq!((kinds.len(), kinds.iter().filter(|kind| **kind == KeyKind::Rsa).count()), (9, 3));
 }
+
+#[test]
+fn a_flood_of_tickets_is_skipped_after_the_first_few() {
+    let (mut client, mut server) = our_pair(&TLS13);
+    client.tickets_left = TICKETS_MAX;
+    // NewSessionTicket of 14 bytes: lifetime, age_add, no nonce, a ticket of one byte, no extensions.
+    let ticket = [4, 0, 0, 14, 0, 0, 28, 32, 1, 2, 3, 4, 0, 0, 1, 9, 0, 0];
+    let mut record = forge(&mut server, HANDSHAKE, &ticket.repeat(900));
+    let record_len = record.len();
+    assert_eq!(client.open(&mut record), Ok(Open::Control { record_len }));
+    assert_eq!(client.tickets_left, 0, "the first few were taken");
+
+    client.tickets_left = TICKETS_MAX;
+    let mut malformed = forge(&mut server, HANDSHAKE, &[4, 0, 0, 3, 1, 2, 3]);
+    assert_eq!(refused(&mut client, &mut malformed), alert::DECODE_ERROR);
+}
