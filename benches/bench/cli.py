@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 
 from . import base, compare, figures, report
 from .account import field
@@ -166,6 +167,8 @@ def measure_command(options):
         code = 128 + stop.number
     except Failure as failure:
         print(f"{PROG}: FAILED: {failure}", file=sys.stderr)
+    except Exception:  # a defect of the harness: what was measured so far is written all the same
+        traceback.print_exc()
     finally:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
@@ -192,7 +195,7 @@ def tell(results, folder):
     for line in figures.verdicts(results):
         value = line["figure"]
         text = f"{value['median']:.2f} ({value['min']:.2f}..{value['max']:.2f}) {line['unit']}" if value else "-"
-        say(f"{line['verdict']:>12}: {line['title']}: {text}, must reach {line['must']:g}, aim {line['aim']:g}")
+        say(f"{line['verdict']:>12}: {line['title']}: {text}, must reach {report.bound(line['must'])}, aim {report.bound(line['aim'])}")
     for line in figures.problems(results):
         say(f"FAILED: {line}")
     say(f"{results['minutes']:.1f} minutes; the report is {folder / 'report.md'}")

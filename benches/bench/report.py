@@ -24,6 +24,11 @@ def number(value):
     return f"{value:,.0f}" if size >= 1_000 else f"{value:.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.005 or not size else f"{value:.2g}"
 
 
+def bound(value):
+    """A target of the design; nothing must be reached where it is None."""
+    return "-" if value is None else f"{value:g}"
+
+
 def spread_text(value, scale=1):
     if not value:
         return "-"
@@ -85,7 +90,7 @@ def must_reach(results):
         value = spread_text(line["figure"])
         envoy = "1" if line["unit"] == "of Envoy's" else number(line.get("envoy"))
         times = line["ratio"]["median"] if line["ratio"] else None
-        lines.append([line["title"], f"{line['must']:g}", f"{line['aim']:g}", value, envoy, number(times), line["unit"], mark])
+        lines.append([line["title"], bound(line["must"]), bound(line["aim"]), value, envoy, number(times), line["unit"], mark])
     return ["## Must reach", ""] + table(["work", "must reach", "aim", "ringfence", "Envoy", "ratio to Envoy", "unit", "verdict"], lines) + [""]
 
 
