@@ -8,6 +8,7 @@
 use std::fmt;
 use std::hint::black_box;
 use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -16,9 +17,11 @@ use std::time::Duration;
 use divan::Bencher;
 use divan::counter::BytesCount;
 use ringfence::identity::SpiffeId;
+use ringfence::mesh::caller::{Caller, Callers, Refusal, Tier, Who};
 use ringfence::mesh::{Service, Snapshot};
 use ringfence::policy::{Action, DefaultPolicy, Intention, Intentions};
 use ringfence::store::{self, Publisher};
+use ringfence::sys::SocketDiag;
 use ringfence::tls::fixtures::{Ca, ChainVerifier};
 use ringfence::tls::{Dialer, Established, Handshake, Open, Progress, Session, TlsParams, WorkerTls};
 use rustls::crypto::CryptoProvider;
@@ -188,6 +191,25 @@ fn service() -> Arc<Service> {
 
 fn snapshot(service: &Arc<Service>) -> Snapshot {
     Snapshot { services: vec![Arc::clone(service)], ..Snapshot::default() }
+}
+
+/// Who is behind an accepted local connection: the kernel's answer and the look-up among so many registered tasks.
+#[divan::bench(args = [1, 1_000])]
+fn attribute_registered_task(bencher: Bencher<'_, '_>, tasks: u64) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let server = listener.local_addr().expect("its address");
+    let client = TcpStream::connect(server).expect("connected");
+    let client = client.local_addr().map(|address| (client, address)).expect("its address");
+    let mut diag = SocketDiag::open().expect("netlink");
+    let cgroup = diag.owner(client.1, server).expect("known").cgroup;
+    let refusal = Refusal { rule: "default".into(), why: "none".into(), remedy: "none".into() };
+    let caller = Arc::new(Caller { who: Who::Component("c".into()), tier: Tier::Cgroup, verdict: Err(refusal) });
+    let by_cgroup = (0..tasks).map(|task| (cgroup.wrapping_add(task), Arc::clone(&caller))).collect();
+    let callers = Callers { generation: 0, by_cgroup };
+    bencher.bench_local(|| {
+        let owner = diag.owner(black_box(client.1), black_box(server))?;
+        callers.by_cgroup.get(&owner.cgroup).map(Arc::clone)
+    });
 }
 
 #[divan::bench]

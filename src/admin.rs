@@ -12,7 +12,11 @@
 //! never the end of the port.
 
 mod access;
+mod callers;
+mod denials;
 mod health;
+mod page;
+mod reach;
 mod routes;
 mod server;
 mod snapshot;

@@ -6,6 +6,7 @@
 //! Invariant: a [`Sidecar`] holds no global state, so one process may run several (the demo runs two). A thread that ends
 //! unasked ends the sidecar; a panic anywhere ends the process ([`abort_on_panic`]).
 
+mod callers;
 mod logs;
 mod notify;
 mod process;

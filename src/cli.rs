@@ -4,14 +4,19 @@
 //! code 64 and a sentence that says what to write instead; it never starts half a process. Secrets are read here and
 //! leave as `Zeroizing` values; no message repeats them.
 
+mod admin;
 mod agent;
+mod airflow;
 mod argv;
 mod check;
 mod connect;
 mod demo;
 mod environment;
+mod explain;
 mod flags;
 mod http;
+mod terminal;
+mod top;
 mod values;
 
 use std::ffi::OsString;
@@ -30,11 +35,11 @@ use argv::{Kind, Known};
 pub enum Exit {
     /// All went well.
     Ok = 0,
-    /// `check` found a failure, or a step of `demo --once` did not hold.
+    /// `check` found a failure, a step of `demo --once` did not hold, or `explain` tells of a denial to come or finds none.
     Failed = 1,
     /// The command line is wrong (EX_USAGE).
     Usage = 64,
-    /// The kernel refuses what is needed (EX_UNAVAILABLE).
+    /// The kernel refuses what is needed, or the sidecar that is asked does not answer (EX_UNAVAILABLE).
     Unavailable = 69,
     /// A fault of this program (EX_SOFTWARE).
     Internal = 70,
@@ -58,16 +63,20 @@ Flags are written as Consul's: -name value, -name=value or --name value.
 
 Exit codes:
   0   ended as asked
-  1   check: something failed; demo --once: a step did not hold
+  1   check: something failed; demo --once: a step did not hold; explain: would be denied, or no such denial;
+      airflow init -apply: something was kept as somebody else decided it
   64  the command line is wrong
-  69  the kernel refuses io_uring or a feature of it
+  69  the kernel refuses io_uring or a feature of it; explain, top: the sidecar does not answer
   70  a fault of this program
   78  a setting or file cannot work
 
 Examples:
   ringfence demo
   ringfence connect -sidecar-for web
-  ringfence check -sidecar-for web -token-file /etc/consul.d/web.token";
+  ringfence check -sidecar-for web -token-file /etc/consul.d/web.token
+  ringfence explain 5f3a9c0100000007
+  ringfence top
+  ringfence airflow init -role worker";
 
 /// The L4 mutual-TLS sidecar for Consul Connect, on io_uring.
 #[derive(Debug, Parser)]
@@ -83,6 +92,12 @@ enum Command {
     Connect(connect::Flags),
     /// Look at everything that `connect` with the same flags would need, and say what to mend
     Check(check::Flags),
+    /// Tell why a connection was denied, or what a task's connection would meet
+    Explain(explain::Flags),
+    /// Show which tasks and services talk now: connections, bytes, rates, denials
+    Top(top::Flags),
+    /// Set up the hosts of an Airflow deployment
+    Airflow(airflow::Flags),
     /// Show two services talking through ringfence, with identities, intentions and rotation; needs no Consul
     Demo(demo::Flags),
     /// Run the embedded Consul-compatible agent alone, for local development; loopback only
@@ -102,6 +117,9 @@ pub fn run(arguments: impl Iterator<Item = OsString>, environment: &Environment)
     let done = match parsed.command {
         Command::Connect(flags) => connect::run(&flags, environment, &parsed.ignored),
         Command::Check(flags) => check::run(&flags, environment, &parsed.ignored),
+        Command::Explain(flags) => explain::run(&flags),
+        Command::Top(flags) => top::run(&flags),
+        Command::Airflow(flags) => airflow::run(&flags, environment),
         Command::Demo(flags) => demo::run(&flags),
         Command::Agent(flags) => agent::run(&flags),
     };
@@ -137,9 +155,11 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Parsed, Stop> {
         })
         .collect::<Result<_, _>>()?;
     let (command, rest) = split_command(&arguments)?;
-    let envoy = matches!(command, "connect" | "check");
-    let normal = argv::normalise(rest, &known(command), envoy)?;
-    let line = ["ringfence", command].into_iter().filter(|word| !word.is_empty()).map(str::to_owned);
+    let (nested, rest) = split_nested(command, rest)?;
+    let (envoy, known) = (matches!(command, "connect" | "check"), known(command, nested));
+    let rest = if command == "explain" { &explain::name_the_id(rest, &known) } else { rest };
+    let normal = argv::normalise(rest, &known, envoy)?;
+    let line = ["ringfence", command, nested].into_iter().filter(|word| !word.is_empty()).map(str::to_owned);
     let matches = last_one_wins(Cli::command()).try_get_matches_from(line.chain(normal.arguments)).map_err(stop)?;
     let cli = Cli::from_arg_matches(&matches).map_err(stop)?;
     Ok(Parsed { command: cli.command, ignored: normal.ignored })
@@ -149,16 +169,13 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Parsed, Stop> {
 /// Lists keep all they are given.
 fn last_one_wins(command: clap::Command) -> clap::Command {
     let names: Vec<String> = command.get_subcommands().map(|command| command.get_name().to_owned()).collect();
-    names.into_iter().fold(command, |command, name| {
-        command.mut_subcommand(name, |command| {
-            command.mut_args(|arg| match arg.get_action() {
-                clap::ArgAction::Set | clap::ArgAction::SetTrue => {
-                    let id = arg.get_id().clone();
-                    arg.overrides_with(id)
-                }
-                _ => arg,
-            })
-        })
+    let command = names.into_iter().fold(command, |command, name| command.mut_subcommand(name, last_one_wins));
+    command.mut_args(|arg| match arg.get_action() {
+        clap::ArgAction::Set | clap::ArgAction::SetTrue => {
+            let id = arg.get_id().clone();
+            arg.overrides_with(id)
+        }
+        _ => arg,
     })
 }
 
@@ -177,20 +194,35 @@ fn split_command(arguments: &[String]) -> Result<(&str, &[String]), UsageError> 
     }
 }
 
-fn command_named(word: &str) -> Result<&str, UsageError> {
+/// The name of a command inside `command` (empty where it has none), and what follows it.
+fn split_nested<'a>(command: &str, rest: &'a [String]) -> Result<(&'a str, &'a [String]), UsageError> {
     let cli = Cli::command();
-    let names: Vec<&str> = cli.get_subcommands().map(clap::Command::get_name).collect();
+    match (cli.find_subcommand(command), rest) {
+        (Some(outer), [first, rest @ ..]) if outer.has_subcommands() && !first.starts_with('-') => {
+            Ok((named(outer, first, &format!("{command} {first}"))?, rest))
+        }
+        _ => Ok(("", rest)),
+    }
+}
+
+fn command_named(word: &str) -> Result<&str, UsageError> {
+    named(&Cli::command(), word, word)
+}
+
+/// `word`, if it is a command inside `outer`; `shown` is how a mistake repeats it.
+fn named<'a>(outer: &clap::Command, word: &'a str, shown: &str) -> Result<&'a str, UsageError> {
+    let names: Vec<&str> = outer.get_subcommands().map(clap::Command::get_name).collect();
     if names.contains(&word) {
         return Ok(word);
     }
     let hint = argv::nearest(word, names.iter().copied()).map_or_else(String::new, |near| format!("; did you mean {near}?"));
-    Err(UsageError(format!("unknown command `{word}`{hint} There are: {}", names.join(", "))))
+    Err(UsageError(format!("unknown command `{shown}`{hint} There are: {}", names.join(", "))))
 }
 
-/// The flags of `command`, as clap knows them.
-fn known(command: &str) -> Known {
+/// The flags of `command`, or of `nested` inside it, as clap knows them.
+fn known(command: &str, nested: &str) -> Known {
     let cli = Cli::command();
-    let Some(command) = cli.find_subcommand(command) else {
+    let Some(command) = cli.find_subcommand(command).map(|outer| outer.find_subcommand(nested).unwrap_or(outer)) else {
         return Vec::new();
     };
     command
@@ -231,10 +263,15 @@ fn fail(error: &anyhow::Error) -> Exit {
     } else {
         Exit::Internal
     };
+    complain(&format!("{error:#}"));
+    exit
+}
+
+/// One line on standard error.
+fn complain(text: &str) {
     use std::io::Write;
     // Nobody is left to tell when standard error is gone.
-    let _ = writeln!(std::io::stderr(), "ringfence: {error:#}");
-    exit
+    let _ = writeln!(std::io::stderr(), "ringfence: {text}");
 }
 
 /// Prints; a reader that went away (`| head`) is no fault.
@@ -274,7 +311,19 @@ mod tests {
 
     #[test]
     fn help_exists_everywhere_and_has_examples() {
-        for line in ["", "--help", "-h", "connect --help", "connect -h", "check -help", "demo --help", "agent --help"] {
+        let lines = [
+            "",
+            "--help",
+            "-h",
+            "connect --help",
+            "connect -h",
+            "check -help",
+            "demo --help",
+            "agent --help",
+            "explain -h",
+            "top -h",
+        ];
+        for line in lines.into_iter().chain(["airflow", "airflow -h", "airflow init -help"]) {
             let Err(Stop::Print(text)) = parse(words(line)) else { panic!("`{line}` prints no help") };
             assert!(text.contains("ringfence"), "{line}: {text}");
             assert!(text.contains("Example"), "{line}: {text}");
@@ -287,13 +336,18 @@ mod tests {
     fn mistakes_are_usage_errors() {
         for (line, wanted) in [
             ("conect -sidecar-for web", "did you mean connect?"),
-            ("sidecar", "There are: connect, check, demo, agent"),
+            ("sidecar", "There are: connect, check, explain, top"),
             ("connect -admin-bind 19000", "admin-bind"),
             ("connect -workers 0", "1 to"),
             ("connect -drain-time soon", "no duration"),
             ("agent -- x", "unexpected argument"),
             ("demo -once=perhaps", "neither true nor false"),
             ("agent -bind 0.0.0.0:8500", "loopback"),
+            ("explain 12", "16 hexadecimal digits"),
+            ("top -interval 1ms", "100ms"),
+            ("airflow innit", "unknown command `airflow innit`; did you mean init?"),
+            ("airflow init -rol worker", "unknown flag -rol; did you mean -role?"),
+            ("airflow init -role boss", "scheduler, api-server"),
         ] {
             let Err(Stop::Usage(UsageError(text))) = parse(words(line)) else { panic!("`{line}` was accepted") };
             assert!(text.contains(wanted), "{line}: {text}");

@@ -53,6 +53,8 @@ pub struct Sidecar {
     pub admin: Admin,
     /// Where each connection's line goes.
     pub connection_log: LogTarget,
+    /// `-airflow`: the rules that tell local callers apart; `None` has every caller speak as its listener's service.
+    pub airflow: Option<PathBuf>,
 }
 
 /// The admin port.
@@ -264,6 +266,8 @@ pub struct Consul {
     pub mesh_gateway_service: String,
     /// `-tls-resumption`: whether the TLS configurations made of leaf and roots resume their own sessions.
     pub tls_resumption: bool,
+    /// Most identities of local callers with a certificate at once; 0 where callers are not told apart.
+    pub caller_identities_max: usize,
     /// The proxies to run.
     pub proxies: Vec<Proxy>,
 }
@@ -280,6 +284,7 @@ impl Default for Consul {
             datacenter: None,
             mesh_gateway_service: "mesh-gateway".into(),
             tls_resumption: true,
+            caller_identities_max: 0,
             proxies: Vec::new(),
         }
     }

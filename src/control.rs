@@ -7,6 +7,7 @@ mod build;
 pub(crate) mod consul;
 mod definition;
 mod feeder;
+mod granted;
 mod opaque;
 mod report;
 mod rotation;
@@ -52,8 +53,10 @@ pub struct ServiceStatus {
 }
 
 /// What the process asks of the control plane.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
+    /// A local caller was granted this identity (a Consul service name): have a certificate for it.
+    Warm(Arc<str>),
     /// SIGHUP: read token and certificate files again.
     Reload,
     /// Drain has begun: stop watching, log out.

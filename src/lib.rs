@@ -9,16 +9,18 @@
 //! | `worker-N`, one a core, pinned | owns one ring, its `SO_REUSEPORT` listeners, its connections from accept to close | locks, waits for another thread, allocates in steady state, formats a log line |
 //! | `rotation`, tokio | talks to Consul, validates, publishes snapshots | touches a connection |
 //! | `admin`, tokio | admin port, metrics, connection log | delays a worker or a rotation |
+//! | `airflow`, tokio, with `-airflow` only | knows tasks and components by their processes, applies the identity rules | touches a connection, believes what a task says |
 //!
-//! The planes meet in two places: [`store`] (rotation publishes immutable snapshots, workers read them) and [`telemetry`]
-//! (workers write cells and single-producer rings, admin reads them). Limits over all workers are the one shared counter
+//! The planes meet in two places: [`store`] (rotation publishes immutable snapshots, airflow the callers that one look-up
+//! finds, workers read them; its desks carry the questions that no look-up answers) and [`telemetry`] (workers write cells and
+//! single-producer rings, admin reads them). Limits over all workers are the one shared counter
 //! besides: it is touched at accept and close, never for a byte.
 //!
 //! # Rooms, from the top
 //!
 //! - [`cli`]: one file a command. [`app`]: boot order, threads, signals; the only room that sees all others.
 //! - [`proxy`]: the data plane. [`control`]: the rotation thread. [`admin`]: HTTP endpoints. [`agent`]: the embedded
-//!   Consul-compatible agent, for development and tests.
+//!   Consul-compatible agent, for development and tests. [`airflow`]: who is behind a local connection, and as what it speaks.
 //! - [`store`]: the lock-free certificate store. [`telemetry`]: counters, metrics, the connection log.
 //! - [`mesh`]: the snapshot, all that a worker enforces. [`policy`]: intentions and the proof that one allows.
 //!   [`tls`]: handshakes and records as transformations of buffers. [`identity`]: SPIFFE IDs, SVIDs, trust bundles.
@@ -32,6 +34,8 @@
 //! # What holds everywhere
 //!
 //! - Identity and policy fail closed; a control plane that is away fails static: the last good state stays.
+//! - Where local callers are told apart, an outbound connection is dialed only with a [`mesh::caller::Grant`], which only a rule
+//!   makes; who is nobody known has none.
 //! - A connection to the local app needs a [`policy::Authorized`], which only a decision makes.
 //! - A snapshot is validated whole before it is published, and a connection that is still allowed never notices a new one.
 //! - Payload is copied by the kernel in and out and touched once by the AEAD, where it lies. A receive stops where every
@@ -54,6 +58,7 @@
 
 pub mod admin;
 pub mod agent;
+pub mod airflow;
 pub mod app;
 pub mod buffer;
 pub mod cli;

@@ -5,6 +5,9 @@
 //!
 //! Knows no Consul, no HTTP and no ring: the HTTP feeder and the xDS feeder both end here.
 
+pub mod caller;
+
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,6 +24,8 @@ pub struct Snapshot {
     pub generation: u64,
     /// Every local service that this process fronts.
     pub services: Vec<Arc<Service>>,
+    /// Identities that local callers may be granted, by Consul service name; those with a valid leaf only.
+    pub identities: Arc<HashMap<Arc<str>, Arc<Identity>>>,
 }
 
 /// Anything publishable: `store::Publisher` tells it its generation before it is shared.
@@ -115,6 +120,8 @@ pub struct Upstream {
     pub max_connections: Option<u32>,
     /// Passive health checking.
     pub outlier: Outlier,
+    /// How a local client that is denied is told.
+    pub deny_reply: DenyReply,
     /// In failover order: a target is used only when none before it has a healthy endpoint.
     pub targets: Vec<Arc<Target>>,
 }
@@ -130,6 +137,25 @@ pub struct Target {
     pub expected: Arc<[SpiffeId]>,
     /// Where to dial, mesh gateways included.
     pub endpoints: Arc<[Endpoint]>,
+    /// Who may call it, where this process knows: a caller whom the other side would refuse is turned away here, with the
+    /// reason. It never lets anybody in: that is for the other side to decide.
+    pub access: Option<Arc<Intentions>>,
+}
+
+/// The protocol in which a denied local client is told so. Never guessed from its bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DenyReply {
+    /// Only closed.
+    #[default]
+    Close,
+    /// `ErrorResponse`.
+    Postgres,
+    /// `ERR_Packet`.
+    Mysql,
+    /// 403 with a JSON body.
+    Http,
+    /// `-NOPERM`.
+    Redis,
 }
 
 /// One address of a target.

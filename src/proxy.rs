@@ -9,7 +9,9 @@ mod close;
 mod connection;
 mod limits;
 mod listener;
+mod refusal;
 mod relay;
+mod reply;
 mod secure;
 #[cfg(test)]
 mod simulation;
@@ -31,6 +33,8 @@ use crate::store::{Reader, Wake};
 use crate::sys::{self, EventFd, StreamOptions};
 use crate::telemetry::channel::Sender;
 
+pub use worker::callers::Attribution;
+
 /// Why the data plane could not start or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum ProxyError {
@@ -47,8 +51,10 @@ pub enum ProxyError {
         /// The system's reason.
         source: io::Error,
     },
-    /// Readers or senders do not match the number of workers.
-    #[error("{workers} workers need as many snapshot readers and event senders, not {readers} and {senders}")]
+    /// Readers, senders or attributions do not match the number of workers.
+    #[error(
+        "{workers} workers need as many snapshot readers and event senders, not {readers} and {senders}; attribution is for all or none, not {attributions}"
+    )]
     Mismatch {
         /// Workers wanted.
         workers: usize,
@@ -56,6 +62,8 @@ pub enum ProxyError {
         readers: usize,
         /// Senders given.
         senders: usize,
+        /// Attributions given.
+        attributions: usize,
     },
     /// A worker thread panicked: a broken invariant.
     #[error("worker {0} ended by a panic")]
@@ -98,10 +106,19 @@ pub struct Workers {
 }
 
 /// Starts one thread a worker, `worker-N`; with a worker for each core that this process may use, each is pinned to its own.
-pub fn spawn(plane: &DataPlane, readers: Vec<Reader<Snapshot>>, senders: Vec<Sender>) -> Result<Workers, ProxyError> {
-    if readers.len() != plane.workers || senders.len() != plane.workers {
-        return Err(ProxyError::Mismatch { workers: plane.workers, readers: readers.len(), senders: senders.len() });
+///
+/// With one of `attributions` a worker, outbound connections speak as their callers; with none, as their listener's service.
+pub fn spawn(
+    plane: &DataPlane,
+    readers: Vec<Reader<Snapshot>>,
+    senders: Vec<Sender>,
+    attributions: Vec<Attribution>,
+) -> Result<Workers, ProxyError> {
+    let (workers, readers_given, senders_given, given) = (plane.workers, readers.len(), senders.len(), attributions.len());
+    if readers_given != workers || senders_given != workers || ![0, workers].contains(&given) {
+        return Err(ProxyError::Mismatch { workers, readers: readers_given, senders: senders_given, attributions: given });
     }
+    let mut attributions = attributions.into_iter();
     let orders = Arc::new(Orders::default());
     let gates = Arc::new(listener::Gates::default());
     let cores = sys::allowed_cores();
@@ -120,6 +137,7 @@ pub fn spawn(plane: &DataPlane, readers: Vec<Reader<Snapshot>>, senders: Vec<Sen
             pool,
             reader,
             telemetry,
+            attribution: attributions.next(),
             plane: plane.clone(),
             orders: Arc::clone(&orders),
             gates: Arc::clone(&gates),

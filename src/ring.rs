@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 pub use probe::{Probe, probe};
 
 use crate::buffer::{Lease, Span};
+use crate::sys::SocketOwner;
 
 /// Entries of the buffer ring that idle sockets receive into.
 pub const SHARED_BUFFERS: u16 = 256;
@@ -193,6 +194,8 @@ pub trait Ring {
     fn open(&mut self, remote: &Remote) -> io::Result<Socket>;
     /// The remote address of a connected TCP socket.
     fn peer_address(&mut self, socket: Socket) -> Option<SocketAddr>;
+    /// Who has the other end of an accepted local connection. One netlink question, a few microseconds.
+    fn owner(&mut self, socket: Socket) -> Option<SocketOwner>;
 
     /// Accepts until cancelled or failed; each connection is a completion with `more`.
     fn accept(&mut self, listener: Socket, token: Token);

@@ -7,6 +7,9 @@
 //! reference-count pair a publication and worker. Knows nothing of who publishes or who is woken: the publisher calls
 //! the [`Wake`] it was given.
 
+#[cfg(not(loom))]
+pub mod desk;
+
 use std::sync::Arc;
 
 use crate::mesh::Generation;

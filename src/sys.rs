@@ -7,6 +7,9 @@
 //! Why unsafe: these calls have no safe wrapper in the libraries this crate already has.
 #![allow(unsafe_code, reason = "system calls; one of the three rooms where unsafe may stand")]
 
+mod diag;
+
+use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -14,7 +17,10 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 use std::time::Duration;
 
+pub use diag::{SocketDiag, SocketOwner};
 use socket2::{Domain, SockAddr, SockRef, Socket, TcpKeepalive, Type};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// Connections that wait for accept on one listener.
 const BACKLOG: i32 = 4_096;
@@ -111,6 +117,36 @@ pub fn peer_address(fd: RawFd) -> Option<SocketAddr> {
     SockRef::from(&fd).peer_addr().ok()?.as_socket()
 }
 
+/// The owner of the other end of an accepted local connection. `diag` is opened when first needed.
+pub fn socket_owner(fd: RawFd, diag: &mut Option<SocketDiag>) -> Option<SocketOwner> {
+    // SAFETY: the caller owns `fd` and keeps it open during this call; SockRef only borrows it.
+    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+    let socket = SockRef::from(&fd);
+    let (client, server) = (socket.peer_addr().ok()?, socket.local_addr().ok()?);
+    match (client.as_socket(), server.as_socket()) {
+        (Some(client), Some(server)) => {
+            if diag.is_none() {
+                *diag = SocketDiag::open().ok();
+            }
+            diag.as_mut()?.owner(client, server)
+        }
+        _ => peer_credentials(fd.as_raw_fd()),
+    }
+}
+
+/// Who connected to a unix socket (SO_PEERCRED).
+fn peer_credentials(fd: RawFd) -> Option<SocketOwner> {
+    let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut length = libc::socklen_t::try_from(size_of::<libc::ucred>()).ok()?;
+    // SAFETY: `credentials` is a valid place of `length` bytes; the caller keeps `fd` open.
+    let result = unsafe {
+        let place = (&raw mut credentials).cast();
+        libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEERCRED, place, &raw mut length)
+    };
+    let pid = u32::try_from(credentials.pid).ok().filter(|&pid| pid > 0);
+    (result == 0).then_some(SocketOwner { uid: credentials.uid, inode: 0, cgroup: 0, pid })
+}
+
 /// Ends the sending side (FIN).
 pub fn shutdown_write(fd: RawFd) {
     // SAFETY: takes no pointer; a bad descriptor is an error, which means that the peer is gone already.
@@ -159,10 +195,26 @@ impl EventFd {
         Ok(Self(self.0.try_clone()?))
     }
 
+    /// A second descriptor of it, to read from elsewhere.
+    pub fn try_clone_descriptor(&self) -> io::Result<OwnedFd> {
+        self.0.try_clone()
+    }
+
     /// Its number, for the ring.
     pub fn raw(&self) -> RawFd {
         self.0.as_raw_fd()
     }
+}
+
+/// Makes reads and writes return at once. Shared with every descriptor of the same open file.
+pub fn set_nonblocking(file: &File) -> io::Result<()> {
+    SockRef::from(file).set_nonblocking(true)
+}
+
+/// Waits for a descriptor on a tokio runtime. The file is owned by what is returned, and never changed there.
+pub fn readiness(file: File, interest: Interest) -> io::Result<AsyncFd<File>> {
+    // SAFETY: a `File` owns its descriptor and keeps it open and the same for as long as it lives.
+    Ok(unsafe { AsyncFd::register_with_interest(file, interest) }?)
 }
 
 /// The cores that this process may run on.

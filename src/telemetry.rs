@@ -6,6 +6,7 @@
 pub mod cells;
 pub mod channel;
 pub mod close;
+pub mod denial;
 pub mod export;
 pub mod hub;
 mod limiter;

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ringfence::config::DataPlane;
-use ringfence::mesh::{Address, Balance, Bind, Endpoint, Identity, Outlier, PublicListener, Service, Snapshot, Target, Upstream};
+use ringfence::mesh::{
+    Address, Balance, Bind, DenyReply, Endpoint, Identity, Outlier, PublicListener, Service, Snapshot, Target, Upstream,
+};
 use ringfence::policy::{DefaultPolicy, Intentions};
 use ringfence::proxy::{self, Workers};
 use ringfence::store::{self, Publisher};
@@ -83,11 +85,11 @@ fn side(service: Service) -> Side {
     let (mut publisher, readers) = store::new(Snapshot::default(), 1);
     let (sender, events) = channel::pair();
     let cells = Arc::clone(&sender.cells);
-    let workers = proxy::spawn(&plane, readers, vec![sender]).expect("workers start");
+    let workers = proxy::spawn(&plane, readers, vec![sender], Vec::new()).expect("workers start");
     for wake in workers.wakes() {
         publisher.add_wake(wake);
     }
-    publisher.publish(Snapshot { generation: 0, services: vec![Arc::new(service)] });
+    publisher.publish(Snapshot { services: vec![Arc::new(service)], ..Snapshot::default() });
     Side { workers, _publisher: publisher, cells, _events: events }
 }
 
@@ -130,6 +132,7 @@ fn pair(app: SocketAddr) -> (Side, Side, SocketAddr) {
         sni: "warehouse.default.dc1.internal.mesh.consul".into(),
         expected: [ca.svid("warehouse").id.clone()].into(),
         endpoints: [Endpoint { address: public, weight: 1, healthy: true }].into(),
+        access: None,
     };
     let client = side(Service {
         name: "airflow-worker".into(),
@@ -144,6 +147,7 @@ fn pair(app: SocketAddr) -> (Side, Side, SocketAddr) {
             balance: Balance::RoundRobin,
             max_connections: None,
             outlier: Outlier::default(),
+            deny_reply: DenyReply::Close,
             targets: vec![Arc::new(target)],
         })],
     });

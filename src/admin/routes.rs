@@ -20,15 +20,17 @@ use serde::Serialize;
 
 use super::health::{self, Problem};
 use super::snapshot::View;
-use super::{Action, Shared, access};
+use super::{Action, Shared, access, callers, denials, page, reach};
 
-const TEXT: &str = "text/plain; charset=UTF-8";
+pub(super) const TEXT: &str = "text/plain; charset=UTF-8";
 const JSON: &str = "application/json";
 /// The version of the text format that Prometheus' scrapers ask for.
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 const NOSNIFF: HeaderName = HeaderName::from_static("x-content-type-options");
 
-type Admin = State<Arc<Shared>>;
+pub(super) type Admin = State<Arc<Shared>>;
+/// What stands behind the `?`, in order.
+pub(super) type Parameters = Vec<(String, String)>;
 
 /// One command, for `/help` and for wrong paths.
 struct Command {
@@ -39,11 +41,20 @@ struct Command {
 
 const COMMANDS: &[Command] = &[
     Command { path: "/", changes: false, help: "this list" },
+    Command {
+        path: "/airflow",
+        changes: false,
+        help: "page for people: who talks to whom; ?dag= ?task= ?run= preset its filter",
+    },
+    Command { path: "/callers", changes: false, help: "tasks, components and services with their sums, as JSON; ?dag=" },
+    Command { path: "/denials", changes: false, help: "the last denials and why, as JSON; ?dag= ?limit=" },
+    Command { path: "/denials/{id}", changes: false, help: "one denial, as JSON" },
     Command { path: "/drain_listeners", changes: true, help: "stop accepting; open connections go on" },
     Command { path: "/healthz", changes: false, help: "the process is alive; what is not well, as JSON" },
     Command { path: "/help", changes: false, help: "this list" },
     Command { path: "/metrics", changes: false, help: "metrics in Prometheus' text format" },
     Command { path: "/quitquitquit", changes: true, help: "exit" },
+    Command { path: "/reach", changes: false, help: "would ?identity= be let in by ?to=, as JSON" },
     Command { path: "/ready", changes: false, help: "200 LIVE when ready, otherwise 503 and the state" },
     Command { path: "/reopen_logs", changes: true, help: "open log files again" },
     Command { path: "/snapshot", changes: false, help: "what is being enforced, as JSON without secrets" },
@@ -51,6 +62,7 @@ const COMMANDS: &[Command] = &[
 
 pub(super) fn router(shared: Arc<Shared>) -> Router {
     let router = COMMANDS.iter().fold(Router::new(), |router, command| router.route(command.path, handler(command.path)));
+    let router = router.merge(page::parts());
     router.fallback(unknown).layer(middleware::from_fn_with_state(Arc::clone(&shared), around)).with_state(shared)
 }
 
@@ -60,6 +72,11 @@ fn handler(path: &'static str) -> MethodRouter<Arc<Shared>> {
         "/ready" => any(ready),
         "/healthz" => any(healthz),
         "/snapshot" => any(snapshot),
+        "/airflow" => any(page::page),
+        "/callers" => any(callers::callers),
+        "/denials" => any(denials::denials),
+        "/denials/{id}" => any(denials::denial),
+        "/reach" => any(reach::reach),
         "/drain_listeners" => changing(Action::Drain),
         "/quitquitquit" => changing(Action::Quit),
         "/reopen_logs" => changing(Action::ReopenLogs),
@@ -180,7 +197,12 @@ fn list() -> String {
     })
 }
 
-fn json(value: &impl Serialize) -> Response {
+/// The value of a parameter; one without text asks for nothing.
+pub(super) fn parameter<'a>(parameters: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    parameters.iter().find(|(found, _)| found == name).map(|(_, value)| &**value).filter(|value| !value.is_empty())
+}
+
+pub(super) fn json(value: &impl Serialize) -> Response {
     match serde_json::to_vec_pretty(value) {
         Ok(mut body) => {
             body.push(b'\n');
@@ -190,6 +212,6 @@ fn json(value: &impl Serialize) -> Response {
     }
 }
 
-fn answer(status: StatusCode, content_type: &'static str, body: impl Into<Body>) -> Response {
+pub(super) fn answer(status: StatusCode, content_type: &'static str, body: impl Into<Body>) -> Response {
     (status, [(header::CONTENT_TYPE, content_type)], body.into()).into_response()
 }

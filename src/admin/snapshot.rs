@@ -2,6 +2,8 @@
 //!
 //! Invariant: public parts only. The private key is not named here; certificates appear as serials and fingerprints.
 
+use std::sync::Arc;
+
 use serde::{Serialize, Serializer};
 
 use super::Rfc3339;
@@ -16,6 +18,8 @@ pub(super) struct View {
     /// The oldest generation that a worker still uses.
     acknowledged_generation: u64,
     services: Vec<ServiceView>,
+    /// What local callers may speak as, with the certificate that is ready for it, by name.
+    identities: Vec<GrantedView>,
     listeners: Vec<ListenerView>,
     ejections: Vec<EjectionView>,
     workers: Vec<WorkerView>,
@@ -41,6 +45,15 @@ struct IdentityView {
     trust_domain: String,
     /// SHA-256 of each root's DER, lower-case hex.
     roots: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct GrantedView {
+    name: String,
+    spiffe_id: String,
+    serial: String,
+    not_before: String,
+    not_after: String,
 }
 
 #[derive(Serialize)]
@@ -81,6 +94,8 @@ struct TargetView {
     sni: String,
     expected: Vec<String>,
     endpoints: Vec<EndpointView>,
+    /// Who may call it, where this process knows.
+    access: Option<IntentionsView>,
 }
 
 #[derive(Serialize)]
@@ -123,9 +138,30 @@ impl View {
             generation: snapshot.generation,
             acknowledged_generation: acknowledged,
             services: snapshot.services.iter().map(|service| ServiceView::from(&**service)).collect(),
+            identities: granted(snapshot),
             listeners: hub.listeners().iter().map(ListenerView::from).collect(),
             ejections: hub.ejections().into_iter().map(EjectionView::from).collect(),
             workers: hub.workers().iter().map(WorkerView::from).collect(),
+        }
+    }
+}
+
+/// In the order of their names: the snapshot has none.
+fn granted(snapshot: &Snapshot) -> Vec<GrantedView> {
+    let mut views: Vec<_> = snapshot.identities.iter().map(GrantedView::from).collect();
+    views.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+    views
+}
+
+impl From<(&Arc<str>, &Arc<Identity>)> for GrantedView {
+    fn from((name, identity): (&Arc<str>, &Arc<Identity>)) -> Self {
+        let svid = &identity.svid;
+        Self {
+            name: name.to_string(),
+            spiffe_id: svid.id.to_string(),
+            serial: svid.serial.clone(),
+            not_before: Rfc3339(svid.not_before).to_string(),
+            not_after: Rfc3339(svid.not_after).to_string(),
         }
     }
 }
@@ -208,6 +244,7 @@ impl From<&Target> for TargetView {
             sni: target.sni.to_string(),
             expected: target.expected.iter().map(ToString::to_string).collect(),
             endpoints: target.endpoints.iter().map(EndpointView::from).collect(),
+            access: target.access.as_deref().map(IntentionsView::from),
         }
     }
 }

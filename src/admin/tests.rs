@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 use super::*;
 use crate::control::ServiceStatus;
 use crate::identity::{SpiffeId, Svid, TrustBundle};
-use crate::mesh::{Address, Balance, Bind, Endpoint, Identity, Outlier, PublicListener, Service, Target, Upstream};
+use crate::mesh::{Address, Balance, Bind, DenyReply, Endpoint, Identity, Outlier, PublicListener, Service, Target, Upstream};
 use crate::policy::{self, DefaultPolicy, Intention, Intentions};
 use crate::store::{Publisher, Reader};
 use crate::telemetry::cells::{Direction, ListenerCells};
@@ -18,6 +18,8 @@ use crate::telemetry::channel::{self, Sender};
 use crate::telemetry::log::ConnectionLog;
 use crate::telemetry::log::tests::{inbound, said};
 use crate::telemetry::record::Event;
+
+mod callers;
 
 /// Would be seen in any answer that prints the key, as text, base64 or numbers.
 const KEY: &[u8] = b"SECRETSECRETSECRETSECRET";
@@ -138,6 +140,7 @@ fn snapshot() -> Snapshot {
         sni: "cache.default.dc1.internal.t.consul".into(),
         expected: [id("cache")].into(),
         endpoints: [Endpoint { address: ([10, 0, 0, 9], 20_000).into(), weight: 1, healthy: false }].into(),
+        access: None,
     };
     let upstream = Upstream {
         name: "cache".into(),
@@ -146,6 +149,7 @@ fn snapshot() -> Snapshot {
         balance: Balance::default(),
         max_connections: Some(3),
         outlier: Outlier::default(),
+        deny_reply: DenyReply::Close,
         targets: vec![Arc::new(target)],
     };
     let service = Service {
@@ -156,7 +160,7 @@ fn snapshot() -> Snapshot {
         public: Some(Arc::new(public)),
         upstreams: vec![Arc::new(upstream)],
     };
-    Snapshot { generation: 0, services: vec![Arc::new(service)] }
+    Snapshot { services: vec![Arc::new(service)], ..Snapshot::default() }
 }
 
 #[tokio::test]

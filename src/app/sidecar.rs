@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 
-use super::{AppError, threads};
+use super::{AppError, callers, threads};
 use crate::admin::{self, Action, Lifecycle};
 use crate::config;
 use crate::control::{Command, Status};
@@ -25,7 +25,7 @@ const ACTIONS_MAX: usize = 16;
 /// Commands to the control plane that may wait; a reload that finds no room is one of many.
 const COMMANDS_MAX: usize = 16;
 /// Reasons of ended threads that may wait: one a thread.
-const ENDED_MAX: usize = 2;
+const ENDED_MAX: usize = 3;
 /// How long a thread that was told to end is waited for. Covers a token logout at the agent.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a wait looks again.
@@ -47,13 +47,19 @@ pub struct Sidecar {
     ended: mpsc::Receiver<AppError>,
     rotation: JoinHandle<()>,
     admin: JoinHandle<()>,
+    airflow: Option<JoinHandle<()>>,
 }
 
 impl Sidecar {
     /// Starts every thread and returns; readiness comes later ([`Self::wait_ready`]).
     pub fn start(settings: config::Sidecar) -> Result<Self, AppError> {
-        let config::Sidecar { consul, plane, admin: admin_settings, connection_log } = settings;
+        let config::Sidecar { mut consul, plane, admin: admin_settings, connection_log, airflow } = settings;
         let (listener, admin_address) = threads::bind_admin(admin_settings.bind)?;
+        let (prepared, attributions) = match airflow.map(|rules| callers::prepare(&rules, plane.workers)).transpose()? {
+            Some((prepared, attributions)) => (Some(prepared), attributions),
+            None => (None, Vec::new()),
+        };
+        consul.caller_identities_max = prepared.as_ref().map_or(0, callers::Prepared::identities_max);
         let reopener = Reopener::default();
         let log = ConnectionLog::open(&destination(connection_log), &reopener)
             .map_err(|error| AppError::Config(format!("connection log: {error}")))?;
@@ -76,16 +82,20 @@ impl Sidecar {
             settings: admin::Settings { access_log: access_log(admin_settings.access_log), reopener: reopener.clone() },
         };
 
-        let workers = proxy::spawn(&plane, readers, senders)
+        let workers = proxy::spawn(&plane, readers, senders, attributions)
             .map_err(|error| AppError::Unavailable(format!("workers cannot start: {error}")))?;
         for wake in workers.wakes() {
             publisher.add_wake(wake);
         }
-        let started = threads::admin(listener, context, shutdown_receiver, ended_sender.clone()).and_then(|admin| {
-            let rotation = threads::rotation(consul, plane.workers, publisher, status_sender, commands_receiver, ended_sender)?;
-            Ok((admin, rotation))
+        let started = threads::admin(listener, context, shutdown_receiver.clone(), ended_sender.clone()).and_then(|admin| {
+            let ended = ended_sender.clone();
+            let rotation = threads::rotation(consul, plane.workers, publisher, status_sender, commands_receiver, ended)?;
+            let airflow = prepared.map(|prepared| {
+                prepared.start(&workers, viewer.clone(), admin_address, commands.clone(), shutdown_receiver, ended_sender)
+            });
+            Ok((admin, rotation, airflow.transpose()?))
         });
-        let (admin, rotation) = started.inspect_err(|_| workers.stop())?;
+        let (admin, rotation, airflow) = started.inspect_err(|_| workers.stop())?;
         Ok(Self {
             workers,
             cells,
@@ -100,6 +110,7 @@ impl Sidecar {
             ended,
             rotation,
             admin,
+            airflow,
         })
     }
 
@@ -227,13 +238,16 @@ impl Sidecar {
         // Last, so that the log lines of the connections just closed are written.
         self.admin_shutdown.send_replace(true);
         let admin_ended = wait(|| self.admin.is_finished(), JOIN_TIMEOUT).await;
-        let threads = [("worker", workers_ended), ("rotation", rotation_ended), ("admin", admin_ended)];
+        let airflow_ended = wait(|| self.airflow.as_ref().is_none_or(JoinHandle::is_finished), JOIN_TIMEOUT).await;
+        let threads =
+            [("worker", workers_ended), ("rotation", rotation_ended), ("admin", admin_ended), ("airflow", airflow_ended)];
         let late: Vec<&str> = threads.iter().filter(|(_, ended)| !ended).map(|(name, _)| *name).collect();
         if !late.is_empty() {
             return Err(AppError::Internal(format!("threads did not end in time: {}", late.join(", "))));
         }
         self.workers.join().map_err(|error| AppError::Internal(format!("a worker ended badly: {error}")))?;
-        let joined = self.rotation.join().and_then(|()| self.admin.join());
+        let airflow = self.airflow.map_or(Ok(()), JoinHandle::join);
+        let joined = self.rotation.join().and_then(|()| self.admin.join()).and(airflow);
         joined.map_err(|_| AppError::Internal("a thread panicked".to_owned()))
     }
 }
@@ -299,7 +313,7 @@ mod tests {
     fn tcp_listeners_count_on_every_worker_and_unix_sockets_once() {
         let tcp = Bind::Tcp("127.0.0.1:21000".parse().expect("address"));
         let unix = Bind::Unix { path: "/run/x.sock".into(), mode: None };
-        let snapshot = Snapshot { generation: 1, services: vec![service(tcp), service(unix)] };
+        let snapshot = Snapshot { services: vec![service(tcp), service(unix)], ..Snapshot::default() };
         assert_eq!(listeners_wanted(&snapshot, 4), 5);
         assert_eq!(listeners_wanted(&Snapshot::default(), 4), 0);
     }

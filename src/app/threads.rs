@@ -1,12 +1,14 @@
-//! The two tokio threads: `rotation` and `admin`.
+//! The tokio threads: `rotation`, `admin`, and `airflow` where callers are told apart.
 
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
 use std::thread::JoinHandle;
 
 use tokio::sync::{mpsc, watch};
 
 use super::AppError;
 use crate::admin;
+use crate::airflow;
 use crate::config;
 use crate::control::{self, Command, Status};
 use crate::mesh::Snapshot;
@@ -48,6 +50,21 @@ pub(super) fn admin(
                 }
             }
         });
+    })
+}
+
+/// Starts the airflow thread. `context` is made on it: what it holds need not be sent between threads later.
+pub(super) fn airflow(
+    shutdown: watch::Receiver<bool>,
+    ended: Ended,
+    socket: OwnedFd,
+    context: impl FnOnce() -> airflow::Context + Send + 'static,
+) -> Result<JoinHandle<()>, AppError> {
+    spawn("airflow", move |runtime| {
+        let tasks = tokio::task::LocalSet::new();
+        if let Err(error) = runtime.block_on(tasks.run_until(airflow::run(context(), socket, shutdown))) {
+            let _ = ended.try_send(AppError::Config(error.to_string()));
+        }
     })
 }
 

@@ -55,7 +55,7 @@ pub(super) struct Proxies {
 /// How the agent is reached.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Consul agent")]
-struct Agent {
+pub(super) struct Agent {
     /// host:port, http(s)://host:port[/prefix] or unix:///path [env: CONSUL_HTTP_ADDR] [default: 127.0.0.1:8500]
     #[arg(long, value_name = "ADDR")]
     http_addr: Option<String>,
@@ -125,6 +125,9 @@ struct Process {
     /// Resume TLS sessions of the certificate in use; identity and intention are decided anew on every connection
     #[arg(long, value_name = "on|off", default_value = "on", action = clap::ArgAction::Set, value_parser = values::on_off)]
     tls_resumption: bool,
+    /// Tell local callers apart by these rules: each Airflow task speaks under its own identity (TOML, see README)
+    #[arg(long, value_name = "FILE")]
+    airflow: Option<PathBuf>,
     /// One JSON line a connection: stdout, stderr, none or a file, which SIGHUP opens again
     #[arg(long, value_name = "TARGET", default_value = "stdout", value_parser = values::log_target)]
     connection_log: LogTarget,
@@ -183,6 +186,7 @@ impl Sidecar {
                 plane,
                 admin: config::Admin { bind: self.process.admin_bind, access_log },
                 connection_log: self.process.connection_log.clone(),
+                airflow: self.process.airflow.clone(),
             },
             logging: config::Logging { level: self.process.log_level, json: self.process.log_json },
             warnings,
@@ -255,7 +259,7 @@ impl Proxies {
 }
 
 impl Agent {
-    fn resolve(&self, environment: &Environment) -> Result<config::Consul, UsageError> {
+    pub(super) fn resolve(&self, environment: &Environment) -> Result<config::Consul, UsageError> {
         let flag_or = |flag: &Option<String>, name: &str| {
             let flag = flag.as_deref().filter(|value| !value.is_empty());
             flag.or_else(|| environment.get(name)).map(str::to_owned)
@@ -369,7 +373,7 @@ fn public_address(text: &str) -> Result<SocketAddr, String> {
     if address.port() == 0 { Err(format!("`{text}`: port 0 cannot be dialed by peers")) } else { Ok(address) }
 }
 
-fn admin_address(text: &str) -> Result<SocketAddr, String> {
+pub(super) fn admin_address(text: &str) -> Result<SocketAddr, String> {
     values::socket_address(text, IpAddr::V4(Ipv4Addr::LOCALHOST))
 }
 

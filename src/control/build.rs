@@ -4,6 +4,7 @@
 //! its old ones; one that never had any has none (workers hold its connections). A target whose list is known to be empty
 //! is there, without endpoints.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
@@ -13,8 +14,8 @@ use super::definition::{self, App, Definition, Destination};
 use super::state::{State, address, chain_ask, health_key};
 use crate::config;
 use crate::identity::SpiffeId;
-use crate::mesh::{Address, Balance, Endpoint, PublicListener, Service, Target, Upstream};
-use crate::policy::Intentions;
+use crate::mesh::{Address, Balance, Endpoint, Identity, PublicListener, Service, Target, Upstream};
+use crate::policy::{DefaultPolicy, Intentions};
 
 /// Every service that has a definition. `previous` is what was published last.
 pub(crate) fn services(state: &State, previous: &[Arc<Service>]) -> Vec<Arc<Service>> {
@@ -27,7 +28,22 @@ pub(crate) fn services(state: &State, previous: &[Arc<Service>]) -> Vec<Arc<Serv
         .collect()
 }
 
-/// Whether nothing at all changed.
+/// The identities that callers may be granted and that have a certificate. The same map when nothing changed.
+pub(crate) fn identities(
+    state: &State,
+    previous: &Arc<HashMap<Arc<str>, Arc<Identity>>>,
+) -> Arc<HashMap<Arc<str>, Arc<Identity>>> {
+    let next: HashMap<Arc<str>, Arc<Identity>> = state
+        .granted
+        .names()
+        .filter_map(|name| Some((name.service.as_str().into(), Arc::clone(state.identities.current(name)?))))
+        .collect();
+    let same = next.len() == previous.len()
+        && next.iter().all(|(name, identity)| previous.get(name).is_some_and(|old| Arc::ptr_eq(old, identity)));
+    if same { Arc::clone(previous) } else { Arc::new(next) }
+}
+
+/// Whether none of the services changed.
 pub(crate) fn same(a: &[Arc<Service>], b: &[Arc<Service>]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b))
 }
@@ -122,6 +138,7 @@ fn upstream(
         balance,
         max_connections: spec.max_connections,
         outlier: spec.outlier,
+        deny_reply: spec.deny_reply,
         targets,
     };
     // Equal targets are the same `Arc`s by now, so equality of the whole is cheap.
@@ -166,7 +183,15 @@ fn chain_target(state: &State, target: &chain::Target, own: &str, trust_domain: 
         sni: target.sni.as_str().into(),
         expected: Arc::from([expected]),
         endpoints: endpoints.into(),
+        access: access(state, target),
     })
+}
+
+/// Who may call a target, once the whole of it is known: its list and what holds when nothing matches. A fronted service's
+/// own intentions are watched anyway; they say nothing about callers where callers are not told apart.
+fn access(state: &State, target: &chain::Target) -> Option<Arc<Intentions>> {
+    let policy = state.policies.get(&target.name).filter(|_| state.callers_told_apart())?;
+    (policy.list.is_some() && policy.default != DefaultPolicy::Unknown).then(|| Arc::clone(&policy.built))
 }
 
 /// A prepared query is one target; whoever it names may answer.
@@ -186,6 +211,7 @@ fn query_target(state: &State, name: &str, datacenter: &str, list: &[Instance], 
         sni: format!("{name}.default.{datacenter}.query.{trust_domain}").into(),
         expected: expected.into(),
         endpoints: endpoints(state, list, false, own).into(),
+        access: None,
     })
 }
 

@@ -15,7 +15,7 @@ use super::consul::watch::chain::not_default;
 use super::consul::wire;
 use super::opaque::Opaque;
 use crate::config;
-use crate::mesh::{Bind, Outlier};
+use crate::mesh::{Bind, DenyReply, Outlier};
 
 use upstream::upstream;
 pub(crate) use upstream::{Destination, Upstream};
@@ -138,6 +138,7 @@ pub(crate) fn from_flags(flags: &config::ServiceProxy, settings: &config::Consul
             mesh_gateway: String::new(),
             max_connections: None,
             outlier: Outlier::default(),
+            deny_reply: DenyReply::Close,
         })
         .collect();
     unique_binds(public.as_ref(), &upstreams)?;

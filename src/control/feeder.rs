@@ -100,6 +100,7 @@ impl Feeder {
         loop {
             let urgency = tokio::select! {
                 command = commands.recv() => match command {
+                    Some(Command::Warm(identity)) => self.warm(&identity),
                     Some(Command::Reload) => { self.reload(); Urgency::None }
                     Some(Command::Stop) | None => break,
                 },
@@ -143,6 +144,15 @@ impl Feeder {
         }
         self.reconcile();
         urgency
+    }
+
+    /// A certificate that is there already is only kept.
+    fn warm(&mut self, identity: &str) -> Urgency {
+        if !self.state.warm(identity, Instant::now()) {
+            tracing::warn!(identity, "no certificate for this identity: too many others are in use; raise identities_max");
+        }
+        self.reconcile();
+        Urgency::None
     }
 
     fn tick(&mut self) -> Urgency {
@@ -207,8 +217,9 @@ impl Feeder {
         self.publish_at = None;
         let current = self.publisher.current();
         let services = build::services(&self.state, &current.services);
-        if !build::same(&services, &current.services) {
-            let generation = self.publisher.publish(Snapshot { generation: 0, services });
+        let identities = build::identities(&self.state, &current.identities);
+        if !build::same(&services, &current.services) || !Arc::ptr_eq(&identities, &current.identities) {
+            let generation = self.publisher.publish(Snapshot { generation: 0, services, identities });
             metrics::gauge!("ringfence_snapshot_generation").set(as_f64(generation));
             tracing::debug!(generation, "snapshot published");
         }

@@ -12,6 +12,7 @@ use super::consul::watch::chain::{self, Chain, Gateway};
 use super::consul::watch::health::{self, Instance};
 use super::consul::watch::{Event, Key, Name, Update, What};
 use super::definition::{self, App, Definition, Destination};
+use super::granted::Granted;
 use super::rotation::Identities;
 use crate::config;
 use crate::policy::{DefaultPolicy, Intention, Intentions};
@@ -41,6 +42,10 @@ pub(crate) struct State {
     pub(crate) instances: BTreeMap<Key, Vec<Instance>>,
     pub(crate) hosts: BTreeMap<String, Vec<IpAddr>>,
     pub(crate) troubles: BTreeMap<Key, String>,
+    pub(crate) granted: Granted,
+    /// Namespace and partition of the identities that callers are granted.
+    scope: (String, String),
+    callers_told_apart: bool,
     mesh_gateway_service: String,
     mesh_known: bool,
 }
@@ -110,6 +115,9 @@ impl State {
             instances: BTreeMap::new(),
             hosts: BTreeMap::new(),
             troubles: BTreeMap::new(),
+            granted: Granted::new(settings.caller_identities_max),
+            scope: (settings.namespace.clone().unwrap_or_default(), settings.partition.clone().unwrap_or_default()),
+            callers_told_apart: settings.caller_identities_max > 0,
             mesh_gateway_service: settings.mesh_gateway_service.clone(),
             mesh_known: false,
         }
@@ -240,9 +248,21 @@ impl State {
         }
     }
 
+    /// Whether upstream connections speak as their callers.
+    pub(crate) fn callers_told_apart(&self) -> bool {
+        self.callers_told_apart
+    }
+
+    /// Keeps a certificate for a caller's identity from now on. False when there is no room.
+    pub(crate) fn warm(&mut self, identity: &str, now: Instant) -> bool {
+        let (namespace, partition) = self.scope.clone();
+        self.granted.wish(Name { service: identity.to_owned(), namespace, partition }, now)
+    }
+
     /// Looks at the clocks. Returns what must be asked for again at once, and whether something changed.
     pub(crate) fn tick(&mut self, now: Instant, wall: SystemTime) -> (Vec<Name>, Urgency) {
         let mut changed = false;
+        self.granted.tick(now);
         for proxy in &mut self.proxies {
             let away = proxy.gone_since.is_some_and(|since| now.duration_since(since) >= GONE_GRACE);
             if away && let Some(definition) = proxy.definition.take() {
@@ -261,6 +281,7 @@ impl State {
     /// Every watch that the state calls for now.
     pub(crate) fn wanted(&self) -> BTreeSet<Key> {
         let mut keys = BTreeSet::from([Key::Roots, Key::Mesh]);
+        keys.extend(self.granted.names().cloned().map(Key::Leaf));
         for (index, proxy) in self.proxies.iter().enumerate() {
             if !matches!(proxy.source, config::Proxy::Service(_)) {
                 keys.insert(Key::Definition(index));
@@ -293,6 +314,10 @@ impl State {
                 let Some(ask) = chain_ask(upstream) else { return };
                 for target in self.chains.get(&ask).iter().flat_map(|chain| &chain.targets) {
                     let key = health_key(target);
+                    if self.callers_told_apart && own == Some(&*target.datacenter) {
+                        // To tell a caller at once, and why, that the other side would refuse it.
+                        keys.insert(Key::Intentions(target.name.clone()));
+                    }
                     if let Some(gateways) = own.and_then(|own| self.gateway_key(target, own)) {
                         self.want_hosts(keys, &gateways, own);
                         keys.insert(gateways);

@@ -7,14 +7,16 @@
 //! Knows no listener, no snapshot and no clock but `Io::now`. `relay` holds the two byte directions, `secure` the
 //! handshake.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::close::{self, CloseReason, Side};
 use super::limits::LINGER;
+use super::refusal::Replying;
 use super::relay::Flow;
 use super::secure::Handshaking;
 use crate::buffer::{Class, Lease, Pool};
-use crate::mesh::Address;
+use crate::mesh::{Address, Identity};
 use crate::policy::Authorized;
 use crate::ring::{Completion, Op, Push, Remote, Ring, Socket, Token};
 use crate::telemetry::cells::{Direction, ListenerCells, WorkerCells};
@@ -98,7 +100,7 @@ impl Leg {
 /// Where a connection stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// Waits for a certificate or an endpoint.
+    /// Waits for a certificate, an endpoint, or word of who opened it.
     Held,
     /// TLS handshake on the mesh leg.
     Handshake,
@@ -106,6 +108,8 @@ pub(super) enum Stage {
     Connecting,
     /// Bytes flow.
     Relay,
+    /// A denied local client is being told so.
+    Reply,
     /// A failed mesh leg is being taken down so that another endpoint can be tried.
     Retreat(CloseReason),
     /// The peer gets a moment to read its alert.
@@ -142,6 +146,13 @@ pub(super) struct Connection {
     pub(super) endpoint: Option<std::net::SocketAddr>,
     /// Counted by the worker among those that wait for a certificate.
     pub(super) held: bool,
+    /// The question who opened it is on its way, or was answered.
+    pub(super) asked: bool,
+    /// What it speaks as (outbound).
+    pub(super) identity: Option<Arc<Identity>>,
+    pub(super) replying: Option<Box<Replying>>,
+    /// The local client was told why it is denied: it gets a FIN.
+    pub(super) told: bool,
     reset: bool,
 }
 
@@ -197,6 +208,10 @@ impl Connection {
             tried: Vec::new(),
             endpoint: None,
             held: false,
+            asked: false,
+            identity: None,
+            replying: None,
+            told: false,
             reset: false,
         }
     }
@@ -228,6 +243,7 @@ impl Connection {
                 self.settle(io)
             }
             Stage::Linger => self.on_linger(io, op, completion),
+            Stage::Reply => self.on_reply(io, op, completion),
             Stage::Handshake => self.on_handshake(io, op, completion),
             Stage::Connecting => self.on_connected(io, completion),
             Stage::Relay => self.on_relay(io, op, leg, completion),
@@ -241,13 +257,18 @@ impl Connection {
         self.deadline = None;
         match (self.stage, self.direction) {
             (Stage::Held, _) => {
-                self.facts.detail = Some("no certificate or no endpoint came in time; see the agent's state at /healthz".into());
+                let waited_for = if self.asked && self.facts.caller.is_none() {
+                    "nobody could tell in time who opened it; see the process's log"
+                } else {
+                    "no certificate or no endpoint came in time; see the agent's state at /healthz"
+                };
+                self.facts.detail = Some(waited_for.into());
                 self.close(io, CloseReason::NoIdentity, true)
             }
             (Stage::Handshake, Direction::Inbound) => self.close(io, CloseReason::HandshakeTimeout, true),
             (Stage::Handshake | Stage::Connecting, Direction::Outbound) => self.retreat(io, CloseReason::ConnectTimeout),
             (Stage::Connecting, Direction::Inbound) => self.retreat(io, CloseReason::AppUnreachable),
-            (Stage::Linger, _) => self.close(io, self.facts.reason, true),
+            (Stage::Linger | Stage::Reply, _) => self.close(io, self.facts.reason, true),
             // Only a connection whose listener went away has a deadline while bytes flow.
             (Stage::Relay, _) => self.close(io, CloseReason::Drained, true),
             (Stage::Retreat(_) | Stage::Closing, _) => Next::Wait,
@@ -450,7 +471,8 @@ impl Connection {
         }
         for leg in [PLAIN, MESH] {
             // The local side takes a FIN for the whole: only a stream that both sides ended may close with one.
-            let reset = self.reset || (leg == PLAIN && self.facts.reason != CloseReason::Complete);
+            let whole = self.facts.reason == CloseReason::Complete || self.told;
+            let reset = self.reset || (leg == PLAIN && !whole);
             if let Some(socket) = self.legs[leg].socket.take() {
                 io.ring.close(socket, reset);
             }
@@ -466,6 +488,7 @@ impl Connection {
         self.seal.release(io.ring, io.pool);
         self.open.release(io.ring, io.pool);
         self.release_control(io.pool);
+        self.release_reply(io.pool);
         self.session = None;
     }
 

@@ -12,6 +12,10 @@ pub(super) const HELD_MAX: usize = 1_024;
 pub(super) const CONNECT_ATTEMPTS_MAX: u16 = 3;
 /// How long a refused peer may take to read its alert before the connection is reset.
 pub(super) const LINGER: Duration = Duration::from_secs(1);
+/// How long a denied local client may take to ask, be told and leave.
+pub(super) const REPLY_TIME: Duration = Duration::from_secs(3);
+/// Identities under which one worker keeps TLS sessions with one endpoint.
+pub(super) const DIALERS_MAX: usize = 64;
 /// How long a failed accept waits before the next (descriptors or memory ran out).
 pub(super) const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 /// How long a failed bind waits before the next try.

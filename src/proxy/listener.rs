@@ -125,12 +125,12 @@ impl Listener {
     }
 
     /// Takes over the newest state of its service.
-    pub(super) fn adopt(&mut self, service: &Arc<Service>) {
-        let identity = |service: &Service| service.identity.as_ref().map(Arc::as_ptr);
-        if let Role::Upstream(balancer) = &mut self.role
-            && identity(&self.service) != identity(service)
-        {
-            balancer.forget_dialers();
+    pub(super) fn adopt(&mut self, service: &Arc<Service>, snapshot: &Snapshot) {
+        if let Role::Upstream(balancer) = &mut self.role {
+            balancer.keep_dialers(|identity| {
+                let granted = identity.svid.id.service_name().and_then(|name| snapshot.identities.get(&name.service));
+                [service.identity.as_ref(), granted].into_iter().flatten().any(|current| Arc::ptr_eq(current, identity))
+            });
         }
         self.service = Arc::clone(service);
     }

@@ -14,7 +14,9 @@ use super::worker::{Parts, Worker};
 use super::{Order, Orders};
 use crate::buffer::Pool;
 use crate::config::DataPlane;
-use crate::mesh::{Address, Balance, Bind, Endpoint, Identity, Outlier, PublicListener, Service, Snapshot, Target, Upstream};
+use crate::mesh::{
+    Address, Balance, Bind, DenyReply, Endpoint, Identity, Outlier, PublicListener, Service, Snapshot, Target, Upstream,
+};
 use crate::policy::{DefaultPolicy, Intentions};
 use crate::ring::sim::{End, Faults, Network, Random, Sim};
 use crate::store::{self, Publisher};
@@ -65,6 +67,7 @@ impl Side {
             pool,
             reader: readers.remove(0),
             telemetry,
+            attribution: None,
             plane: DataPlane { workers: 1, drain_time: Duration::from_secs(5), ..DataPlane::default() },
             orders: Arc::clone(&orders),
             gates: Arc::new(Gates::default()),
@@ -111,8 +114,13 @@ impl Mesh {
     fn publish_client(&mut self, endpoints: &[SocketAddr], certified: bool) {
         let expected = [self.ca.svid("warehouse").id.clone()].into();
         let endpoints = endpoints.iter().map(|&address| Endpoint { address, weight: 1, healthy: true }).collect();
-        let target =
-            Target { id: "warehouse".into(), sni: "warehouse.default.dc1.internal.mesh.consul".into(), expected, endpoints };
+        let target = Target {
+            id: "warehouse".into(),
+            sni: "warehouse.default.dc1.internal.mesh.consul".into(),
+            expected,
+            endpoints,
+            access: None,
+        };
         let upstream = Upstream {
             name: "warehouse".into(),
             bind: Bind::Tcp(LISTEN),
@@ -120,6 +128,7 @@ impl Mesh {
             balance: Balance::RoundRobin,
             max_connections: None,
             outlier: Outlier::default(),
+            deny_reply: DenyReply::Close,
             targets: vec![Arc::new(target)],
         };
         let service = Service {
@@ -130,7 +139,7 @@ impl Mesh {
             public: None,
             upstreams: vec![Arc::new(upstream)],
         };
-        self.client.publisher.publish(Snapshot { generation: 0, services: vec![Arc::new(service)] });
+        self.client.publisher.publish(Snapshot { services: vec![Arc::new(service)], ..Snapshot::default() });
     }
 
     fn publish_server(&mut self, policy: DefaultPolicy) {
@@ -153,7 +162,7 @@ impl Mesh {
             public: Some(Arc::new(public)),
             upstreams: Vec::new(),
         };
-        self.server.publisher.publish(Snapshot { generation: 0, services: vec![Arc::new(service)] });
+        self.server.publisher.publish(Snapshot { services: vec![Arc::new(service)], ..Snapshot::default() });
     }
 
     fn turn(&mut self) {

@@ -12,9 +12,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::limits::EJECTION_MAX;
-use crate::mesh::{Balance, Outlier, Target, Upstream};
-use crate::tls::{Dialer, WorkerTls};
+use super::limits::{DIALERS_MAX, EJECTION_MAX};
+use crate::mesh::{Balance, Identity, Outlier, Target, Upstream};
+use crate::tls::Dialer;
 
 /// One upstream as this worker knows it.
 #[derive(Debug)]
@@ -34,8 +34,8 @@ struct Seen {
     ejected_until: Option<Instant>,
     /// Smooth weighted round robin's running weight.
     credit: i64,
-    /// Made by the first connection under the identity in use.
-    dialer: Option<Dialer>,
+    /// Made by the first connection under each identity in use; the last used one is the last.
+    dialers: Vec<(Arc<Identity>, Dialer)>,
 }
 
 /// What was chosen.
@@ -137,18 +137,31 @@ impl Balancer {
         self.random.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11
     }
 
-    /// What `choice` is dialed with under the identity of `tls`.
-    pub(super) fn dialer(&mut self, tls: &WorkerTls, choice: &Choice) -> &Dialer {
+    /// What `choice` is dialed with under `identity`, on worker `index`. Sessions of one identity are never another's: they
+    /// are found by the identity itself, which is kept as long as they are.
+    pub(super) fn dialer(&mut self, identity: &Arc<Identity>, index: usize, choice: &Choice) -> Option<&Dialer> {
         let Target { sni, expected, .. } = &*choice.target;
-        let place = &mut self.seen.entry(choice.address).or_default().dialer;
-        *place = place.take().filter(|dialer| dialer.fits(sni, expected));
-        place.get_or_insert_with(|| tls.dialer(sni, expected))
+        let dialers = &mut self.seen.entry(choice.address).or_default().dialers;
+        match dialers.iter().position(|(of, dialer)| Arc::ptr_eq(of, identity) && dialer.fits(sni, expected)) {
+            Some(at) => dialers[at..].rotate_left(1),
+            None => {
+                let dialer = identity.tls.get(index)?.dialer(sni, expected);
+                dialers.retain(|(of, _)| !Arc::ptr_eq(of, identity));
+                if dialers.len() >= DIALERS_MAX {
+                    dialers.remove(0);
+                }
+                dialers.push((Arc::clone(identity), dialer));
+            }
+        }
+        dialers.last().map(|(_, dialer)| dialer)
     }
 
-    /// Another identity is in use: its predecessor's sessions are not used again, and its key goes with the last connection
-    /// that it was used for.
-    pub(super) fn forget_dialers(&mut self) {
-        self.seen.values_mut().for_each(|seen| seen.dialer = None);
+    /// Drops what belongs to identities that are no longer in use: their sessions are not used again, and their keys go with
+    /// the last connections that they were used for.
+    pub(super) fn keep_dialers(&mut self, in_use: impl Fn(&Arc<Identity>) -> bool) {
+        for seen in self.seen.values_mut() {
+            seen.dialers.retain(|(identity, _)| in_use(identity));
+        }
     }
 
     /// A connection to `address` begins.
@@ -220,7 +233,7 @@ fn rendezvous(usable: &[(SocketAddr, u32)], client: IpAddr) -> Option<SocketAddr
 mod tests {
     use super::*;
     use crate::identity::SpiffeId;
-    use crate::mesh::{Bind, Endpoint};
+    use crate::mesh::{Bind, DenyReply, Endpoint};
 
     fn endpoint(port: u16, weight: u32, healthy: bool) -> Endpoint {
         Endpoint { address: SocketAddr::from(([127, 0, 0, 1], port)), weight, healthy }
@@ -235,6 +248,7 @@ mod tests {
             balance,
             max_connections: None,
             outlier: Outlier::default(),
+            deny_reply: DenyReply::Close,
             targets: targets
                 .into_iter()
                 .map(|endpoints| {
@@ -243,6 +257,7 @@ mod tests {
                         sni: "s".into(),
                         expected: [id.clone()].into(),
                         endpoints: endpoints.into(),
+                        access: None,
                     })
                 })
                 .collect(),

@@ -3,20 +3,21 @@
 //! Invariant: a completion is acted on only when its token names a connection that lives; every accepted connection ends in
 //! exactly one record; nothing here waits but [`Ring::turn`].
 //!
-//! `listeners` holds what is accepted, `steps` what a connection asks of its worker, `adoption` what a new snapshot changes.
+//! `listeners` holds what is accepted, `callers` who is behind it, `steps` what a connection asks of its worker, `adoption` what a new snapshot changes.
 
 mod adoption;
+pub(super) mod callers;
 mod listeners;
 mod steps;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::connection::{Connection, Io, Stage};
 use super::limits::{COMPLETIONS_PER_TURN_MAX, REGION_IDLE, TEARDOWN};
 use super::listener::{Gates, Listener};
 use super::timer::{Owner, Wheel};
-use super::{Order, Orders, ProxyError};
+use super::{Attribution, Order, Orders, ProxyError};
 use crate::buffer::{Class, Pool};
 use crate::config::DataPlane;
 use crate::mesh::Snapshot;
@@ -34,6 +35,7 @@ pub(super) struct Parts<R> {
     pub(super) pool: Pool,
     pub(super) reader: Reader<Snapshot>,
     pub(super) telemetry: Sender,
+    pub(super) attribution: Option<Attribution>,
     pub(super) plane: DataPlane,
     pub(super) orders: Arc<Orders>,
     pub(super) gates: Arc<Gates>,
@@ -46,6 +48,7 @@ pub(super) struct Worker<R: Ring> {
     pool: Pool,
     reader: Reader<Snapshot>,
     telemetry: Sender,
+    attribution: Option<Attribution>,
     plane: DataPlane,
     orders: Arc<Orders>,
     gates: Arc<Gates>,
@@ -66,11 +69,15 @@ pub(super) struct Worker<R: Ring> {
     /// The earliest time that a listener wants to bind or accept again.
     listeners_due: Option<Instant>,
     listeners_bound: u64,
+    /// Denials so far, and when this worker began (seconds): together they name each.
+    denials: u32,
+    epoch: u64,
 }
 
 impl<R: Ring> Worker<R> {
     pub(super) fn new(parts: Parts<R>) -> Self {
-        let Parts { index, ring, pool, reader, telemetry, plane, orders, gates } = parts;
+        let Parts { index, ring, pool, reader, telemetry, attribution, plane, orders, gates } = parts;
+        let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let now = ring.now();
         Self {
             index,
@@ -78,6 +85,7 @@ impl<R: Ring> Worker<R> {
             pool,
             reader,
             telemetry,
+            attribution,
             plane,
             orders,
             gates,
@@ -96,6 +104,8 @@ impl<R: Ring> Worker<R> {
             next_region_sweep: now,
             listeners_due: None,
             listeners_bound: 0,
+            denials: 0,
+            epoch: since_epoch.as_secs(),
         }
     }
 
@@ -115,6 +125,7 @@ impl<R: Ring> Worker<R> {
         let wait = self.wait();
         self.ring.turn(wait)?;
         self.step_completions();
+        self.take_answers();
         self.step_deadlines();
         self.step_orders();
         self.adopt_snapshot();

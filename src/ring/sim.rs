@@ -19,6 +19,7 @@ pub use network::{End, Faults, Network, Random};
 
 use super::{Completion, Local, Push, Remote, Ring, RingError, SHARED_BUFFERS, Socket, Token};
 use crate::buffer::{Class, HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES, Span};
+use crate::sys::SocketOwner;
 
 /// One worker's ring on a simulated network.
 #[derive(Debug)]
@@ -191,6 +192,10 @@ impl Ring for Sim {
     }
 
     fn peer_address(&mut self, _socket: Socket) -> Option<SocketAddr> {
+        None
+    }
+
+    fn owner(&mut self, _socket: Socket) -> Option<SocketOwner> {
         None
     }
 

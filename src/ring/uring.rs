@@ -25,7 +25,7 @@ use socket2::SockAddr;
 
 use super::{Completion, Local, Op, Push, Remote, Ring, RingError, Socket, Token, probe};
 use crate::buffer::{HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES, Span};
-use crate::sys::{self, EventFd, StreamOptions};
+use crate::sys::{self, EventFd, SocketDiag, SocketOwner, StreamOptions};
 
 /// Submissions that fit before the queue is flushed on the way.
 const SUBMISSIONS: u32 = 1_024;
@@ -55,6 +55,8 @@ pub struct Uring {
     shared: SharedBuffers,
     scratch: Scratch,
     options: StreamOptions,
+    /// Opened by the first question.
+    diag: Option<SocketDiag>,
     wake: EventFd,
     wake_count: Box<u64>,
     no_iowait: bool,
@@ -103,6 +105,7 @@ impl Uring {
             shared,
             scratch: Scratch::default(),
             options,
+            diag: None,
             wake,
             wake_count: Box::new(0),
             no_iowait,
@@ -230,6 +233,10 @@ impl Ring for Uring {
 
     fn peer_address(&mut self, socket: Socket) -> Option<SocketAddr> {
         sys::peer_address(socket.0)
+    }
+
+    fn owner(&mut self, socket: Socket) -> Option<SocketOwner> {
+        sys::socket_owner(socket.0, &mut self.diag)
     }
 
     fn accept(&mut self, listener: Socket, token: Token) {

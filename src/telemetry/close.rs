@@ -10,6 +10,8 @@ pub enum CloseReason {
     Probe,
     /// Intentions do not let the peer in.
     Denied,
+    /// The local caller has no mesh identity, or its identity may not call the upstream.
+    CallerDenied,
     /// An intention change took the right away from a live connection.
     Revoked,
     /// The remote sidecar refused us after the handshake (alert `access_denied` or `bad_certificate`).
@@ -50,10 +52,11 @@ pub enum CloseReason {
 
 impl CloseReason {
     /// Every reason, in counter order.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Complete,
         Self::Probe,
         Self::Denied,
+        Self::CallerDenied,
         Self::Revoked,
         Self::DeniedByPeer,
         Self::LocalReset,
@@ -80,6 +83,7 @@ impl CloseReason {
             Self::Complete => "complete",
             Self::Probe => "probe",
             Self::Denied => "denied",
+            Self::CallerDenied => "caller_denied",
             Self::Revoked => "revoked",
             Self::DeniedByPeer => "denied_by_peer",
             Self::LocalReset => "local_reset",

@@ -16,7 +16,7 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, Prometheu
 
 use super::cells::{Direction, WorkerCells};
 use super::close::CloseReason;
-use super::hub::{Key, Listeners, Series, Totals};
+use super::hub::{Callers, Key, Listeners, Series, Totals};
 use super::log::Counts;
 use super::record::ConnectionRecord;
 use crate::mesh::Snapshot;
@@ -147,6 +147,21 @@ impl Exporter {
             if value > 0 || always {
                 let labels = with(labels(key), "reason", reason.as_str());
                 self.counter("ringfence_connections_closed_total", labels, value);
+            }
+        }
+    }
+
+    /// Publishes who talked to whom. Runs and tries are no labels: they never end.
+    pub(super) fn publish_callers(&self, callers: &Callers) {
+        for (speaker, upstream, counts) in callers.totals() {
+            let labels = || {
+                let (name, value) = speaker.label();
+                vec![Label::new(name, value.to_owned()), Label::new("upstream", upstream.to_string())]
+            };
+            self.counter("ringfence_caller_connections_total", labels(), counts.connections);
+            self.counter("ringfence_caller_denied_total", labels(), counts.denied);
+            for (flow, value) in [("from_mesh", counts.bytes_from_mesh), ("to_mesh", counts.bytes_to_mesh)] {
+                self.counter("ringfence_caller_bytes_total", with(labels(), "flow", flow), value);
             }
         }
     }

@@ -6,23 +6,31 @@
 //!
 //! Knows no HTTP and no control plane. A listener that cannot be bound is an error line with a remedy, once a change.
 
+pub(crate) mod callers;
+mod denials;
+mod failures;
 mod listeners;
 mod series;
+mod tries;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::watch;
 
 use super::channel::Receiver;
 use super::export::Exporter;
-use super::log::{ConnectionLog, Counts};
-use super::record::Event;
+use super::log::{self, ConnectionLog};
+use super::record::{ConnectionRecord, Event};
 
+pub use callers::{Callers, Counts, Speaker};
+pub use denials::{DENIALS_MAX, Denial, Denials};
+pub use failures::{Failure, Failures};
 pub use listeners::{Listener, Listeners, Serves, Unbound, WorkerListener};
 pub use series::{Key, Series, Totals};
+pub use tries::{Seen, Tries, Try};
 
 /// Events taken from the rings by one [`Hub::drain`].
 pub const EVENTS_PER_DRAIN_MAX: usize = 4_096;
@@ -72,10 +80,14 @@ pub struct Hub {
     exporter: Exporter,
     listeners: Listeners,
     series: Series,
+    callers: Callers,
+    denials: Denials,
+    failures: Failures,
     ejections: HashMap<(usize, Arc<str>, SocketAddr), Instant>,
     workers: Vec<Worker>,
     drained: watch::Sender<bool>,
     sweep_at: Option<Instant>,
+    since: SystemTime,
 }
 
 impl Hub {
@@ -89,10 +101,14 @@ impl Hub {
             exporter: Exporter::new(),
             listeners: Listeners::new(workers),
             series: Series::default(),
+            callers: Callers::default(),
+            denials: Denials::default(),
+            failures: Failures::default(),
             ejections: HashMap::new(),
             workers: vec![Worker::default(); workers],
             drained: watch::Sender::new(false),
             sweep_at: None,
+            since: SystemTime::now(),
         }
     }
 
@@ -131,10 +147,7 @@ impl Hub {
 
     fn take(&mut self, worker: usize, event: Event, now: Instant) {
         match event {
-            Event::Connection(record) => {
-                self.exporter.observe(&record);
-                self.log.record(&record, now);
-            }
+            Event::Connection(record) => self.closed(&record, now),
             Event::ListenerUp { bind, cells } => {
                 self.series.add(&cells);
                 self.listeners.up(worker, bind, &cells);
@@ -153,6 +166,20 @@ impl Hub {
                 });
             }
         }
+    }
+
+    fn closed(&mut self, record: &ConnectionRecord, now: Instant) {
+        self.exporter.observe(record);
+        self.callers.count(record);
+        self.failures.note(record);
+        if let Some(id) = record.denial {
+            match log::json(record) {
+                Ok(line) => self.denials.keep(id, record, line),
+                // As in the log: it cannot happen, and if it ever does, it is said.
+                Err(error) => tracing::error!(%error, denial = %id, "a denial cannot be kept"),
+            }
+        }
+        self.log.record(record, now);
     }
 
     fn eject(&mut self, worker: usize, upstream: Arc<str>, endpoint: SocketAddr, until: Instant) {
@@ -176,6 +203,31 @@ impl Hub {
     /// The listeners, bound or not, for readiness.
     pub fn listeners(&self) -> &Listeners {
         &self.listeners
+    }
+
+    /// The listeners' counters, added up.
+    pub fn series(&self) -> &Series {
+        &self.series
+    }
+
+    /// Who of this host talked to whom.
+    pub fn callers(&self) -> &Callers {
+        &self.callers
+    }
+
+    /// The last denials.
+    pub fn denials(&self) -> &Denials {
+        &self.denials
+    }
+
+    /// The last connections to each upstream that failed.
+    pub fn failures(&self) -> &Failures {
+        &self.failures
+    }
+
+    /// Since when all this is counted.
+    pub fn since(&self) -> SystemTime {
+        self.since
     }
 
     /// What each worker last said, in the workers' order.
@@ -210,6 +262,7 @@ impl Hub {
     /// Everything in Prometheus' text format: the cells as they stand now, and what other rooms recorded.
     pub fn render(&mut self) -> String {
         self.exporter.publish_series(&self.series);
+        self.exporter.publish_callers(&self.callers);
         for (worker, receiver) in self.receivers.iter().enumerate() {
             self.exporter.publish_worker(worker, &receiver.cells);
         }
@@ -219,7 +272,7 @@ impl Hub {
     }
 
     /// What became of the connection log's lines.
-    pub fn log_counts(&self) -> Counts {
+    pub fn log_counts(&self) -> log::Counts {
         self.log.counts()
     }
 

@@ -17,6 +17,7 @@ use super::close::CloseReason;
 use super::limiter::Limiter;
 use super::record::ConnectionRecord;
 use crate::identity::SpiffeId;
+use crate::mesh::caller::Who;
 
 pub use line::Rfc3339;
 pub use spool::{BATCH_BYTES_MAX, BATCHES_MAX, Counts, Destination, Reopener, Spool};
@@ -49,10 +50,17 @@ pub struct ConnectionLog {
     line: Vec<u8>,
 }
 
+/// A record as the object that its line is.
+pub(super) fn json(record: &ConnectionRecord) -> serde_json::Result<Box<serde_json::value::RawValue>> {
+    serde_json::value::to_raw_value(&line::Line::from(record))
+}
+
 /// What denials are counted by.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Denial {
     source: Option<SpiffeId>,
+    /// A local caller's name, without run and try.
+    caller: Option<Arc<str>>,
     service: Arc<str>,
 }
 
@@ -67,7 +75,7 @@ impl ConnectionLog {
         if record.reason == CloseReason::Probe {
             return;
         }
-        if record.decision.as_ref().is_some_and(|decision| !decision.allowed) {
+        if record.denial.is_some() {
             self.warn_denied(record, now);
         }
         if !self.spool.is_on() {
@@ -104,15 +112,23 @@ impl ConnectionLog {
     }
 
     fn warn_denied(&mut self, record: &ConnectionRecord, now: Instant) {
-        let denial = Denial { source: record.source.clone(), service: Arc::clone(&record.service) };
+        let caller = record.caller.as_deref().map(|caller| match &caller.who {
+            Who::Task(task) => Arc::clone(&task.dag),
+            Who::Component(name) => Arc::clone(name),
+            Who::Stranger(stranger) => format!("uid {:?} {}", stranger.uid, stranger.command).into(),
+        });
+        let service = record.upstream.as_ref().unwrap_or(&record.service);
+        let denial = Denial { source: record.source.clone(), caller, service: Arc::clone(service) };
         let Some(suppressed) = self.denials.ask(denial, now) else { return };
         let by = record.decision.as_ref().map(|decision| decision.by.to_string()).unwrap_or_default();
         tracing::warn!(
             source = record.source.as_ref().map_or("unknown", |id| id.as_str()),
-            service = &*record.service,
+            service = &**service,
             by,
-            remedy = line::remedy(record).unwrap_or_default(),
+            why = super::denial::reason(record).unwrap_or_default(),
+            remedy = super::denial::remedy(record).unwrap_or_default(),
             reason = record.reason.as_str(),
+            denial = %record.denial.map(|id| id.to_string()).unwrap_or_default(),
             suppressed,
             "denied"
         );

@@ -6,7 +6,9 @@ use std::time::{Duration, SystemTime};
 
 use super::cells::{Direction, ListenerCells};
 use super::close::CloseReason;
+use super::denial::DenialId;
 use crate::identity::SpiffeId;
+use crate::mesh::caller::Caller;
 use crate::mesh::{Address, Bind};
 use crate::policy::Ground;
 
@@ -83,8 +85,12 @@ pub struct ConnectionRecord {
     pub source: Option<SpiffeId>,
     /// SPIFFE ID of the called side, once known.
     pub destination: Option<SpiffeId>,
-    /// What let the peer in or kept it out (inbound).
+    /// What let the peer in or kept it out (inbound), or kept a local caller out (outbound).
     pub decision: Option<Decision>,
+    /// Who opened it here, where callers are told apart (outbound).
+    pub caller: Option<Arc<Caller>>,
+    /// The name of the denial, when it was denied.
+    pub denial: Option<DenialId>,
     /// TLS version number (0x0303, 0x0304), once negotiated.
     pub tls_version: Option<u16>,
     /// TLS cipher suite number, once negotiated.
@@ -109,7 +115,7 @@ pub struct ConnectionRecord {
     pub detail: Option<Box<str>>,
 }
 
-/// The authorisation of an inbound connection.
+/// The authorisation of a connection.
 #[derive(Debug, Clone)]
 pub struct Decision {
     /// Whether the peer was let in. For the log only: the proof is `policy::Authorized`.

@@ -13,6 +13,7 @@
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "the bans keep worker threads free; these are tests")]
 
 pub mod agent;
+pub mod airflow;
 pub mod consul;
 pub mod http;
 pub mod mesh;

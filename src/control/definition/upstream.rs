@@ -9,7 +9,7 @@ use crate::control::consul::watch::Name;
 use crate::control::consul::watch::chain::not_default;
 use crate::control::consul::wire;
 use crate::control::opaque::Opaque;
-use crate::mesh::{Bind, Outlier};
+use crate::mesh::{Bind, DenyReply, Outlier};
 
 /// One upstream, not yet resolved.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +22,7 @@ pub(crate) struct Upstream {
     pub(crate) mesh_gateway: String,
     pub(crate) max_connections: Option<u32>,
     pub(crate) outlier: Outlier,
+    pub(crate) deny_reply: DenyReply,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,6 +68,7 @@ pub(super) fn upstream(
         mesh_gateway: if mode.is_empty() { proxy.mesh_gateway.mode.clone() } else { mode.clone() },
         max_connections: max_connections(&config, &mut notes),
         outlier: outlier(&config, &mut notes),
+        deny_reply: deny_reply(&config, &mut notes),
         label,
     };
     config.ignore(&HARMLESS_KEYS);
@@ -130,6 +132,24 @@ fn bind(wire: &wire::Upstream, place: &str) -> Result<Bind, String> {
     }
     let ip = bind_ip(&wire.local_bind_address, Ipv4Addr::LOCALHOST, &format!("{place}: local_bind_address"))?;
     Ok(Bind::Tcp(SocketAddr::new(ip, wire.local_bind_port)))
+}
+
+/// `deny_reply`, a key of ringfence's own: Consul passes on what it does not know.
+fn deny_reply(config: &Opaque<'_>, notes: &mut Vec<String>) -> DenyReply {
+    match lenient(config.text("deny_reply"), notes).as_deref() {
+        None | Some("" | "close") => DenyReply::Close,
+        Some("postgres") => DenyReply::Postgres,
+        Some("mysql") => DenyReply::Mysql,
+        Some("http") => DenyReply::Http,
+        Some("redis") => DenyReply::Redis,
+        Some(other) => {
+            let other = other.escape_default();
+            notes.push(format!(
+                "config.deny_reply `{other}` is none of postgres, mysql, http, redis, close; clients are only closed"
+            ));
+            DenyReply::Close
+        }
+    }
 }
 
 fn max_connections(config: &Opaque<'_>, notes: &mut Vec<String>) -> Option<u32> {

@@ -29,7 +29,7 @@ impl<R: Ring> Worker<R> {
             // Also of a listener that goes: its last connections are judged by what is in force.
             if let Some(service) = snapshot.services.iter().find(|service| service.proxy_id == listener.service.proxy_id) {
                 policy_changed |= !Arc::ptr_eq(&listener.service.intentions, &service.intentions);
-                listener.adopt(service);
+                listener.adopt(service, &snapshot);
             }
             match wanted.remove(&listener.key()) {
                 Some(wanted) if !listener.removed => listener.update(wanted),
@@ -127,6 +127,7 @@ impl<R: Ring> Worker<R> {
         match denied {
             Some(Err(denied)) => {
                 connection.facts.decision = Some(Decision { allowed: false, by: denied.by });
+                connection.facts.denial = Some(self.next_denial());
                 let next = self.with_io(&mut connection, |connection: &mut Connection, io| {
                     connection.authorized = None;
                     connection.close(io, CloseReason::Revoked, true)

@@ -84,6 +84,8 @@ impl<R: Ring> Worker<R> {
             source: None,
             destination: None,
             decision: None,
+            caller: None,
+            denial: None,
             tls_version: None,
             tls_suite: None,
             tls_resumed: false,

@@ -46,15 +46,22 @@ impl<R: Ring> Worker<R> {
     }
 
     fn start_outbound(&mut self, connection: &mut Connection) -> Next {
-        let service = self.service(connection);
+        let identity = match self.identity_for(connection) {
+            Ok(Some(identity)) => identity,
+            Ok(None) => return self.hold(connection),
+            Err(next) => return next,
+        };
         let Role::Upstream(balancer) = &self.listener(connection).role else {
             return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
         };
-        let Some(identity) = &service.identity else { return self.hold(connection) };
         if balancer.upstream().targets.is_empty() {
             return self.hold(connection);
         }
         *own_side(Direction::Outbound, &mut connection.facts) = Some(identity.svid.id.clone());
+        if let Err(next) = self.check_access(connection, &identity) {
+            return next;
+        }
+        connection.identity = Some(identity);
         self.dial_next_endpoint(connection, CloseReason::NoEndpoint)
     }
 
@@ -126,6 +133,7 @@ impl<R: Ring> Worker<R> {
             }
             Err(denied) => {
                 connection.facts.decision = Some(Decision { allowed: false, by: denied.by });
+                connection.facts.denial = Some(self.next_denial());
                 self.with_io(connection, |connection, io| connection.refuse(io, ALERT_ACCESS_DENIED, CloseReason::Denied))
             }
         }
@@ -155,8 +163,8 @@ impl<R: Ring> Worker<R> {
         let client = connection.facts.downstream.map(|address| address.ip().to_canonical());
         let attempts = connection.facts.attempts;
         let tried = connection.tried.clone();
-        let service = self.service(connection);
-        let tls = service.identity.as_ref().and_then(|identity| identity.tls.get(self.index));
+        let identity = connection.identity.clone();
+        let index = self.index;
         let Role::Upstream(balancer) = &mut self.listener_mut(connection).role else {
             return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
         };
@@ -171,7 +179,7 @@ impl<R: Ring> Worker<R> {
         balancer.opened(choice.address);
         connection.endpoint = Some(choice.address);
         connection.tried.push(choice.address);
-        let handshake = tls.map(|tls| balancer.dialer(tls, &choice).connect());
+        let handshake = identity.and_then(|identity| Some(balancer.dialer(&identity, index, &choice)?.connect()));
         match handshake {
             Some(Ok(handshake)) => self.with_io(connection, |connection, io| {
                 connection.handshaking = Some(super::super::secure::Handshaking::new(handshake));
@@ -212,6 +220,8 @@ impl<R: Ring> Worker<R> {
         // What failed before was not the end of it: `attempts` tells of it.
         connection.facts.detail = None;
         connection.tried = Vec::new();
+        // A connection that lives for days must not keep the key of a certificate that has long been replaced.
+        connection.identity = None;
         self.with_io(connection, |connection, io| connection.start_relay(io))
     }
 
@@ -248,7 +258,7 @@ impl<R: Ring> Worker<R> {
         self.listeners[connection.listener as usize].as_mut().expect("a listener's place is kept while its connections live")
     }
 
-    fn service(&self, connection: &Connection) -> Arc<Service> {
+    pub(super) fn service(&self, connection: &Connection) -> Arc<Service> {
         Arc::clone(&self.listener(connection).service)
     }
 }

@@ -56,6 +56,21 @@ pub const METRICS: &[Metric] = &[
     counter("ringfence_connect_attempts_total", Unit::Count, "Connects tried, to the local app or to upstream endpoints."),
     counter("ringfence_connect_failures_total", Unit::Count, "Connects that failed or timed out."),
     counter("ringfence_ejections_total", Unit::Count, "Upstream endpoints taken out by passive health checking."),
+    counter(
+        "ringfence_caller_connections_total",
+        Unit::Count,
+        "Closed connections of local callers, by DAG or component of Airflow; component is also unidentified or other.",
+    ),
+    counter(
+        "ringfence_caller_denied_total",
+        Unit::Count,
+        "Connections of local callers that were turned away, here or by the called side.",
+    ),
+    counter(
+        "ringfence_caller_bytes_total",
+        Unit::Bytes,
+        "Payload bytes of closed connections of local callers; flow is from_mesh (towards the caller) or to_mesh.",
+    ),
     seconds("ringfence_connect_duration_seconds", "Time to open the far side of a connection."),
     seconds("ringfence_handshake_duration_seconds", "Time of the TLS handshake."),
     seconds("ringfence_connection_duration_seconds", "Time from accept to close."),

@@ -6,6 +6,7 @@ use super::*;
 use crate::telemetry::cells::ListenerCells;
 use crate::telemetry::channel::{self, Sender};
 use crate::telemetry::hub::Hub;
+use crate::telemetry::hub::callers::tests::{component, outbound, stranger, task};
 use crate::telemetry::log::tests::inbound;
 use crate::telemetry::log::{ConnectionLog, Destination, Reopener};
 use crate::telemetry::record::Event;
@@ -34,6 +35,7 @@ fn every_metric_is_published_with_help_and_type() {
     sender.send(up(20_000, Direction::Inbound, None));
     sender.send(up(20_001, Direction::Outbound, Some("cache")));
     sender.send(Event::Connection(Box::new(inbound(true))));
+    sender.send(Event::Connection(Box::new(outbound(task("payroll", "load", "r1", 1), "cache", None))));
     hub.drain();
     hub.exporter().publish_snapshot(&Snapshot::default(), 0);
     // Identities are made elsewhere; the name alone matters here.
@@ -111,6 +113,31 @@ fn durations_land_in_their_buckets_and_probes_do_not() {
     ] {
         assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
     }
+}
+
+#[test]
+fn callers_are_labels_by_dag_and_component_and_never_by_run_or_try() {
+    let (mut sender, mut hub) = hub();
+    let hostile = task("a\"b\nc", "load", "secret-run", 77);
+    for caller in [task("payroll", "load", "r1", 1), task("payroll", "load", "r2", 2), hostile] {
+        sender.send(Event::Connection(Box::new(outbound(caller, "db", None))));
+    }
+    sender.send(Event::Connection(Box::new(outbound(component("airflow-scheduler"), "db", None))));
+    sender.send(Event::Connection(Box::new(outbound(stranger(), "db", Some(1)))));
+    hub.drain();
+    let text = hub.render();
+    for line in [
+        r#"ringfence_caller_connections_total{dag="payroll",upstream="db"} 2"#,
+        r#"ringfence_caller_denied_total{dag="payroll",upstream="db"} 0"#,
+        r#"ringfence_caller_bytes_total{dag="payroll",upstream="db",flow="from_mesh"} 2400"#,
+        r#"ringfence_caller_bytes_total{dag="payroll",upstream="db",flow="to_mesh"} 68"#,
+        r#"ringfence_caller_connections_total{dag="a\"b\nc",upstream="db"} 1"#,
+        r#"ringfence_caller_connections_total{component="airflow-scheduler",upstream="db"} 1"#,
+        r#"ringfence_caller_denied_total{component="unidentified",upstream="db"} 1"#,
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+    }
+    assert!(!text.contains("secret-run") && !text.contains("try="), "{text}");
 }
 
 #[test]

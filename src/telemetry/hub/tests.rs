@@ -2,6 +2,7 @@
 
 use std::io;
 
+use super::callers::tests::{outbound, task};
 use super::*;
 use crate::mesh::Bind;
 use crate::telemetry::cells::{Direction, ListenerCells};
@@ -112,6 +113,21 @@ fn a_bind_error_is_told_once_a_change_with_its_remedy() {
     let lines: Vec<_> = text.lines().collect();
     assert_eq!(lines.len(), 2, "{text}");
     assert!(lines[0].contains("bound now") && lines[1].contains("ERROR"), "{text}");
+}
+
+#[test]
+fn a_connection_reaches_every_table_once() {
+    let (mut senders, mut hub) = hub(1);
+    let denied = || outbound(task("payroll", "load", "r1", 1), "db", Some(7));
+    let id = denied().denial.expect("denied").to_string();
+    senders[0].send(Event::Connection(Box::new(denied())));
+    senders[0].send(Event::Connection(Box::new(inbound(true))));
+    said(|| _ = hub.drain());
+    assert_eq!(hub.denials().len(), 1);
+    assert!(hub.denials().get(&id).is_some_and(|denial| denial.line.get().contains(&id)));
+    let totals: Vec<_> = hub.callers().totals().map(|(_, upstream, counts)| (&**upstream, counts.connections)).collect();
+    assert_eq!(totals, [("db", 1)]);
+    assert_eq!(hub.callers().tries().iter().count(), 1);
 }
 
 #[test]

@@ -1,14 +1,15 @@
 //! One connection as one JSON line.
 //!
 //! Invariant: the keys and their order never change within a major version; a value that is not known is `null`. Only
-//! `remedy` is left out when there is nothing to remedy. Text from peers is escaped by serde, so a line stays one line.
+//! `remedy`, `denial` and `why` are left out when nobody was denied, `caller` where local callers are not told apart. Text from peers is escaped by serde, so a line stays one line.
 
 use std::fmt::Display;
 use std::time::{Duration, SystemTime};
 
 use serde::{Serialize, Serializer};
 
-use crate::policy::Denied;
+use crate::mesh::caller;
+use crate::telemetry::denial::{self, DenialId};
 use crate::telemetry::record::ConnectionRecord;
 
 /// The line's keys, in the order in which they are printed.
@@ -37,6 +38,12 @@ pub(super) struct Line<'a> {
     attempts: u16,
     reason: &'static str,
     detail: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    caller: Option<Caller<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    denial: Option<Text<DenialId>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why: Option<String>,
 }
 
 impl<'a> From<&'a ConnectionRecord> for Line<'a> {
@@ -50,7 +57,10 @@ impl<'a> From<&'a ConnectionRecord> for Line<'a> {
             destination: record.destination.as_ref().map(|id| id.as_str()),
             decision: record.decision.as_ref().map(|decision| if decision.allowed { "allowed" } else { "denied" }),
             by: record.decision.as_ref().map(|decision| Text(&decision.by)),
-            remedy: remedy(record),
+            caller: record.caller.as_deref().map(Caller::from),
+            denial: record.denial.map(Text),
+            why: record.denial.and_then(|_| denial::reason(record)),
+            remedy: denial::remedy(record),
             bytes_from_mesh: record.bytes_from_mesh,
             bytes_to_mesh: record.bytes_to_mesh,
             connect_ms: record.connect.map(milliseconds),
@@ -68,11 +78,58 @@ impl<'a> From<&'a ConnectionRecord> for Line<'a> {
     }
 }
 
-/// What an operator would change to let a denied peer in; `None` when nobody was denied.
-pub(super) fn remedy(record: &ConnectionRecord) -> Option<String> {
-    let decision = record.decision.as_ref().filter(|decision| !decision.allowed)?;
-    let source = record.source.as_ref()?;
-    Some(Denied { by: decision.by.clone() }.remedy(source, &record.service))
+/// Who opened the connection, how that is known, and what it speaks as.
+#[derive(Serialize)]
+pub(crate) struct Caller<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dag: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    task: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    run: Option<&'a str>,
+    #[serde(rename = "try", skip_serializing_if = "Option::is_none")]
+    try_number: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    map_index: Option<i32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    component: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pid: Option<u32>,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    command: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    ancestry: &'a str,
+    identity: Option<&'a str>,
+    tier: &'static str,
+    rule: &'a str,
+}
+
+impl<'a> From<&'a caller::Caller> for Caller<'a> {
+    fn from(caller: &'a caller::Caller) -> Self {
+        let task = caller.task();
+        let (component, stranger) = match &caller.who {
+            caller::Who::Task(_) => (None, None),
+            caller::Who::Component(name) => (Some(&**name), None),
+            caller::Who::Stranger(stranger) => (None, Some(stranger)),
+        };
+        Self {
+            dag: task.map(|task| &*task.dag),
+            task: task.map(|task| &*task.task),
+            run: task.map(|task| &*task.run),
+            try_number: task.map(|task| task.try_number),
+            map_index: task.map(|task| task.map_index),
+            component,
+            uid: stranger.and_then(|stranger| stranger.uid),
+            pid: stranger.and_then(|stranger| stranger.pid),
+            command: stranger.map_or("", |stranger| &stranger.command),
+            ancestry: stranger.map_or("", |stranger| &stranger.ancestry),
+            identity: caller.verdict.as_ref().ok().map(|grant| &**grant.identity()),
+            tier: caller.tier.as_str(),
+            rule: caller.rule(),
+        }
+    }
 }
 
 /// Fractions to the microsecond.

@@ -7,6 +7,7 @@ use super::*;
 use crate::mesh::Address;
 use crate::policy::{DefaultPolicy, Ground};
 use crate::telemetry::cells::Direction;
+use crate::telemetry::denial::DenialId;
 use crate::telemetry::record::Decision;
 
 pub(crate) fn spiffe(service: &str) -> SpiffeId {
@@ -26,6 +27,8 @@ pub(crate) fn inbound(allowed: bool) -> ConnectionRecord {
         source: Some(spiffe("web")),
         destination: Some(spiffe("db")),
         decision: Some(Decision { allowed, by: Ground::Intention(format!("web -> db {verb} (precedence 9)").into()) }),
+        caller: None,
+        denial: (!allowed).then(|| DenialId::new(1, 0, 1)),
         tls_version: Some(0x0304),
         tls_suite: Some(0x1301),
         tls_resumed: false,
@@ -90,7 +93,7 @@ fn a_denied_connection_names_the_remedy() {
             r#""remedy":"consul intention create -replace -allow web db","bytes_from_mesh":1200,"bytes_to_mesh":34,"#,
             r#""connect_ms":null,"handshake_ms":1.235,"total_ms":2500.0,"tls_version":"TLSv1.3","#,
             r#""tls_suite":"TLS_AES_128_GCM_SHA256","tls_resumed":false,"downstream":"127.0.0.1:30001","#,
-            r#""endpoint":null,"attempts":1,"reason":"denied","detail":null}"#,
+            r#""endpoint":null,"attempts":1,"reason":"denied","detail":null,"denial":"0000010000000001","why":"identity \"web\" may not call \"db\": intention web -> db deny (precedence 9)"}"#,
             "\n"
         )
     );

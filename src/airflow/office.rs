@@ -1,0 +1,524 @@
+//! Everything that the airflow thread knows, and what it does with it: registrations become callers, callers a table for the
+//! workers, questions answers.
+//!
+//! Invariant: a caller's verdict is always that of the rules in force; a task's caller goes with the task. Rules and catalog
+//! are taken over whole or not at all. Knows no socket and no worker but their desks.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::{Value, json};
+
+use super::attribution::{Attributed, Attributor, Scene, Unattributed};
+use super::catalog::Catalog;
+use super::cgroup::{self, Cgroup, Hierarchy, Place, Setting};
+use super::process::{Host, Process, ProcessFacts, Watch};
+use super::registration::{Explain, Request};
+use super::registry::{Claim, Part, Peer, Registration, Registry};
+use super::rules::{self, CgroupChoice, Component, Facts, Names, Rules};
+use super::{Settings, Wish};
+use crate::mesh::caller::{Caller, Callers, Grant, Refusal, Stranger, Task, Tier, Who};
+use crate::mesh::{Bind, Snapshot};
+use crate::store::desk::{Answer, Desk, Origin, Question};
+use crate::store::{Publisher, Viewer};
+
+/// How often the certificates of those who live are wished for again: well within the time that keeps them from making room.
+const WARM_INTERVAL: Duration = Duration::from_secs(20);
+
+/// What to do about a caller whom nobody knows.
+const NOBODY_REMEDY: &str = "for a task: install airflow-provider-ringfence where Airflow runs (`airflow mesh doctor` says what is \
+                             missing); for a part of Airflow: add a [[component]] that matches it to the rules";
+
+/// The one office of the process.
+pub(super) struct Office {
+    rules: InForce,
+    catalog: Loaded<Catalog>,
+    names: Names,
+    host: Host,
+    registry: Registry,
+    attributor: Attributor,
+    hierarchy: Option<Hierarchy>,
+    /// The cgroups of the components' units, looked up with every tick: a unit's comes and goes with it.
+    units: Vec<Cgroup>,
+    callers: HashMap<Process, Arc<Caller>>,
+    /// Components that have called, with the identity that they speak as.
+    components: HashMap<Arc<str>, Arc<Caller>>,
+    publisher: Publisher<Callers>,
+    viewer: Viewer<Snapshot>,
+    admin: SocketAddr,
+    wish: Wish,
+    warm_at: Instant,
+    /// What watches the ends of tasks finds the office by.
+    myself: Weak<RefCell<Self>>,
+}
+
+/// The rules file as it was last accepted.
+struct InForce {
+    path: PathBuf,
+    stamp: Option<Stamp>,
+    settings: rules::Settings,
+    components: Vec<Component>,
+    rules: Rules,
+}
+
+/// A file that may be absent, as it was last accepted.
+struct Loaded<T> {
+    path: Option<PathBuf>,
+    stamp: Option<Stamp>,
+    value: T,
+}
+
+/// What changes when a file does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Stamp {
+    modified: SystemTime,
+    length: u64,
+    inode: u64,
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Option<Self> {
+        use std::os::unix::fs::MetadataExt;
+        let metadata = std::fs::metadata(path).ok()?;
+        Some(Self { modified: metadata.modified().ok()?, length: metadata.len(), inode: metadata.ino() })
+    }
+}
+
+impl Office {
+    /// Opens it, with the tasks that an earlier run left.
+    pub(super) fn open(context: Opening) -> Rc<RefCell<Self>> {
+        let Opening { settings, publisher, viewer, admin, wish } = context;
+        let Settings { path, file } = settings;
+        let stamp = Stamp::of(&path);
+        for warning in &file.warnings {
+            tracing::warn!(rules = %path.display(), "{warning}");
+        }
+        let host = Host::default();
+        let hierarchy = Hierarchy::find(&host).unwrap_or_else(|error| {
+            tracing::warn!(%error, "cgroups cannot be looked at");
+            None
+        });
+        let place = place(&file.settings.cgroup, &host, hierarchy.as_ref());
+        let mut registry = Registry::new(place, hierarchy.clone());
+        recover(&mut registry, &host, &file.settings.socket);
+        let catalog = Loaded { path: file.settings.catalog.clone(), stamp: None, value: Catalog::default() };
+        let rules = InForce { path, stamp, settings: file.settings, components: file.components, rules: file.rules };
+        let office = Rc::new(RefCell::new(Self {
+            rules,
+            catalog,
+            names: Names::default(),
+            host,
+            registry,
+            attributor: Attributor::new(hierarchy.clone()),
+            hierarchy,
+            units: Vec::new(),
+            callers: HashMap::new(),
+            components: HashMap::new(),
+            publisher,
+            viewer,
+            admin,
+            wish,
+            warm_at: Instant::now(),
+            myself: Weak::new(),
+        }));
+        let mut open = office.borrow_mut();
+        open.myself = Rc::downgrade(&office);
+        open.reload_catalog();
+        open.look_up();
+        open.judge_all();
+        let alive: Vec<_> = open.registry.registrations().cloned().collect();
+        alive.into_iter().for_each(|registration| open.follow(registration));
+        drop(open);
+        office
+    }
+
+    /// One request of the registration socket.
+    pub(super) fn handle(office: &Rc<RefCell<Self>>, peer: Peer, request: Request) -> Value {
+        let mut office = office.borrow_mut();
+        match request {
+            Request::Register(claim) => office.register(peer, &claim),
+            // The end of the process is what counts: a task that only says so may still have connections to open.
+            Request::Unregister => json!({ "ok": true }),
+            Request::Whoami => office.whoami(peer),
+            Request::Routes => office.routes(),
+            Request::Explain(question) => office.explain(&question),
+        }
+    }
+
+    fn register(&mut self, peer: Peer, claim: &Claim) -> Value {
+        let parts = parts(&self.rules.components);
+        let registered = match self.registry.register(&self.host, &parts, peer, claim, Instant::now()) {
+            Ok(registered) => registered,
+            Err(error) => return json!({ "ok": false, "error": error.to_string(), "remedy": error.remedy() }),
+        };
+        drop(parts);
+        let registration = registered.registration;
+        if let Some(notice) = &registered.notice {
+            tracing::warn!(dag = &*registration.task.dag, task = &*registration.task.task, "{notice}");
+        }
+        let caller = self.judge(&registration);
+        self.callers.insert(registration.process, Arc::clone(&caller));
+        self.publish();
+        if !registered.again {
+            self.follow(Arc::clone(&registration));
+        }
+        let (identity, denied, remedy) = verdict(&caller.verdict);
+        tracing::debug!(dag = &*registration.task.dag, task = &*registration.task.task, process = %registration.process, identity, rule = &**caller.rule(), "registered");
+        json!({ "ok": true, "identity": identity, "rule": &**caller.rule(), "tier": registration.tier().as_str(), "denied": denied, "remedy": remedy })
+    }
+
+    /// What the rules in force say of a registered task.
+    fn judge(&mut self, registration: &Registration) -> Arc<Caller> {
+        let task = &registration.task;
+        let user = user_name(registration.uid);
+        let facts = Facts {
+            dag: &task.dag,
+            task: &task.task,
+            run: Some(&task.run),
+            uid: Some(registration.uid),
+            user: user.as_deref(),
+            queues: &self.rules.settings.queues,
+            catalog: self.catalog.value.get(&task.dag),
+        };
+        let verdict = self.rules.rules.decide(&facts, &mut self.names);
+        if let Ok(grant) = &verdict {
+            (self.wish)(grant.identity());
+        }
+        Arc::new(Caller { who: Who::Task(Arc::clone(task)), tier: registration.tier(), verdict })
+    }
+
+    /// Judges every living task again: the rules or what they rest on have changed.
+    fn judge_all(&mut self) {
+        let alive: Vec<_> = self.registry.registrations().cloned().collect();
+        self.callers = alive.iter().map(|registration| (registration.process, self.judge(registration))).collect();
+        self.components.clear();
+        self.publish();
+    }
+
+    /// Watches for the ends of a task: of its process, then of what that left in its cgroup.
+    fn follow(&self, registration: Arc<Registration>) {
+        let (office, host) = (self.myself.clone(), self.host.clone());
+        tokio::task::spawn_local(async move {
+            let process = registration.process;
+            match Watch::open(&host, process) {
+                Ok(Some(watch)) => drop(watch.ended().await),
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%process, %error, "a task's end cannot be watched; it is taken for ended"),
+            }
+            let Some(open) = office.upgrade() else { return };
+            open.borrow_mut().ended(process);
+            drop(open);
+            let Some(enclosure) = &registration.cgroup else { return };
+            if let Ok(watch) = cgroup::watch(enclosure) {
+                drop(watch.emptied().await);
+            }
+            if let Some(open) = office.upgrade() {
+                open.borrow_mut().emptied(enclosure.id);
+            }
+        });
+    }
+
+    fn ended(&mut self, process: Process) {
+        if let Some(gone) = self.registry.ended(process) {
+            self.forget(&gone);
+        }
+    }
+
+    fn emptied(&mut self, cgroup: u64) {
+        if let Some(gone) = self.registry.emptied(cgroup) {
+            self.forget(&gone);
+        }
+    }
+
+    fn forget(&mut self, gone: &Registration) {
+        tracing::debug!(dag = &*gone.task.dag, task = &*gone.task.task, process = %gone.process, "the task has ended");
+        self.callers.remove(&gone.process);
+        self.publish();
+    }
+
+    /// Tells the workers whom one look-up finds.
+    fn publish(&mut self) {
+        let enclosed = self.registry.registrations().filter_map(|registration| {
+            Some((registration.cgroup.as_ref()?.id, Arc::clone(self.callers.get(&registration.process)?)))
+        });
+        let by_cgroup = enclosed.collect();
+        self.publisher.publish(Callers { generation: 0, by_cgroup });
+        metrics::gauge!("ringfence_airflow_tasks").set(f64::from(u32::try_from(self.registry.len()).unwrap_or(u32::MAX)));
+    }
+
+    /// Answers what the workers ask.
+    pub(super) fn answer(&mut self, desks: &mut [Desk]) {
+        for desk in desks {
+            while let Some(question) = desk.question() {
+                match question {
+                    Question::Warm(identity) => (self.wish)(&identity),
+                    Question::Who { slot, generation, origin, .. } => {
+                        let caller = self.attribute(origin.as_ref());
+                        desk.answer(Answer { slot, generation, caller });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Who is behind a connection that the table did not know.
+    fn attribute(&mut self, origin: Option<&Origin>) -> Arc<Caller> {
+        let Some(origin) = origin else {
+            return Arc::new(nobody(Stranger::default(), "the kernel does not know its connection any more", NOBODY_REMEDY));
+        };
+        let parts = parts(&self.rules.components);
+        let scene = Scene {
+            host: &self.host,
+            registry: &self.registry,
+            parts: &parts,
+            units: &self.units,
+            accept_titles: self.rules.settings.accept_titles,
+        };
+        let Attributed { who, tier, registration, why } = self.attributor.attribute(scene, origin, Instant::now());
+        drop(parts);
+        match (who, registration) {
+            (Who::Task(_), Some(registration)) => match self.callers.get(&registration.process) {
+                Some(known) if known.tier == tier => Arc::clone(known),
+                Some(known) => Arc::new(Caller { tier, ..Caller::clone(known) }),
+                None => self.judge(&registration),
+            },
+            (Who::Task(task), None) => self.judge_titled(task, origin.uid),
+            (Who::Component(name), _) => self.component(name),
+            (Who::Stranger(stranger), _) => {
+                let remedy = why.as_ref().map_or(NOBODY_REMEDY, Unattributed::remedy);
+                let why = why.as_ref().map_or_else(|| "nobody known opened it".to_owned(), Unattributed::to_string);
+                Arc::new(nobody(stranger, &why, remedy))
+            }
+        }
+    }
+
+    /// A task of Airflow 2 without the plugin, by its supervisor's title, where the rules accept that.
+    fn judge_titled(&mut self, task: Arc<Task>, uid: u32) -> Arc<Caller> {
+        let user = user_name(uid);
+        let facts = Facts {
+            dag: &task.dag,
+            task: &task.task,
+            run: Some(&task.run),
+            uid: Some(uid),
+            user: user.as_deref(),
+            queues: &self.rules.settings.queues,
+            catalog: self.catalog.value.get(&task.dag),
+        };
+        let verdict = self.rules.rules.decide(&facts, &mut self.names);
+        Arc::new(Caller { who: Who::Task(task), tier: Tier::Title, verdict })
+    }
+
+    fn component(&mut self, name: Arc<str>) -> Arc<Caller> {
+        let wish = &self.wish;
+        let caller = self.components.entry(Arc::clone(&name)).or_insert_with(|| {
+            wish(&name);
+            let grant = Grant::by_rule(Arc::clone(&name), format!("component {name}").into());
+            Arc::new(Caller { who: Who::Component(name), tier: Tier::Component, verdict: Ok(grant) })
+        });
+        Arc::clone(caller)
+    }
+
+    fn whoami(&mut self, peer: Peer) -> Value {
+        let origin = Origin { uid: peer.uid, inode: 0, cgroup: 0, pid: Some(peer.pid) };
+        let caller = self.attribute(Some(&origin));
+        let (identity, denied, remedy) = verdict(&caller.verdict);
+        let (who, component) = match &caller.who {
+            Who::Task(_) => ("task", None),
+            Who::Component(name) => ("component", Some(&**name)),
+            Who::Stranger(_) => ("unidentified", None),
+        };
+        let task = caller.task();
+        json!({ "ok": true, "caller": {
+            "who": who,
+            "dag": task.map(|task| &*task.dag),
+            "task": task.map(|task| &*task.task),
+            "run": task.map(|task| &*task.run),
+            "try": task.map(|task| task.try_number),
+            "map_index": task.map(|task| task.map_index),
+            "component": component,
+            "tier": caller.tier.as_str(),
+            "identity": identity,
+            "rule": &**caller.rule(),
+            "denied": denied,
+            "remedy": remedy,
+        } })
+    }
+
+    /// Where each upstream listens on this host.
+    fn routes(&self) -> Value {
+        let snapshot = self.viewer.current();
+        let upstreams = snapshot.services.iter().flat_map(|service| &service.upstreams);
+        let routes: Vec<Value> = upstreams
+            .map(|upstream| match &upstream.bind {
+                Bind::Tcp(address) => json!({ "service": &*upstream.name, "address": address.ip(), "port": address.port() }),
+                Bind::Unix { path, .. } => json!({ "service": &*upstream.name, "unix": path }),
+            })
+            .collect();
+        json!({ "ok": true, "routes": routes, "admin": self.admin })
+    }
+
+    fn explain(&self, question: &Explain) -> Value {
+        let facts = Facts {
+            dag: &question.dag,
+            task: &question.task,
+            run: (!question.run.is_empty()).then_some(&*question.run),
+            uid: None,
+            user: None,
+            queues: &self.rules.settings.queues,
+            catalog: self.catalog.value.get(&question.dag),
+        };
+        let explanation = self.rules.rules.explain(&facts, &self.names);
+        json!({ "ok": true, "explanation": explanation, "to": question.to, "rules": self.rules.path, "admin": self.admin })
+    }
+
+    /// Cgroups of units come and go with them, and the names of this host's services are known only once the agent has
+    /// answered.
+    fn look_up(&mut self) {
+        for service in &self.viewer.current().services {
+            self.rules.rules.reserve(&service.name, "a service of this host");
+        }
+        let Some(hierarchy) = &self.hierarchy else { return };
+        let units = self.rules.components.iter().filter_map(Component::unit);
+        self.units = units.flat_map(|unit| hierarchy.of_unit(unit)).collect();
+    }
+
+    /// Looks at files and clocks.
+    pub(super) fn tick(&mut self) {
+        self.look_up();
+        if self.reload_rules() | self.reload_catalog() {
+            self.judge_all();
+        }
+        let now = Instant::now();
+        if now >= self.warm_at {
+            self.warm_at = now + WARM_INTERVAL;
+            for caller in self.callers.values().chain(self.components.values()) {
+                if let Ok(grant) = &caller.verdict {
+                    (self.wish)(grant.identity());
+                }
+            }
+        }
+    }
+
+    /// Takes a changed rules file over, if it is right. Says whether it did.
+    fn reload_rules(&mut self) -> bool {
+        let stamp = Stamp::of(&self.rules.path);
+        if stamp.is_none() || stamp == self.rules.stamp {
+            return false;
+        }
+        self.rules.stamp = stamp;
+        let file = match Rules::load(&self.rules.path) {
+            Ok(file) => file,
+            Err(error) => {
+                tracing::error!(%error, "the rules are not taken over; those before stay in force");
+                return false;
+            }
+        };
+        for warning in &file.warnings {
+            tracing::warn!(rules = %self.rules.path.display(), "{warning}");
+        }
+        let old = &self.rules.settings;
+        if (&old.socket, &old.cgroup, old.identities_max)
+            != (&file.settings.socket, &file.settings.cgroup, file.settings.identities_max)
+        {
+            tracing::warn!("`socket`, `cgroup` and `identities_max` take effect with the next start of ringfence");
+        }
+        if old.catalog != file.settings.catalog {
+            self.catalog = Loaded { path: file.settings.catalog.clone(), stamp: None, value: Catalog::default() };
+        }
+        tracing::info!(rules = %self.rules.path.display(), "new rules in force");
+        self.rules.settings = file.settings;
+        self.rules.components = file.components;
+        self.rules.rules = file.rules;
+        true
+    }
+
+    fn reload_catalog(&mut self) -> bool {
+        let Some(path) = &self.catalog.path else { return false };
+        let stamp = Stamp::of(path);
+        if stamp.is_none() || stamp == self.catalog.stamp {
+            return false;
+        }
+        self.catalog.stamp = stamp;
+        match Catalog::load(path) {
+            Ok(catalog) => {
+                tracing::info!(catalog = %path.display(), dags = catalog.len(), "new catalog in force");
+                self.catalog.value = catalog;
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "the catalog is not taken over; the one before stays in force");
+                false
+            }
+        }
+    }
+}
+
+/// What an office is opened with.
+pub(super) struct Opening {
+    pub(super) settings: Settings,
+    pub(super) publisher: Publisher<Callers>,
+    pub(super) viewer: Viewer<Snapshot>,
+    pub(super) admin: SocketAddr,
+    pub(super) wish: Wish,
+}
+
+fn nobody(stranger: Stranger, why: &str, remedy: &str) -> Caller {
+    let refusal = Refusal { rule: "default".into(), why: why.into(), remedy: remedy.into() };
+    Caller { who: Who::Stranger(stranger), tier: Tier::Unidentified, verdict: Err(refusal) }
+}
+
+/// The name of a user, for rules and logs.
+fn user_name(uid: u32) -> Option<String> {
+    let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid)).ok()??;
+    Some(user.name)
+}
+
+/// Which part of Airflow a process is, by the rules.
+fn parts(components: &[Component]) -> impl Fn(&ProcessFacts) -> Option<Part> {
+    move |facts| {
+        let facts = rules::ProcessFacts { cgroup_path: &facts.cgroup, uid: facts.uid, title: &facts.title };
+        let component = components.iter().find(|component| component.matches(&facts))?;
+        Some(Part { name: Arc::clone(&component.name), runs_tasks: component.runs_tasks })
+    }
+}
+
+fn place(choice: &CgroupChoice, host: &Host, hierarchy: Option<&Hierarchy>) -> Option<Place> {
+    let setting = match choice {
+        CgroupChoice::Auto => Setting::Auto,
+        CgroupChoice::Off => Setting::Off,
+        CgroupChoice::At(path) => Setting::At(path.clone()),
+    };
+    match Place::open(&setting, host, hierarchy, cgroup::is_root()) {
+        Ok(place) => {
+            tracing::info!(cgroup = %place.directory().display(), "each task gets a cgroup of its own");
+            Some(place)
+        }
+        Err(why) => {
+            tracing::warn!(%why, "tasks get no cgroups of their own: a daemon that outlives its task loses its identity");
+            None
+        }
+    }
+}
+
+/// The tasks that lived when ringfence ended, so that a restart takes no identity away.
+fn recover(registry: &mut Registry, host: &Host, socket: &Path) {
+    let path = socket.with_file_name("tasks.json");
+    match registry.recover(host, &path) {
+        Ok(recovered) if recovered.alive > 0 => tracing::info!(?recovered, "tasks of the last run go on"),
+        Ok(recovered) => tracing::debug!(?recovered, "no task of an earlier run lives"),
+        Err(error) => tracing::error!(%error, "registrations cannot be kept for a restart"),
+    }
+}
+
+/// Identity, reason and remedy, for the wire.
+fn verdict(verdict: &Result<Grant, Refusal>) -> (Option<&str>, Option<&str>, Option<&str>) {
+    match verdict {
+        Ok(grant) => (Some(grant.identity()), None, None),
+        Err(refusal) => (None, Some(&refusal.why), Some(&refusal.remedy)),
+    }
+}

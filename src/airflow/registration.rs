@@ -1,0 +1,224 @@
+//! The registration socket: one JSON object a line in, one line out.
+//!
+//! Invariant: who asks is whom the kernel names (SO_PEERCRED), never what the text says. Lines, time and connections are
+//! bounded, for each user and in all; a peer that breaks a bound loses its connection and nobody else's.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+
+use super::office::Office;
+use super::registry::{Claim, Peer};
+
+/// Longest line accepted.
+const LINE_BYTES_MAX: u64 = 16 << 10;
+/// Bound on reading one request, and on writing one answer.
+const REQUEST_TIME: Duration = Duration::from_secs(1);
+/// Requests on one connection.
+const REQUESTS_MAX: usize = 64;
+/// Connections at once: of one user, and in all. A storm of tasks waits in the listener's backlog meanwhile.
+const CONNECTIONS_OF_USER_MAX: usize = 64;
+const CONNECTIONS_MAX: usize = 128;
+/// How long a failed accept waits before the next.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+/// The one version of the protocol.
+const VERSION: u32 = 1;
+
+/// One request.
+#[derive(Debug, Deserialize)]
+struct Envelope {
+    version: u32,
+    #[serde(flatten)]
+    request: Request,
+}
+
+/// What can be asked.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "op", rename_all = "lowercase")]
+pub(super) enum Request {
+    Register(Claim),
+    Unregister,
+    Whoami,
+    Routes,
+    Explain(Explain),
+}
+
+/// A question about a task that need not run.
+#[derive(Debug, Deserialize)]
+pub(super) struct Explain {
+    pub(super) dag: String,
+    #[serde(default)]
+    pub(super) task: String,
+    #[serde(default)]
+    pub(super) run: String,
+    #[serde(default)]
+    pub(super) to: Option<String>,
+}
+
+/// A refusal of the socket's own.
+#[derive(Debug, Serialize)]
+struct Refused<'a> {
+    ok: bool,
+    error: &'a str,
+    remedy: &'a str,
+}
+
+/// The bound socket as tokio's.
+pub(super) fn listener(socket: OwnedFd) -> io::Result<UnixListener> {
+    let listener = std::os::unix::net::UnixListener::from(socket);
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
+}
+
+/// Serves until aborted.
+pub(super) async fn serve(listener: UnixListener, office: Rc<RefCell<Office>>) {
+    let open = Rc::new(RefCell::new(HashMap::<u32, usize>::new()));
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "the registration socket cannot accept; trying again");
+                tokio::time::sleep(ACCEPT_BACKOFF).await;
+                continue;
+            }
+        };
+        let Some(peer) = peer(&stream) else { continue };
+        let Some(seat) = Seat::take(&open, peer.uid) else {
+            tracing::warn!(uid = peer.uid, pid = peer.pid, "too many registration connections at once; one is closed");
+            continue;
+        };
+        let office = Rc::clone(&office);
+        tokio::task::spawn_local(async move {
+            let _seat = seat;
+            talk(stream, peer, &office).await;
+        });
+    }
+}
+
+fn peer(stream: &UnixStream) -> Option<Peer> {
+    let credentials = stream.peer_cred().ok()?;
+    Some(Peer { pid: u32::try_from(credentials.pid()?).ok()?, uid: credentials.uid() })
+}
+
+/// A place among the connections of a user; given back when dropped.
+struct Seat {
+    open: Rc<RefCell<HashMap<u32, usize>>>,
+    uid: u32,
+}
+
+impl Seat {
+    fn take(open: &Rc<RefCell<HashMap<u32, usize>>>, uid: u32) -> Option<Self> {
+        let mut seats = open.borrow_mut();
+        if seats.values().sum::<usize>() >= CONNECTIONS_MAX || seats.get(&uid).copied().unwrap_or(0) >= CONNECTIONS_OF_USER_MAX {
+            return None;
+        }
+        *seats.entry(uid).or_default() += 1;
+        Some(Self { open: Rc::clone(open), uid })
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut seats = self.open.borrow_mut();
+        if let Some(count) = seats.get_mut(&self.uid) {
+            *count -= 1;
+            if *count == 0 {
+                seats.remove(&self.uid);
+            }
+        }
+    }
+}
+
+async fn talk(stream: UnixStream, peer: Peer, office: &Rc<RefCell<Office>>) {
+    let (read, mut write) = stream.into_split();
+    let mut read = BufReader::new(read);
+    for _ in 0..REQUESTS_MAX {
+        let mut line = Vec::new();
+        let mut bounded = (&mut read).take(LINE_BYTES_MAX);
+        match tokio::time::timeout(REQUEST_TIME, bounded.read_until(b'\n', &mut line)).await {
+            Ok(Ok(1..)) => {}
+            // Gone, or silent for too long.
+            _ => return,
+        }
+        let complete = line.last() == Some(&b'\n');
+        let answer = if complete {
+            answer(&line, peer, office)
+        } else {
+            refused("the line is longer than 16 KiB or not ended", "send one JSON object and a newline")
+        };
+        let written = tokio::time::timeout(REQUEST_TIME, write.write_all(&answer)).await;
+        if !complete || !matches!(written, Ok(Ok(()))) {
+            return;
+        }
+    }
+}
+
+fn answer(line: &[u8], peer: Peer, office: &Rc<RefCell<Office>>) -> Vec<u8> {
+    let envelope: Envelope = match serde_json::from_slice(line) {
+        Ok(envelope) => envelope,
+        Err(error) => {
+            return refused(&format!("not a request: {error}"), "update airflow-provider-ringfence to ringfence's version");
+        }
+    };
+    if envelope.version != VERSION {
+        let error = format!("version {} of the protocol is not known, only {VERSION}", envelope.version);
+        return refused(&error, "install the airflow-provider-ringfence of this ringfence's version");
+    }
+    line_of(&Office::handle(office, peer, envelope.request))
+}
+
+fn refused(error: &str, remedy: &str) -> Vec<u8> {
+    line_of(&serde_json::json!(Refused { ok: false, error, remedy }))
+}
+
+fn line_of(value: &serde_json::Value) -> Vec<u8> {
+    let mut line = value.to_string().into_bytes();
+    line.push(b'\n');
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::registry::Supervisor;
+    use super::*;
+
+    fn parse(text: &str) -> Result<Request, serde_json::Error> {
+        serde_json::from_str::<Envelope>(text).map(|envelope| envelope.request)
+    }
+
+    #[test]
+    fn the_provider_packages_requests_are_understood() {
+        let text = r#"{"version":1,"op":"register","airflow":"3.3.2","instance":"u","dag":"d","task":"t","run":"r","try":2,"map_index":3,"supervisor":"self"}"#;
+        let Ok(Request::Register(claim)) = parse(text) else { panic!("a registration") };
+        assert_eq!((&*claim.dag, claim.try_number, claim.map_index, claim.supervisor), ("d", 2, 3, Supervisor::Itself));
+        let short = r#"{"version":1,"op":"register","dag":"d","task":"t","run":"r","try":1}"#;
+        let Ok(Request::Register(claim)) = parse(short) else { panic!("a registration") };
+        assert_eq!((claim.map_index, claim.supervisor), (-1, Supervisor::Task));
+        for op in ["unregister", "whoami", "routes"] {
+            assert!(parse(&format!(r#"{{"version":1,"op":"{op}"}}"#)).is_ok(), "{op}");
+        }
+        for wrong in
+            ["", "[]", r#"{"op":"whoami"}"#, r#"{"version":1,"op":"become"}"#, r#"{"version":1,"op":"register","dag":1}"#]
+        {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn one_user_cannot_take_every_seat() {
+        let open = Rc::new(RefCell::new(HashMap::new()));
+        let mine: Vec<_> = (0..CONNECTIONS_OF_USER_MAX).map(|_| Seat::take(&open, 1_000).expect("a seat")).collect();
+        assert!(Seat::take(&open, 1_000).is_none());
+        let other = Seat::take(&open, 1_001);
+        assert!(other.is_some());
+        drop(mine);
+        assert!(Seat::take(&open, 1_000).is_some());
+    }
+}

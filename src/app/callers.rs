@@ -1,0 +1,79 @@
+//! What tells local callers apart, put together: the workers' halves, and the airflow thread that answers them.
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use tokio::sync::{mpsc, watch};
+
+use super::AppError;
+use super::threads::{self, Ended};
+use crate::airflow;
+use crate::control::Command;
+use crate::mesh::Snapshot;
+use crate::mesh::caller::Callers;
+use crate::proxy::{Attribution, Workers};
+use crate::store::desk::{self, Desk};
+use crate::store::{self, Publisher, Viewer};
+use crate::sys::EventFd;
+
+/// Read and bound, with no thread yet.
+pub(super) struct Prepared {
+    settings: airflow::Settings,
+    socket: OwnedFd,
+    publisher: Publisher<Callers>,
+    desks: Vec<Desk>,
+    questions: EventFd,
+}
+
+/// Reads the rules, binds the socket, and makes each worker's half.
+pub(super) fn prepare(rules: &Path, workers: usize) -> Result<(Prepared, Vec<Attribution>), AppError> {
+    let failed = |error: airflow::AirflowError| AppError::Config(error.to_string());
+    let settings = airflow::Settings::load(rules).map_err(failed)?;
+    let socket = airflow::bind(&settings).map_err(failed)?;
+    let (publisher, readers) = store::new(Callers::default(), workers);
+    let (inquirers, desks) = desk::open(workers);
+    let descriptor = |error| AppError::Unavailable(format!("eventfd: {error}; raise LimitNOFILE"));
+    let questions = EventFd::new().map_err(descriptor)?;
+    let mut attributions = Vec::with_capacity(workers);
+    for (callers, mut inquirer) in readers.into_iter().zip(inquirers) {
+        inquirer.set_wake(Box::new(airflow::Doorbell(questions.try_clone().map_err(descriptor)?)));
+        attributions.push(Attribution { callers, inquirer });
+    }
+    Ok((Prepared { settings, socket, publisher, desks, questions }, attributions))
+}
+
+impl Prepared {
+    /// How many certificates for callers there may be at once.
+    pub(super) fn identities_max(&self) -> usize {
+        self.settings.identities_max()
+    }
+
+    /// Starts the thread.
+    pub(super) fn start(
+        self,
+        workers: &Workers,
+        viewer: Viewer<Snapshot>,
+        admin: SocketAddr,
+        commands: mpsc::Sender<Command>,
+        shutdown: watch::Receiver<bool>,
+        ended: Ended,
+    ) -> Result<JoinHandle<()>, AppError> {
+        let Self { settings, socket, publisher, mut desks, questions } = self;
+        for (desk, wake) in desks.iter_mut().zip(workers.wakes()) {
+            desk.set_wake(wake);
+        }
+        threads::airflow(shutdown, ended, socket, move || airflow::Context {
+            settings,
+            publisher,
+            desks,
+            questions,
+            viewer,
+            admin,
+            // A full queue loses a wish, which the next question or the next tick repeats.
+            wish: Box::new(move |identity| drop(commands.try_send(Command::Warm(Arc::clone(identity))))),
+        })
+    }
+}

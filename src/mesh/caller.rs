@@ -1,0 +1,156 @@
+//! Who opened a local connection, and under which identity it may speak. Values only: `airflow` finds out, workers enforce.
+//!
+//! Invariant: an identity is used for a local connection only with a [`Grant`], and a grant names the rule that gave it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::Generation;
+
+/// One Airflow task instance's try, as its registration told it and its process proved it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Task {
+    /// `dag_id`.
+    pub dag: Arc<str>,
+    /// `task_id`.
+    pub task: Arc<str>,
+    /// `run_id`.
+    pub run: Arc<str>,
+    /// 1 for the first try.
+    pub try_number: u32,
+    /// -1 when the task is not mapped.
+    pub map_index: i32,
+    /// The task instance's uuid; empty in Airflow 2.
+    pub instance: Arc<str>,
+}
+
+/// Who is behind a local connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Who {
+    /// A task instance.
+    Task(Arc<Task>),
+    /// A part of Airflow itself (scheduler, worker, api-server …), by the name that the rules give it.
+    Component(Arc<str>),
+    /// Nobody known.
+    Stranger(Stranger),
+}
+
+/// What can be told of a process that is nobody known. For logs; decides nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stranger {
+    /// Owner of the socket.
+    pub uid: Option<u32>,
+    /// A process that holds it.
+    pub pid: Option<u32>,
+    /// Its command line, cut and cleaned of control characters.
+    pub command: Box<str>,
+    /// The command names of its parents, nearest first.
+    pub ancestry: Box<str>,
+}
+
+/// How a connection was attributed, best first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Tier {
+    /// The socket was made in the cgroup of a registered task, or of a unit that runs no tasks: a kernel fact.
+    Cgroup,
+    /// A holder of the socket, or a parent of it, is a registered task's process.
+    Ancestor,
+    /// A holder is a process of a component, and no parent of it runs a task.
+    Component,
+    /// The title of the task's supervisor (Airflow 2 without the plugin), where the rules accept it.
+    Title,
+    /// Not attributed.
+    Unidentified,
+}
+
+impl Tier {
+    /// Its name in logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Cgroup => "cgroup",
+            Self::Ancestor => "ancestor",
+            Self::Component => "component",
+            Self::Title => "title",
+            Self::Unidentified => "unidentified",
+        }
+    }
+}
+
+/// The right to speak as a mesh identity. Made by a rule alone.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Grant {
+    identity: Arc<str>,
+    rule: Arc<str>,
+}
+
+impl Grant {
+    /// `rule` gives `identity`, a Consul service name.
+    pub fn by_rule(identity: Arc<str>, rule: Arc<str>) -> Self {
+        Self { identity, rule }
+    }
+
+    /// The Consul service name to speak as.
+    pub fn identity(&self) -> &Arc<str> {
+        &self.identity
+    }
+
+    /// The rule that gave it.
+    pub fn rule(&self) -> &Arc<str> {
+        &self.rule
+    }
+}
+
+/// Why a caller has no identity.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Refusal {
+    /// The rule that refused, or `default`.
+    pub rule: Arc<str>,
+    /// Why, for a person.
+    pub why: Arc<str>,
+    /// What would change it.
+    pub remedy: Arc<str>,
+}
+
+/// Who, how it is known, and what follows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Caller {
+    /// Who it is.
+    pub who: Who,
+    /// How that is known.
+    pub tier: Tier,
+    /// What the rules say.
+    pub verdict: Result<Grant, Refusal>,
+}
+
+impl Caller {
+    /// The rule that decided.
+    pub fn rule(&self) -> &Arc<str> {
+        match &self.verdict {
+            Ok(grant) => grant.rule(),
+            Err(refusal) => &refusal.rule,
+        }
+    }
+
+    /// The task, if it is one.
+    pub fn task(&self) -> Option<&Task> {
+        match &self.who {
+            Who::Task(task) => Some(task),
+            Who::Component(_) | Who::Stranger(_) => None,
+        }
+    }
+}
+
+/// Everybody whom one look-up finds, immutable, published whole.
+#[derive(Debug, Default)]
+pub struct Callers {
+    /// Grows with each publication. Set by `store::Publisher`.
+    pub generation: u64,
+    /// By cgroup id: the kernel's 64-bit id of the cgroup in which a socket was made.
+    pub by_cgroup: HashMap<u64, Arc<Caller>>,
+}
+
+impl Generation for Callers {
+    fn set_generation(&mut self, generation: u64) {
+        self.generation = generation;
+    }
+}

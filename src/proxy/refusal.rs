@@ -1,0 +1,105 @@
+//! Turns a denied local client away: tells it why in its own protocol, waits until it has read that, then closes.
+//!
+//! Invariant: nothing was dialed for it and nothing of it is passed on; the last word is followed by FIN, never by a reset
+//! that could overtake it; everything ends within [`REPLY_TIME`].
+
+use super::close::CloseReason;
+use super::connection::{Connection, Io, Next, PLAIN, Stage};
+use super::limits::REPLY_TIME;
+use super::reply::{Reply, Step};
+use crate::buffer::{Class, HEADROOM_BYTES, Lease};
+use crate::ring::{Completion, Op, Push, Ring};
+
+/// A reply under way.
+pub(super) struct Replying {
+    reply: Reply,
+    /// The bytes being sent.
+    output: Option<Lease>,
+    /// What is being sent, or was, is the last word: the rest of what the client says is thrown away.
+    last: bool,
+}
+
+impl Connection {
+    /// Ends a connection that has no far leg and nothing pending. Without a reply the client is reset.
+    pub(super) fn turn_away<R: Ring>(&mut self, io: &mut Io<'_, R>, reason: CloseReason, reply: Option<Reply>) -> Next {
+        let Some(reply) = reply else { return self.close(io, reason, true) };
+        self.facts.reason = reason;
+        self.stage = Stage::Reply;
+        self.deadline = Some(io.now + REPLY_TIME);
+        let step = reply.begin();
+        self.replying = Some(Box::new(Replying { reply, output: None, last: false }));
+        self.step_reply(io, step)
+    }
+
+    pub(super) fn on_reply<R: Ring>(&mut self, io: &mut Io<'_, R>, op: Op, completion: Completion) -> Next {
+        match (op, completion.outcome()) {
+            (Op::Send, Ok(_)) => self.reply_sent(io),
+            (Op::Receive, Ok(received)) if received > 0 => self.reply_received(io, completion, received as usize),
+            // It has read what it wanted, and left.
+            (Op::Receive, Ok(_)) => {
+                if let Some(buffer) = completion.buffer {
+                    io.ring.recycle(buffer);
+                }
+                self.close(io, self.facts.reason, false)
+            }
+            _ => self.close(io, self.facts.reason, true),
+        }
+    }
+
+    fn reply_received<R: Ring>(&mut self, io: &mut Io<'_, R>, completion: Completion, received: usize) -> Next {
+        let Some(replying) = &mut self.replying else { return self.close(io, self.facts.reason, true) };
+        let Some(buffer) = completion.buffer else { return self.close(io, self.facts.reason, true) };
+        let step = if replying.last {
+            Step::Read
+        } else {
+            let bytes = io.pool.bytes(io.ring.shared(buffer));
+            replying.reply.received(&bytes[HEADROOM_BYTES..HEADROOM_BYTES + received])
+        };
+        io.ring.recycle(buffer);
+        self.step_reply(io, step)
+    }
+
+    fn step_reply<R: Ring>(&mut self, io: &mut Io<'_, R>, step: Step) -> Next {
+        match step {
+            Step::Read => {
+                let (socket, token) = self.begin(Op::Receive, PLAIN);
+                io.ring.receive_shared(socket, usize::MAX, false, token);
+                Next::Wait
+            }
+            Step::Answer(bytes) => self.send_reply(io, &bytes, false),
+            Step::Last(bytes) => self.send_reply(io, &bytes, true),
+            Step::End => self.close(io, self.facts.reason, true),
+        }
+    }
+
+    fn send_reply<R: Ring>(&mut self, io: &mut Io<'_, R>, bytes: &[u8], last: bool) -> Next {
+        let (Some(lease), Some(replying)) = (io.pool.lease(Class::Slot), &mut self.replying) else {
+            return self.close(io, self.facts.reason, true);
+        };
+        io.pool.bytes(&lease)[..bytes.len()].copy_from_slice(bytes);
+        let span = io.pool.span(&lease, 0, bytes.len());
+        replying.output = Some(lease);
+        replying.last = last;
+        let (socket, token) = self.begin(Op::Send, PLAIN);
+        io.ring.send(socket, &[span], Push::Now, token);
+        Next::Wait
+    }
+
+    fn reply_sent<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
+        self.release_reply(io.pool);
+        if self.replying.as_ref().is_some_and(|replying| replying.last) {
+            self.told = true;
+            if let Some(socket) = self.legs[PLAIN].socket {
+                io.ring.shutdown_write(socket);
+            }
+        }
+        self.step_reply(io, Step::Read)
+    }
+
+    /// Gives the buffer back. Only when no send uses it.
+    pub(super) fn release_reply(&mut self, pool: &mut crate::buffer::Pool) {
+        if let Some(lease) = self.replying.as_mut().and_then(|replying| replying.output.take()) {
+            pool.give_back(lease);
+        }
+    }
+}
