@@ -205,7 +205,7 @@ fn attribute_registered_task(bencher: Bencher<'_, '_>, tasks: u64) {
     let refusal = Refusal { rule: "default".into(), why: "none".into(), remedy: "none".into() };
     let caller = Arc::new(Caller { who: Who::Component("c".into()), tier: Tier::Cgroup, verdict: Err(refusal) });
     let by_cgroup = (0..tasks).map(|task| (cgroup.wrapping_add(task), Arc::clone(&caller))).collect();
-    let callers = Callers { generation: 0, by_cgroup };
+    let callers = Callers { by_cgroup, ..Callers::default() };
     bencher.bench_local(|| {
         let owner = diag.owner(black_box(client.1), black_box(server))?;
         callers.by_cgroup.get(&owner.cgroup).map(Arc::clone)

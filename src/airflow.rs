@@ -86,6 +86,11 @@ impl Settings {
     pub fn identities_max(&self) -> usize {
         self.file.settings.identities_max
     }
+
+    /// `redirect`: where connections that nftables redirects come in.
+    pub fn redirects(&self) -> &[SocketAddr] {
+        &self.file.settings.redirects
+    }
 }
 
 /// Wishes for a certificate of a Consul service name.

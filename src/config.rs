@@ -127,6 +127,8 @@ pub struct DataPlane {
     pub hold_time: Duration,
     /// See [`DRAIN_TIME`].
     pub drain_time: Duration,
+    /// Where connections that nftables redirects to this process come in; what they lead to is told by their callers' routes.
+    pub redirects: Vec<SocketAddr>,
     /// See [`WORKER_CONNECTIONS_MAX`].
     pub connections_max: u32,
     /// See [`WORKER_HANDSHAKES_MAX`].
@@ -144,6 +146,7 @@ impl Default for DataPlane {
             keepalive: KEEPALIVE,
             hold_time: HOLD_TIME,
             drain_time: DRAIN_TIME,
+            redirects: Vec::new(),
             connections_max: WORKER_CONNECTIONS_MAX,
             handshakes_max: WORKER_HANDSHAKES_MAX,
             buffer_bytes_max: WORKER_BUFFER_BYTES_MAX,

@@ -194,8 +194,11 @@ pub trait Ring {
     fn open(&mut self, remote: &Remote) -> io::Result<Socket>;
     /// The remote address of a connected TCP socket.
     fn peer_address(&mut self, socket: Socket) -> Option<SocketAddr>;
-    /// Who has the other end of an accepted local connection. One netlink question, a few microseconds.
-    fn owner(&mut self, socket: Socket) -> Option<SocketOwner>;
+    /// Where the client of a redirected connection wanted to go; `None` for any other.
+    fn original_destination(&mut self, socket: Socket) -> Option<SocketAddr>;
+    /// Who has the other end of an accepted local connection, which went to `original` if it was redirected. One netlink
+    /// question, a few microseconds.
+    fn owner(&mut self, socket: Socket, original: Option<SocketAddr>) -> Option<SocketOwner>;
 
     /// Accepts until cancelled or failed; each connection is a completion with `more`.
     fn accept(&mut self, listener: Socket, token: Token);

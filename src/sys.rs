@@ -117,8 +117,19 @@ pub fn peer_address(fd: RawFd) -> Option<SocketAddr> {
     SockRef::from(&fd).peer_addr().ok()?.as_socket()
 }
 
-/// The owner of the other end of an accepted local connection. `diag` is opened when first needed.
-pub fn socket_owner(fd: RawFd, diag: &mut Option<SocketDiag>) -> Option<SocketOwner> {
+/// Where the client of a connection that nftables redirected here wanted to go; `None` for any other.
+pub fn original_destination(fd: RawFd) -> Option<SocketAddr> {
+    // SAFETY: the caller owns `fd` and keeps it open during this call; SockRef only borrows it.
+    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+    let socket = SockRef::from(&fd);
+    let local = socket.local_addr().ok()?.as_socket()?;
+    let original = if local.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
+    original.ok()?.as_socket().filter(|original| *original != local)
+}
+
+/// The owner of the other end of an accepted local connection, which went to `original` if it was redirected. `diag` is opened
+/// when first needed.
+pub fn socket_owner(fd: RawFd, original: Option<SocketAddr>, diag: &mut Option<SocketDiag>) -> Option<SocketOwner> {
     // SAFETY: the caller owns `fd` and keeps it open during this call; SockRef only borrows it.
     let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
     let socket = SockRef::from(&fd);
@@ -128,7 +139,8 @@ pub fn socket_owner(fd: RawFd, diag: &mut Option<SocketDiag>) -> Option<SocketOw
             if diag.is_none() {
                 *diag = SocketDiag::open().ok();
             }
-            diag.as_mut()?.owner(client, server)
+            // The client's socket knows nothing of a redirection.
+            diag.as_mut()?.owner(client, original.unwrap_or(server))
         }
         _ => peer_credentials(fd.as_raw_fd()),
     }

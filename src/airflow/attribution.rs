@@ -3,7 +3,7 @@
 //!
 //! Invariant: all holders that are found must be the same task or the same part of Airflow, or the connection is nobody's.
 //! Being a part of Airflow is the weaker claim: it needs a whole line of parents without a task or a task's supervisor in it.
-//! A question costs a bounded search, and each user has only so many a second.
+//! A question costs a bounded search, and each user has only so many a second that lead to nobody.
 //!
 //! Knows no rule: an attribution is who it is, and the rules say what follows.
 
@@ -74,6 +74,8 @@ enum Speaker {
 #[derive(Debug)]
 pub(crate) struct Attributor {
     searches: Rates,
+    /// Taken for the question under way.
+    spent: f64,
     roots: Roots,
     recent: VecDeque<Process>,
 }
@@ -82,7 +84,7 @@ impl Attributor {
     /// `None` without cgroup v2.
     pub(crate) fn new(hierarchy: Option<Hierarchy>) -> Self {
         let searches = Rates::new(SEARCHES_A_SECOND, SEARCHES_BURST);
-        Self { searches, roots: Roots::new(hierarchy), recent: VecDeque::new() }
+        Self { searches, spent: 0.0, roots: Roots::new(hierarchy), recent: VecDeque::new() }
     }
 
     /// Who opened the connection from this origin.
@@ -90,11 +92,17 @@ impl Attributor {
         if let Some(registration) = scene.registry.by_cgroup(origin.cgroup) {
             return task(Arc::clone(registration), Tier::Cgroup);
         }
+        self.spent = 0.0;
         let chains = match self.holders(scene, origin, now) {
             Ok(chains) => chains,
             Err(why) => return stranger(origin, None, why),
         };
-        match self.speaker(scene, &chains) {
+        let speaker = self.speaker(scene, &chains);
+        if speaker.is_ok() {
+            // The bound is on what leads nowhere: a storm of tasks has as many supervisors, each with a connection of its own.
+            self.searches.give_back(origin.uid, self.spent, now);
+        }
+        match speaker {
             Ok(Speaker::Task(registration)) => task(registration, Tier::Ancestor),
             Ok(Speaker::Part(name)) => {
                 self.remember(&chains);
@@ -187,12 +195,13 @@ impl Attributor {
         if !self.searches.take(origin.uid, cost, now) {
             return Err(Unattributed::TooMany);
         }
+        self.spent += cost;
         let holders = scene.host.holders(origin.inode, candidates);
         let mut chains = Vec::new();
         for holder in &holders.found {
-            // Only a holder that still holds it after its parents were read has these parents.
+            // A number that was given out again meanwhile has other parents.
             if let Some(chain) = scene.host.chain(holder.pid)?
-                && scene.host.still_holds(*holder, origin.inode)
+                && chain.own().process == *holder
             {
                 chains.push(chain);
             }

@@ -30,6 +30,8 @@ use crate::store::{Publisher, Viewer};
 /// How often the certificates of those who live are wished for again: well within the time that keeps them from making room.
 const WARM_INTERVAL: Duration = Duration::from_secs(20);
 
+/// How soon a cgroup that could not be watched, or was joined again, is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
 /// What to do about a caller whom nobody knows.
 const NOBODY_REMEDY: &str = "for a task: install airflow-provider-ringfence where Airflow runs (`airflow mesh doctor` says what is \
                              missing); for a part of Airflow: add a [[component]] that matches it to the rules";
@@ -214,11 +216,15 @@ impl Office {
             open.borrow_mut().ended(process);
             drop(open);
             let Some(enclosure) = &registration.cgroup else { return };
-            if let Ok(watch) = cgroup::watch(enclosure) {
-                drop(watch.emptied().await);
-            }
-            if let Some(open) = office.upgrade() {
-                open.borrow_mut().emptied(enclosure.id);
+            loop {
+                if let Ok(watch) = cgroup::watch(enclosure) {
+                    drop(watch.emptied().await);
+                }
+                match office.upgrade() {
+                    Some(open) if !open.borrow_mut().emptied(enclosure.id) => {}
+                    _ => return,
+                }
+                tokio::time::sleep(LOOK_AGAIN).await;
             }
         });
     }
@@ -229,10 +235,12 @@ impl Office {
         }
     }
 
-    fn emptied(&mut self, cgroup: u64) {
+    /// Says whether the cgroup is nobody's any more.
+    fn emptied(&mut self, cgroup: u64) -> bool {
         if let Some(gone) = self.registry.emptied(cgroup) {
             self.forget(&gone);
         }
+        self.registry.by_cgroup(cgroup).is_none()
     }
 
     fn forget(&mut self, gone: &Registration) {
@@ -247,7 +255,7 @@ impl Office {
             Some((registration.cgroup.as_ref()?.id, Arc::clone(self.callers.get(&registration.process)?)))
         });
         let by_cgroup = enclosed.collect();
-        self.publisher.publish(Callers { generation: 0, by_cgroup });
+        self.publisher.publish(Callers { generation: 0, by_cgroup, routes: Arc::clone(&self.rules.settings.routes) });
         metrics::gauge!("ringfence_airflow_tasks").set(f64::from(u32::try_from(self.registry.len()).unwrap_or(u32::MAX)));
     }
 
@@ -421,11 +429,12 @@ impl Office {
         for warning in &file.warnings {
             tracing::warn!(rules = %self.rules.path.display(), "{warning}");
         }
-        let old = &self.rules.settings;
-        if (&old.socket, &old.cgroup, old.identities_max)
-            != (&file.settings.socket, &file.settings.cgroup, file.settings.identities_max)
-        {
-            tracing::warn!("`socket`, `cgroup` and `identities_max` take effect with the next start of ringfence");
+        let (old, new) = (&self.rules.settings, &file.settings);
+        let fixed = |settings: &rules::Settings| {
+            (settings.socket.clone(), settings.cgroup.clone(), settings.identities_max, settings.redirects.clone())
+        };
+        if fixed(old) != fixed(new) {
+            tracing::warn!("`socket`, `cgroup`, `identities_max` and `redirect` take effect with the next start of ringfence");
         }
         if old.catalog != file.settings.catalog {
             self.catalog = Loaded { path: file.settings.catalog.clone(), stamp: None, value: Catalog::default() };

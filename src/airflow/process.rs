@@ -107,20 +107,11 @@ impl Chain {
     }
 }
 
-/// A process that holds a socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Holder {
-    /// Its pid.
-    pub(crate) pid: u32,
-    /// Under which descriptor.
-    pub(crate) descriptor: u32,
-}
-
 /// What a search for the holders of a socket found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Holders {
     /// Those found, in the order of the candidates.
-    pub(crate) found: Vec<Holder>,
+    pub(crate) found: Vec<Process>,
     /// Candidates whose descriptors this process may not see.
     pub(crate) unreadable: usize,
     /// Whether a bound ended the search early.
@@ -268,9 +259,11 @@ impl Host {
                 holders.cut = true;
                 break;
             }
-            match self.descriptor_of(pid, &wanted, &mut left, &mut holders.cut) {
-                Ok(Some(descriptor)) => holders.found.push(Holder { pid, descriptor }),
-                Ok(None) => {}
+            // Read before its descriptors: so whoever has this start later is the process that was looked into.
+            let Ok(Some(process)) = self.process(pid) else { continue };
+            match self.holds(pid, &wanted, &mut left, &mut holders.cut) {
+                Ok(true) => holders.found.push(process),
+                Ok(false) => {}
                 Err(error) if is_gone(&error) => {}
                 Err(_) => holders.unreadable += 1,
             }
@@ -278,26 +271,20 @@ impl Host {
         holders
     }
 
-    /// Whether a holder that was found holds the socket still: then its pid is still its own.
-    pub(crate) fn still_holds(&self, holder: Holder, inode: u64) -> bool {
-        let link = self.path(holder.pid, "fd").join(holder.descriptor.to_string());
-        fs::read_link(link).is_ok_and(|target| target == Path::new(&format!("socket:[{inode}]")))
-    }
-
-    fn descriptor_of(&self, pid: u32, wanted: &Path, left: &mut usize, cut: &mut bool) -> io::Result<Option<u32>> {
+    fn holds(&self, pid: u32, wanted: &Path, left: &mut usize, cut: &mut bool) -> io::Result<bool> {
         for (count, entry) in fs::read_dir(self.path(pid, "fd"))?.enumerate() {
             if *left == 0 || count == DESCRIPTORS_A_PROCESS_MAX {
                 *cut = true;
-                return Ok(None);
+                return Ok(false);
             }
             *left -= 1;
             let entry = entry?;
             // One that was closed meanwhile has no target; the others are still of interest.
             if fs::read_link(entry.path()).is_ok_and(|target| target == wanted) {
-                return Ok(parse::number(&entry.file_name()));
+                return Ok(true);
             }
         }
-        Ok(None)
+        Ok(false)
     }
 
     /// Those processes and all that descend from them, without orphans, at most [`CANDIDATES_MAX`].

@@ -17,6 +17,7 @@ mod document;
 mod explain;
 mod matching;
 mod name;
+mod route;
 mod rule;
 mod settings;
 
@@ -163,7 +164,7 @@ impl Rules {
         let path = path.display().to_string();
         let document = Document::parse(text, &path)?;
         let top = document.top();
-        top.only(&[settings::KEYS, &["component", "rule"]].concat())?;
+        top.only(&[settings::KEYS, route::KEYS, &["component", "rule"]].concat())?;
         let settings = Settings::decode(&top)?;
 
         let mut components: Vec<Component> = Vec::new();

@@ -51,6 +51,11 @@ impl Prepared {
         self.settings.identities_max()
     }
 
+    /// Where redirected connections come in.
+    pub(super) fn redirects(&self) -> Vec<SocketAddr> {
+        self.settings.redirects().to_vec()
+    }
+
     /// Starts the thread.
     pub(super) fn start(
         self,

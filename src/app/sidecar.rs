@@ -44,6 +44,8 @@ pub struct Sidecar {
     admin_shutdown: watch::Sender<bool>,
     actions: mpsc::Receiver<Action>,
     reopener: Reopener,
+    /// Listeners for redirected connections, on each worker.
+    redirects: usize,
     ended: mpsc::Receiver<AppError>,
     rotation: JoinHandle<()>,
     admin: JoinHandle<()>,
@@ -53,13 +55,15 @@ pub struct Sidecar {
 impl Sidecar {
     /// Starts every thread and returns; readiness comes later ([`Self::wait_ready`]).
     pub fn start(settings: config::Sidecar) -> Result<Self, AppError> {
-        let config::Sidecar { mut consul, plane, admin: admin_settings, connection_log, airflow } = settings;
+        let config::Sidecar { mut consul, mut plane, admin: admin_settings, connection_log, airflow } = settings;
         let (listener, admin_address) = threads::bind_admin(admin_settings.bind)?;
         let (prepared, attributions) = match airflow.map(|rules| callers::prepare(&rules, plane.workers)).transpose()? {
             Some((prepared, attributions)) => (Some(prepared), attributions),
             None => (None, Vec::new()),
         };
         consul.caller_identities_max = prepared.as_ref().map_or(0, callers::Prepared::identities_max);
+        plane.redirects = prepared.as_ref().map(callers::Prepared::redirects).unwrap_or_default();
+        let redirects = plane.redirects.len();
         let reopener = Reopener::default();
         let log = ConnectionLog::open(&destination(connection_log), &reopener)
             .map_err(|error| AppError::Config(format!("connection log: {error}")))?;
@@ -107,6 +111,7 @@ impl Sidecar {
             admin_shutdown,
             actions,
             reopener,
+            redirects,
             ended,
             rotation,
             admin,
@@ -153,7 +158,7 @@ impl Sidecar {
         if self.viewer.acknowledged() < 1 {
             return Some("a worker has not taken up the configuration yet".to_owned());
         }
-        let (wanted, bound) = (listeners_wanted(&snapshot, self.cells.len()), self.listeners_bound());
+        let (wanted, bound) = (listeners_wanted(&snapshot, self.cells.len(), self.redirects), self.listeners_bound());
         (bound < wanted).then(|| format!("{bound} of {wanted} listening sockets are bound; the log names those that cannot be"))
     }
 
@@ -267,11 +272,12 @@ fn access_log(path: Option<PathBuf>) -> Destination {
 }
 
 /// Sockets that the workers hold when all is bound: TCP listeners on each worker, unix sockets on one.
-fn listeners_wanted(snapshot: &Snapshot, workers: usize) -> u64 {
+fn listeners_wanted(snapshot: &Snapshot, workers: usize, redirects: usize) -> u64 {
     let binds = snapshot.services.iter().flat_map(|service| {
         service.public.iter().map(|public| &public.bind).chain(service.upstreams.iter().map(|upstream| &upstream.bind))
     });
-    binds.map(|bind| if matches!(bind, Bind::Tcp(_)) { workers as u64 } else { 1 }).sum()
+    let of_services: u64 = binds.map(|bind| if matches!(bind, Bind::Tcp(_)) { workers as u64 } else { 1 }).sum();
+    of_services + (redirects * workers) as u64
 }
 
 /// Whether `done` came true within `timeout`.
@@ -314,8 +320,8 @@ mod tests {
         let tcp = Bind::Tcp("127.0.0.1:21000".parse().expect("address"));
         let unix = Bind::Unix { path: "/run/x.sock".into(), mode: None };
         let snapshot = Snapshot { services: vec![service(tcp), service(unix)], ..Snapshot::default() };
-        assert_eq!(listeners_wanted(&snapshot, 4), 5);
-        assert_eq!(listeners_wanted(&Snapshot::default(), 4), 0);
+        assert_eq!(listeners_wanted(&snapshot, 4, 1), 9);
+        assert_eq!(listeners_wanted(&Snapshot::default(), 4, 0), 0);
     }
 
     #[test]

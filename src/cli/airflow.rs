@@ -29,7 +29,7 @@ Examples:
 
 /// Commands of `airflow`.
 #[derive(Debug, Clone, Args)]
-#[command(after_help = EXAMPLES, arg_required_else_help = true)]
+#[command(after_help = EXAMPLES, arg_required_else_help = true, disable_help_subcommand = true)]
 pub(super) struct Flags {
     #[command(subcommand)]
     command: Command,

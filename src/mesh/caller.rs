@@ -3,6 +3,7 @@
 //! Invariant: an identity is used for a local connection only with a [`Grant`], and a grant names the rule that gave it.
 
 use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use super::Generation;
@@ -141,16 +142,72 @@ impl Caller {
 }
 
 /// Everybody whom one look-up finds, immutable, published whole.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Callers {
     /// Grows with each publication. Set by `store::Publisher`.
     pub generation: u64,
     /// By cgroup id: the kernel's 64-bit id of the cgroup in which a socket was made.
     pub by_cgroup: HashMap<u64, Arc<Caller>>,
+    /// Where redirected connections lead, the first that matches.
+    pub routes: Arc<[Route]>,
+}
+
+/// An address on the network that an upstream stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// First address of the network.
+    pub network: IpAddr,
+    /// Leading bits that count.
+    pub prefix: u8,
+    /// One port, or any.
+    pub port: Option<u16>,
+    /// The upstream's name.
+    pub upstream: Arc<str>,
+}
+
+impl Route {
+    /// Whether a connection to `destination` takes it.
+    pub fn matches(&self, destination: SocketAddr) -> bool {
+        let bits = |ip: IpAddr| match ip {
+            IpAddr::V4(ip) => (u128::from(u32::from(ip)) << 96, true),
+            IpAddr::V6(ip) => (u128::from(ip), false),
+        };
+        let ((wanted, wanted_v4), (network, network_v4)) = (bits(destination.ip().to_canonical()), bits(self.network));
+        let mask = if self.prefix == 0 { 0 } else { u128::MAX << (128 - u32::from(self.prefix.min(128))) };
+        wanted_v4 == network_v4 && (wanted ^ network) & mask == 0 && self.port.is_none_or(|port| port == destination.port())
+    }
+}
+
+impl Default for Callers {
+    fn default() -> Self {
+        Self { generation: 0, by_cgroup: HashMap::new(), routes: Arc::from([]) }
+    }
 }
 
 impl Generation for Callers {
     fn set_generation(&mut self, generation: u64) {
         self.generation = generation;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn route(network: &str, prefix: u8, port: Option<u16>) -> Route {
+        Route { network: network.parse().expect("an address"), prefix, port, upstream: "warehouse".into() }
+    }
+
+    #[test]
+    fn a_route_takes_its_network_and_port_and_nothing_else() {
+        let to = |text: &str| text.parse::<SocketAddr>().expect("an address");
+        assert!(route("10.1.0.0", 16, Some(5_432)).matches(to("10.1.2.3:5432")));
+        assert!(!route("10.1.0.0", 16, Some(5_432)).matches(to("10.1.2.3:5433")));
+        assert!(!route("10.1.0.0", 16, None).matches(to("10.2.0.0:5432")));
+        assert!(route("10.1.2.3", 32, None).matches(to("[::ffff:10.1.2.3]:1")), "a v4 client of a v6 socket");
+        assert!(!route("10.1.2.3", 32, None).matches(to("10.1.2.4:1")));
+        assert!(route("2001:db8::", 32, None).matches(to("[2001:db8:1::1]:1")));
+        assert!(route("0.0.0.0", 0, None).matches(to("203.0.113.9:9")) && !route("0.0.0.0", 0, None).matches(to("[::1]:9")));
+        assert!(route("::", 0, None).matches(to("[2001:db8::1]:9")) && !route("::1", 128, None).matches(to("[::2]:9")));
     }
 }

@@ -5,6 +5,7 @@
 //! accept and close.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Instant;
@@ -24,6 +25,8 @@ pub(super) enum Role {
     Public(Arc<PublicListener>),
     /// Plain in, an upstream behind.
     Upstream(Balancer),
+    /// Plain in, redirected: handed on to the listener of the upstream that its destination stands for.
+    Redirect,
 }
 
 /// One listener of one worker.
@@ -72,11 +75,16 @@ pub(super) struct Wanted {
 pub(super) enum Place {
     Public(Arc<PublicListener>),
     Upstream(Arc<crate::mesh::Upstream>),
+    Redirect,
 }
 
-/// Every listener that `snapshot` has.
-pub(super) fn wanted(snapshot: &Snapshot) -> Vec<Wanted> {
+/// Every listener that `snapshot` has, and those for redirected connections, which are `redirect`'s.
+pub(super) fn wanted(snapshot: &Snapshot, redirects: &[SocketAddr], redirect: &Arc<Service>) -> Vec<Wanted> {
     let mut all = Vec::new();
+    for address in redirects {
+        let key = Key { bind: Bind::Tcp(*address), proxy_id: Arc::clone(&redirect.proxy_id), upstream: None };
+        all.push(Wanted { key, service: Arc::clone(redirect), place: Place::Redirect });
+    }
     for service in &snapshot.services {
         if let Some(public) = &service.public {
             let key = Key { bind: public.bind.clone(), proxy_id: Arc::clone(&service.proxy_id), upstream: None };
@@ -100,6 +108,7 @@ impl Listener {
         let (direction, role) = match place {
             Place::Public(public) => (Direction::Inbound, Role::Public(public)),
             Place::Upstream(upstream) => (Direction::Outbound, Role::Upstream(Balancer::new(upstream, seed))),
+            Place::Redirect => (Direction::Outbound, Role::Redirect),
         };
         let cells = Arc::new(ListenerCells::new(direction, Arc::clone(&service.name), key.upstream));
         Self {
@@ -145,7 +154,7 @@ impl Listener {
                 }
             }
             // The key tells the two apart.
-            (Role::Public(_), Place::Upstream(_)) | (Role::Upstream(_), Place::Public(_)) => {}
+            (Role::Public(_) | Role::Upstream(_) | Role::Redirect, _) => {}
         }
     }
 
@@ -154,6 +163,7 @@ impl Listener {
         match &self.role {
             Role::Public(public) => (public.max_inbound_connections > 0).then_some(public.max_inbound_connections),
             Role::Upstream(balancer) => Some(balancer.upstream().max_connections.unwrap_or(UPSTREAM_CONNECTIONS_MAX)),
+            Role::Redirect => None,
         }
     }
 

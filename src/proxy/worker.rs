@@ -20,7 +20,8 @@ use super::timer::{Owner, Wheel};
 use super::{Attribution, Order, Orders, ProxyError};
 use crate::buffer::{Class, Pool};
 use crate::config::DataPlane;
-use crate::mesh::Snapshot;
+use crate::mesh::{Service, Snapshot};
+use crate::policy::Intentions;
 use crate::ring::{Completion, Op, Ring, SHARED_BUFFERS};
 use crate::store::Reader;
 use crate::telemetry::cells::Direction;
@@ -69,6 +70,8 @@ pub(super) struct Worker<R: Ring> {
     /// The earliest time that a listener wants to bind or accept again.
     listeners_due: Option<Instant>,
     listeners_bound: u64,
+    /// Whose the listeners for redirected connections are.
+    redirect: Arc<Service>,
     /// Denials so far, and when this worker began (seconds): together they name each.
     denials: u32,
     epoch: u64,
@@ -104,6 +107,7 @@ impl<R: Ring> Worker<R> {
             next_region_sweep: now,
             listeners_due: None,
             listeners_bound: 0,
+            redirect: Arc::new(redirects()),
             denials: 0,
             epoch: since_epoch.as_secs(),
         }
@@ -284,6 +288,18 @@ impl<R: Ring> Worker<R> {
             _ => {}
         }
         result
+    }
+}
+
+/// The name under which listeners for redirected connections stand in logs and metrics.
+fn redirects() -> Service {
+    Service {
+        name: "redirect".into(),
+        proxy_id: "redirect".into(),
+        identity: None,
+        intentions: Arc::new(Intentions::unknown()),
+        public: None,
+        upstreams: Vec::new(),
     }
 }
 

@@ -195,7 +195,11 @@ impl Ring for Sim {
         None
     }
 
-    fn owner(&mut self, _socket: Socket) -> Option<SocketOwner> {
+    fn original_destination(&mut self, _socket: Socket) -> Option<SocketAddr> {
+        None
+    }
+
+    fn owner(&mut self, _socket: Socket, _original: Option<SocketAddr>) -> Option<SocketOwner> {
         None
     }
 

@@ -235,8 +235,12 @@ impl Ring for Uring {
         sys::peer_address(socket.0)
     }
 
-    fn owner(&mut self, socket: Socket) -> Option<SocketOwner> {
-        sys::socket_owner(socket.0, &mut self.diag)
+    fn original_destination(&mut self, socket: Socket) -> Option<SocketAddr> {
+        sys::original_destination(socket.0)
+    }
+
+    fn owner(&mut self, socket: Socket, original: Option<SocketAddr>) -> Option<SocketOwner> {
+        sys::socket_owner(socket.0, original, &mut self.diag)
     }
 
     fn accept(&mut self, listener: Socket, token: Token) {

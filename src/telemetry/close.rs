@@ -38,6 +38,8 @@ pub enum CloseReason {
     ConnectTimeout,
     /// The upstream has no healthy endpoint.
     NoEndpoint,
+    /// It was redirected here and no route leads from where it wanted to go to an upstream.
+    NoRoute,
     /// A connection limit was reached.
     Limit,
     /// No certificate yet, and the hold time is over.
@@ -52,7 +54,7 @@ pub enum CloseReason {
 
 impl CloseReason {
     /// Every reason, in counter order.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Complete,
         Self::Probe,
         Self::Denied,
@@ -70,6 +72,7 @@ impl CloseReason {
         Self::ConnectFailed,
         Self::ConnectTimeout,
         Self::NoEndpoint,
+        Self::NoRoute,
         Self::Limit,
         Self::NoIdentity,
         Self::OutOfBuffers,
@@ -97,6 +100,7 @@ impl CloseReason {
             Self::ConnectFailed => "connect_failed",
             Self::ConnectTimeout => "connect_timeout",
             Self::NoEndpoint => "no_endpoint",
+            Self::NoRoute => "no_route",
             Self::Limit => "limit",
             Self::NoIdentity => "no_identity",
             Self::OutOfBuffers => "out_of_buffers",

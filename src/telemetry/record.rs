@@ -79,6 +79,8 @@ pub struct ConnectionRecord {
     pub upstream: Option<Arc<str>>,
     /// Who connected to us.
     pub downstream: Option<SocketAddr>,
+    /// Where it wanted to go, when it was redirected here (outbound).
+    pub original: Option<SocketAddr>,
     /// Whom we connected to (the app, or the upstream endpoint).
     pub endpoint: Option<Address>,
     /// SPIFFE ID of the calling side, once known.
@@ -113,6 +115,37 @@ pub struct ConnectionRecord {
     pub reason: CloseReason,
     /// What rustls or the system said, for failures.
     pub detail: Option<Box<str>>,
+}
+
+impl ConnectionRecord {
+    /// A connection just accepted on the listener of these cells, of which nothing else is known.
+    pub fn new(cells: &ListenerCells, downstream: Option<SocketAddr>) -> Self {
+        Self {
+            start: SystemTime::now(),
+            direction: cells.direction,
+            service: Arc::clone(&cells.service),
+            upstream: cells.upstream.clone(),
+            downstream,
+            original: None,
+            endpoint: None,
+            source: None,
+            destination: None,
+            decision: None,
+            caller: None,
+            denial: None,
+            tls_version: None,
+            tls_suite: None,
+            tls_resumed: false,
+            bytes_from_mesh: 0,
+            bytes_to_mesh: 0,
+            connect: None,
+            handshake: None,
+            total: Duration::ZERO,
+            attempts: 0,
+            reason: CloseReason::Limit,
+            detail: None,
+        }
+    }
 }
 
 /// The authorisation of a connection.

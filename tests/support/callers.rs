@@ -19,7 +19,7 @@ use ringfence::mesh::caller::{Caller, Grant, Refusal, Stranger, Task, Tier, Who}
 use ringfence::mesh::{Balance, Bind, DenyReply, Endpoint, Identity, Outlier, Service, Snapshot, Target, Upstream};
 use ringfence::policy::{Action, DefaultPolicy, Ground, Intention, Intentions};
 use ringfence::store::{self, Publisher, Reader};
-use ringfence::telemetry::cells::Direction;
+use ringfence::telemetry::cells::{Direction, ListenerCells};
 use ringfence::telemetry::channel::{self, Sender};
 use ringfence::telemetry::close::CloseReason;
 use ringfence::telemetry::denial::DenialId;
@@ -121,29 +121,16 @@ pub fn stranger(command: &str) -> Caller {
 }
 
 fn record(caller: Caller, upstream: &str) -> ConnectionRecord {
+    let cells = ListenerCells::new(Direction::Outbound, "airflow-worker".into(), Some(upstream.into()));
     ConnectionRecord {
         start: SystemTime::now() - Duration::from_secs(3),
-        direction: Direction::Outbound,
-        service: "airflow-worker".into(),
-        upstream: Some(upstream.into()),
-        downstream: Some(([127, 0, 0, 1], 30_001).into()),
-        endpoint: None,
-        source: None,
-        destination: None,
-        decision: None,
         caller: Some(Arc::new(caller)),
-        denial: None,
-        tls_version: None,
-        tls_suite: None,
-        tls_resumed: false,
         bytes_from_mesh: 2_048,
         bytes_to_mesh: 512,
-        connect: None,
-        handshake: None,
         total: Duration::from_secs(1),
         attempts: 1,
         reason: CloseReason::Complete,
-        detail: None,
+        ..ConnectionRecord::new(&cells, Some(([127, 0, 0, 1], 30_001).into()))
     }
 }
 

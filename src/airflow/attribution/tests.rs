@@ -303,6 +303,15 @@ fn a_flood_of_questions_is_not_searched() {
 }
 
 #[test]
+fn a_storm_of_supervisors_is_held_up_by_no_bound() {
+    let mut stage = Stage::new();
+    stage.scenery.hold(11, 3, INODE);
+    for _ in 0..1_000 {
+        assert_eq!(component(&stage.ask(&ORIGIN)), Some("airflow-worker"));
+    }
+}
+
+#[test]
 fn a_real_socket_of_this_process_is_found() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

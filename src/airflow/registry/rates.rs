@@ -31,6 +31,22 @@ impl Rates {
 
     /// Takes tokens out of the user's bucket; false, and none taken, when there are not enough.
     pub(crate) fn take(&mut self, uid: u32, tokens: f64, now: Instant) -> bool {
+        let bucket = self.bucket(uid, now);
+        let enough = bucket.tokens >= tokens;
+        if enough {
+            bucket.tokens -= tokens;
+        }
+        enough
+    }
+
+    /// Puts tokens back that were taken for something that shall cost none.
+    pub(crate) fn give_back(&mut self, uid: u32, tokens: f64, now: Instant) {
+        let burst = self.burst;
+        let bucket = self.bucket(uid, now);
+        bucket.tokens = (bucket.tokens + tokens).min(burst);
+    }
+
+    fn bucket(&mut self, uid: u32, now: Instant) -> &mut Bucket {
         let (rate, burst) = (self.rate, self.burst);
         if self.buckets.len() >= UIDS_MAX && !self.buckets.contains_key(&uid) {
             self.buckets.retain(|_, bucket| bucket.fill(rate, burst, now) < burst);
@@ -41,11 +57,8 @@ impl Rates {
         } else {
             self.shared.get_or_insert_with(full)
         };
-        let enough = bucket.fill(rate, burst, now) >= tokens;
-        if enough {
-            bucket.tokens -= tokens;
-        }
-        enough
+        bucket.fill(rate, burst, now);
+        bucket
     }
 }
 

@@ -2,12 +2,14 @@
 //!
 //! Invariant: every path is absolute and free of `..`; an identity is a name that Consul takes.
 
+use std::net::SocketAddr;
 use std::path::{Component as Part, Path, PathBuf};
 use std::sync::Arc;
 
 use super::RulesError;
 use super::document::{Item, Section};
-use super::name;
+use super::{name, route};
+use crate::mesh::caller::Route;
 
 /// The keys at the top of the file, besides `component` and `rule`.
 pub(super) const KEYS: &[&str] =
@@ -62,6 +64,10 @@ pub(crate) struct Settings {
     pub(crate) accept_titles: bool,
     /// Leaf certificates kept.
     pub(crate) identities_max: usize,
+    /// Where redirected connections come in.
+    pub(crate) redirects: Vec<SocketAddr>,
+    /// Where they lead.
+    pub(crate) routes: Arc<[Route]>,
 }
 
 impl Settings {
@@ -81,6 +87,8 @@ impl Settings {
             fallback: top.get("default").map(|item| fallback(&item)).transpose()?.unwrap_or(Fallback::Deny),
             accept_titles: top.boolean("accept_titles")?.unwrap_or(false),
             identities_max: identities_max.unwrap_or(IDENTITIES_MAX_DEFAULT),
+            redirects: route::listeners(top)?,
+            routes: route::routes(top)?,
         })
     }
 }

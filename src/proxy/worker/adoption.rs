@@ -21,8 +21,10 @@ impl<R: Ring> Worker<R> {
             return;
         }
         let snapshot = Arc::clone(self.reader.current());
-        let mut wanted: HashMap<Key, Wanted> =
-            listener::wanted(&snapshot).into_iter().map(|wanted| (wanted.key.clone(), wanted)).collect();
+        let mut wanted: HashMap<Key, Wanted> = listener::wanted(&snapshot, &self.plane.redirects, &self.redirect)
+            .into_iter()
+            .map(|wanted| (wanted.key.clone(), wanted))
+            .collect();
         let mut policy_changed = false;
         for index in 0..self.listeners.len() {
             let Some(listener) = self.listeners[index].as_mut() else { continue };

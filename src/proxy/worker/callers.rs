@@ -10,7 +10,7 @@ use super::super::listener::Role;
 use super::super::reply::Reply;
 use super::Worker;
 use crate::mesh::Identity;
-use crate::mesh::caller::{Caller, Callers, Refusal, Stranger, Tier, Who};
+use crate::mesh::caller::{Caller, Callers, Refusal, Route, Stranger, Tier, Who};
 use crate::ring::Ring;
 use crate::store::Reader;
 use crate::store::desk::{Inquirer, Origin, Question};
@@ -54,15 +54,14 @@ impl<R: Ring> Worker<R> {
         if connection.asked {
             return None;
         }
-        let owner = connection.legs[super::super::connection::PLAIN].socket.and_then(|socket| self.ring.owner(socket));
+        let owner = connection.legs[super::super::connection::PLAIN]
+            .socket
+            .and_then(|socket| self.ring.owner(socket, connection.facts.original));
+        self.refresh_callers();
         let attribution = self.attribution.as_mut()?;
-        if let Some(owner) = owner.filter(|owner| owner.cgroup != 0) {
-            if attribution.callers.refresh().is_some() {
-                attribution.callers.acknowledge();
-            }
-            if let Some(caller) = attribution.callers.current().by_cgroup.get(&owner.cgroup) {
-                return Some(Arc::clone(caller));
-            }
+        let known = owner.and_then(|owner| attribution.callers.current().by_cgroup.get(&owner.cgroup));
+        if let Some(caller) = known {
+            return Some(Arc::clone(caller));
         }
         connection.asked = true;
         let question = Question::Who {
@@ -75,6 +74,20 @@ impl<R: Ring> Worker<R> {
             return None;
         }
         Some(Arc::new(nobody(owner, "too many connections wait to be attributed", "find the process that opens them")))
+    }
+
+    fn refresh_callers(&mut self) {
+        if let Some(attribution) = &mut self.attribution
+            && attribution.callers.refresh().is_some()
+        {
+            attribution.callers.acknowledge();
+        }
+    }
+
+    /// Where redirected connections lead.
+    pub(super) fn routes(&mut self) -> Option<Arc<[Route]>> {
+        self.refresh_callers();
+        self.attribution.as_ref().map(|attribution| Arc::clone(&attribution.callers.current().routes))
     }
 
     /// Goes on with the connections whose callers are known now.
@@ -106,7 +119,7 @@ impl<R: Ring> Worker<R> {
         connection.facts.denial = Some(id);
         let protocol = match &self.listener(connection).role {
             Role::Upstream(balancer) => balancer.upstream().deny_reply,
-            Role::Public(_) => crate::mesh::DenyReply::Close,
+            Role::Public(_) | Role::Redirect => crate::mesh::DenyReply::Close,
         };
         let reason = denial::reason(&connection.facts).unwrap_or_default();
         let remedy = denial::remedy(&connection.facts).unwrap_or_default();

@@ -1,14 +1,15 @@
 //! A worker's listeners: bound, armed, told of, and closed when a snapshot lacks them.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Instant;
 
 use super::{Worker, slot_of};
 use crate::mesh::Bind;
 use crate::proxy::connection::Connection;
 use crate::proxy::limits::{ACCEPT_BACKOFF, BIND_FOLLOW, BIND_RETRY};
-use crate::proxy::listener::Listener;
+use crate::proxy::listener::{Listener, Role};
 use crate::ring::{Completion, Errno, Op, Ring, Socket, Token};
 use crate::telemetry::close::CloseReason;
 use crate::telemetry::record::{ConnectionRecord, Event};
@@ -69,35 +70,53 @@ impl<R: Ring> Worker<R> {
     }
 
     fn on_accepted(&mut self, index: u32, socket: Socket) {
+        let redirected =
+            matches!(self.listeners.get(index as usize), Some(Some(listener)) if matches!(listener.role, Role::Redirect));
+        if !redirected {
+            return self.admit(index, socket, None);
+        }
+        let original = self.ring.original_destination(socket);
+        match original.and_then(|original| self.upstream_for(original)) {
+            Some(upstream) => self.admit(upstream, socket, original),
+            None => self.refuse_unrouted(index, socket, original),
+        }
+    }
+
+    /// The listener of the upstream that stands for `destination`.
+    fn upstream_for(&mut self, destination: SocketAddr) -> Option<u32> {
+        let routes = self.routes()?;
+        let route = routes.iter().find(|route| route.matches(destination))?;
+        let leads_there = |listener: &Listener| match &listener.role {
+            Role::Upstream(balancer) => balancer.upstream().name == route.upstream && !listener.removed,
+            Role::Public(_) | Role::Redirect => false,
+        };
+        self.listeners.iter().position(|listener| listener.as_ref().is_some_and(leads_there)).map(slot_of)
+    }
+
+    fn refuse_unrouted(&mut self, index: u32, socket: Socket, original: Option<SocketAddr>) {
+        let downstream = self.ring.peer_address(socket);
+        let Some(Some(listener)) = self.listeners.get_mut(index as usize) else { return };
+        listener.cells.connections.add(1);
+        listener.cells.closed[CloseReason::NoRoute as usize].add(1);
+        let mut facts = Box::new(ConnectionRecord::new(&listener.cells, downstream));
+        facts.original = original;
+        facts.reason = CloseReason::NoRoute;
+        facts.detail = Some(match original {
+            Some(original) => format!("no route leads to an upstream for {original}; add a [[route]] to the rules").into(),
+            None => "it came to the redirect listener without being redirected; connect to an upstream's own listener".into(),
+        });
+        self.telemetry.send(Event::Connection(facts));
+        self.ring.close(socket, true);
+    }
+
+    fn admit(&mut self, index: u32, socket: Socket, original: Option<SocketAddr>) {
         let now = self.now();
         let Some(Some(listener)) = self.listeners.get_mut(index as usize) else { return };
         let full = self.connections.live() >= self.plane.connections_max;
         let admitted = !full && !listener.removed && listener.gate.enter(listener.connections_max());
         listener.cells.connections.add(1);
-        let mut facts = Box::new(ConnectionRecord {
-            start: SystemTime::now(),
-            direction: listener.cells.direction,
-            service: Arc::clone(&listener.service.name),
-            upstream: listener.cells.upstream.clone(),
-            downstream: self.ring.peer_address(socket),
-            endpoint: None,
-            source: None,
-            destination: None,
-            decision: None,
-            caller: None,
-            denial: None,
-            tls_version: None,
-            tls_suite: None,
-            tls_resumed: false,
-            bytes_from_mesh: 0,
-            bytes_to_mesh: 0,
-            connect: None,
-            handshake: None,
-            total: Duration::ZERO,
-            attempts: 0,
-            reason: CloseReason::Limit,
-            detail: None,
-        });
+        let mut facts = Box::new(ConnectionRecord::new(&listener.cells, self.ring.peer_address(socket)));
+        facts.original = original;
         if !admitted {
             let (reason, detail) = match (listener.removed, full) {
                 (true, _) => (CloseReason::Drained, "the listener is closing"),

@@ -35,7 +35,9 @@ impl<R: Ring> Worker<R> {
         *own_side(Direction::Inbound, &mut connection.facts) = Some(identity.svid.id.clone());
         let timeout = match &self.listener(connection).role {
             Role::Public(public) => public.handshake_timeout,
-            Role::Upstream(_) => return self.end(connection, CloseReason::Shutdown, "listener changed its kind"),
+            Role::Upstream(_) | Role::Redirect => {
+                return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
+            }
         };
         let accepted = identity.tls.get(self.index).map(crate::tls::WorkerTls::accept);
         match accepted {

@@ -79,6 +79,7 @@ fn is_failure(reason: CloseReason) -> bool {
         | CloseReason::Revoked
         | CloseReason::LocalReset
         | CloseReason::AppUnreachable
+        | CloseReason::NoRoute
         | CloseReason::Drained
         | CloseReason::Shutdown => false,
     }

@@ -1,7 +1,8 @@
 //! One connection as one JSON line.
 //!
 //! Invariant: the keys and their order never change within a major version; a value that is not known is `null`. Only
-//! `remedy`, `denial` and `why` are left out when nobody was denied, `caller` where local callers are not told apart. Text from peers is escaped by serde, so a line stays one line.
+//! `remedy`, `denial` and `why` are left out when nobody was denied, `caller` where local
+//! callers are not told apart, `original` unless it was redirected. Text from peers is escaped by serde, so a line stays one line.
 
 use std::fmt::Display;
 use std::time::{Duration, SystemTime};
@@ -39,6 +40,8 @@ pub(super) struct Line<'a> {
     reason: &'static str,
     detail: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    original: Option<Text<std::net::SocketAddr>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     caller: Option<Caller<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     denial: Option<Text<DenialId>>,
@@ -70,6 +73,7 @@ impl<'a> From<&'a ConnectionRecord> for Line<'a> {
             tls_suite: record.tls_suite.map(|suite| Text(TlsSuite(suite))),
             tls_resumed: record.tls_resumed,
             downstream: record.downstream.map(Text),
+            original: record.original.map(Text),
             endpoint: record.endpoint.as_ref().map(Text),
             attempts: record.attempts,
             reason: record.reason.as_str(),
