@@ -88,6 +88,8 @@ pub struct Context {
     pub lifecycle: watch::Receiver<Lifecycle>,
     /// Where requests for the process go.
     pub actions: mpsc::Sender<Action>,
+    /// Turns true when the port shall close, while the workers' events are still taken: with or before `shutdown`.
+    pub closing: watch::Receiver<bool>,
     /// How the port behaves.
     pub settings: Settings,
 }
@@ -107,23 +109,26 @@ struct Shared {
     start: Instant,
 }
 
-/// Serves until `shutdown` turns true or its sender is gone; then ends the open requests, takes the workers' last events
+/// Serves until the context's `closing` turns true, takes what workers say until `shutdown` does or its sender is gone; then ends the open requests, takes the workers' last events
 /// and writes the logs out. To lose no record, end the workers first.
 pub async fn run(listener: TcpListener, mut context: Context, mut shutdown: watch::Receiver<bool>) {
     warn_if_exposed(&listener);
     if !context.hub.install_recorder() {
         tracing::debug!("another metrics recorder is installed; metrics of the control plane are not on /metrics");
     }
+    let mut closing = context.closing.clone();
     let shared = Arc::new(Shared::new(context));
     let ticking = tokio::spawn(tick(Arc::clone(&shared)));
-    server::serve(listener, routes::router(Arc::clone(&shared)), &mut shutdown).await;
+    server::serve(listener, routes::router(Arc::clone(&shared)), &mut closing).await;
+    // The port may go to another process long before the last connection of this one ends. An error means the end as well.
+    let _ = shutdown.wait_for(|shutdown| *shutdown).await;
     ticking.abort();
     shared.finish().await;
 }
 
 impl Shared {
     fn new(context: Context) -> Self {
-        let Context { hub, viewer, status, lifecycle, actions, settings } = context;
+        let Context { hub, viewer, status, lifecycle, actions, closing: _, settings } = context;
         Self {
             hub: Mutex::new(hub),
             viewer,

@@ -35,9 +35,10 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use crate::mesh::Snapshot;
-use crate::mesh::caller::Callers;
+use crate::mesh::caller::{Callers, Route};
 use crate::store::desk::Desk;
 use crate::store::{Publisher, Viewer, Wake};
+use crate::sys::handover::{Inherited, Place};
 use crate::sys::{self, EventFd};
 use office::Office;
 use office::Opening;
@@ -91,6 +92,11 @@ impl Settings {
     pub fn redirects(&self) -> &[SocketAddr] {
         &self.file.settings.redirects
     }
+
+    /// `[[route]]`: where they lead, the first that matches.
+    pub fn routes(&self) -> &[Route] {
+        &self.file.settings.routes
+    }
 }
 
 /// Wishes for a certificate of a Consul service name.
@@ -124,9 +130,12 @@ impl Wake for Doorbell {
     }
 }
 
-/// Binds the registration socket, so that a failure is known before any thread runs.
-pub fn bind(settings: &Settings) -> Result<OwnedFd, AirflowError> {
+/// Binds the registration socket, so that a failure is known before any thread runs, or takes it from a predecessor.
+pub fn bind(settings: &Settings, inherited: &mut Inherited) -> Result<OwnedFd, AirflowError> {
     let path = &settings.file.settings.socket;
+    if let Some(socket) = inherited.take_socket(&Place::Unix(path.clone())) {
+        return Ok(socket);
+    }
     let failed = |source| AirflowError::Socket { path: path.clone(), source };
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).map_err(failed)?;
@@ -135,20 +144,38 @@ pub fn bind(settings: &Settings) -> Result<OwnedFd, AirflowError> {
     sys::listen_unix(path, Some(settings.file.settings.socket_mode)).map_err(failed)
 }
 
-/// Runs until `shutdown` turns true. Must run on a current-thread runtime, within a `LocalSet`.
-pub async fn run(context: Context, socket: OwnedFd, mut shutdown: watch::Receiver<bool>) -> Result<(), AirflowError> {
+/// What the thread shall do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Phase {
+    /// Take registrations and answer.
+    #[default]
+    Serve,
+    /// Answer, and leave registrations in the backlog: a successor that reads what is remembered is about to take them.
+    Wait,
+    /// End; the socket is a successor's.
+    HandOver,
+    /// End.
+    End,
+}
+
+/// Runs until `phase` says to end, or its sender is gone. Must run on a current-thread runtime, within a `LocalSet`.
+pub async fn run(context: Context, socket: OwnedFd, mut phase: watch::Receiver<Phase>) -> Result<(), AirflowError> {
     let failed = |what| move |source| AirflowError::Descriptor { what, source };
     let bell = bell(&context.questions).map_err(failed("the workers' bell"))?;
     let listener = registration::listener(socket).map_err(failed("the registration socket"))?;
     let Context { settings, publisher, mut desks, questions: _questions, viewer, admin, wish } = context;
     let socket_path = settings.file.settings.socket.clone();
     let office = Office::open(Opening { settings, publisher, viewer, admin, wish });
-    let serving = tokio::task::spawn_local(registration::serve(listener, Rc::clone(&office)));
+    let serving = tokio::task::spawn_local(registration::serve(listener, Rc::clone(&office), phase.clone()));
+    let keep_socket;
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            _ = shutdown.changed() => break,
+            ending = phase.wait_for(|phase| matches!(phase, Phase::HandOver | Phase::End)) => {
+                keep_socket = ending.is_ok_and(|phase| *phase == Phase::HandOver);
+                break;
+            }
             ready = bell.readable() => {
                 // An error of this descriptor would be one of the kernel; the tick goes on answering then.
                 if let Ok(mut ready) = ready {
@@ -164,8 +191,10 @@ pub async fn run(context: Context, socket: OwnedFd, mut shutdown: watch::Receive
         }
     }
     serving.abort();
-    // Whoever comes next binds it again; a file that stays would only say "refused" more slowly.
-    let _ = std::fs::remove_file(socket_path);
+    if !keep_socket {
+        // Whoever comes next binds it again; a file that stays would only say "refused" more slowly.
+        let _ = std::fs::remove_file(socket_path);
+    }
     Ok(())
 }
 

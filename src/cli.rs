@@ -15,6 +15,7 @@ mod environment;
 mod explain;
 mod flags;
 mod http;
+mod redirect;
 mod terminal;
 mod top;
 mod values;
@@ -64,6 +65,7 @@ Flags are written as Consul's: -name value, -name=value or --name value.
 Exit codes:
   0   ended as asked
   1   check: something failed; demo --once: a step did not hold; explain: would be denied, or no such denial;
+      redirect-traffic -check: other rules are loaded, or none;
       airflow init -apply: something was kept as somebody else decided it
   64  the command line is wrong
   69  the kernel refuses io_uring or a feature of it; explain, top: the sidecar does not answer
@@ -76,7 +78,8 @@ Examples:
   ringfence check -sidecar-for web -token-file /etc/consul.d/web.token
   ringfence explain 5f3a9c0100000007
   ringfence top
-  ringfence airflow init -role worker";
+  ringfence airflow init -role worker
+  ringfence redirect-traffic -airflow /etc/ringfence/airflow.toml -user airflow";
 
 /// The L4 mutual-TLS sidecar for Consul Connect, on io_uring.
 #[derive(Debug, Parser)]
@@ -98,6 +101,8 @@ enum Command {
     Top(top::Flags),
     /// Set up the hosts of an Airflow deployment
     Airflow(airflow::Flags),
+    /// Redirect the traffic of Airflow's tasks to the sidecar by nftables, lock the rest, or take that away
+    RedirectTraffic(redirect::Flags),
     /// Show two services talking through ringfence, with identities, intentions and rotation; needs no Consul
     Demo(demo::Flags),
     /// Run the embedded Consul-compatible agent alone, for local development; loopback only
@@ -120,6 +125,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>, environment: &Environment)
         Command::Explain(flags) => explain::run(&flags),
         Command::Top(flags) => top::run(&flags),
         Command::Airflow(flags) => airflow::run(&flags, environment),
+        Command::RedirectTraffic(flags) => redirect::run(&flags),
         Command::Demo(flags) => demo::run(&flags),
         Command::Agent(flags) => agent::run(&flags),
     };
@@ -323,7 +329,7 @@ mod tests {
             "explain -h",
             "top -h",
         ];
-        for line in lines.into_iter().chain(["airflow", "airflow -h", "airflow init -help"]) {
+        for line in lines.into_iter().chain(["airflow", "airflow -h", "airflow init -help", "redirect-traffic -h"]) {
             let Err(Stop::Print(text)) = parse(words(line)) else { panic!("`{line}` prints no help") };
             assert!(text.contains("ringfence"), "{line}: {text}");
             assert!(text.contains("Example"), "{line}: {text}");
@@ -347,6 +353,8 @@ mod tests {
             ("top -interval 1ms", "100ms"),
             ("airflow innit", "unknown command `airflow innit`; did you mean init?"),
             ("airflow init -rol worker", "unknown flag -rol; did you mean -role?"),
+            ("redirect-traffic -user root", "host's own"),
+            ("redirect-traffic -lock -print -alow 10.0.0.0/8", "did you mean -allow?"),
             ("airflow init -role boss", "scheduler, api-server"),
         ] {
             let Err(Stop::Usage(UsageError(text))) = parse(words(line)) else { panic!("`{line}` was accepted") };

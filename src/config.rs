@@ -14,6 +14,10 @@ pub const AGENT_ADDRESS: &str = "127.0.0.1:8500";
 pub const ADMIN_BIND: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 19_000);
 /// How long live connections go on after SIGTERM.
 pub const DRAIN_TIME: Duration = Duration::from_secs(30);
+/// How long connections may go on in a process whose sockets another one has taken over: a task runs for hours.
+pub const HANDOVER_DRAIN: Duration = Duration::from_secs(24 * 3_600);
+/// How long a process that shall take over may need to become ready.
+pub const HANDOVER_TIMEOUT: Duration = Duration::from_secs(60);
 /// TCP keepalive on both legs.
 pub const KEEPALIVE: Duration = Duration::from_secs(60);
 /// Public listener's handshake bound (built-in proxy's default; Envoy has none).

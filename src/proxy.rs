@@ -21,7 +21,7 @@ mod worker;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::thread::JoinHandle;
 
 use crate::buffer::Pool;
@@ -30,6 +30,7 @@ use crate::mesh::Snapshot;
 use crate::ring::RingError;
 use crate::ring::uring::Uring;
 use crate::store::{Reader, Wake};
+use crate::sys::handover::Inherited;
 use crate::sys::{self, EventFd, StreamOptions};
 use crate::telemetry::channel::Sender;
 
@@ -81,15 +82,21 @@ enum Order {
 
 /// The order in force, shared with every worker. It only ever moves up.
 #[derive(Debug, Default)]
-struct Orders(AtomicU8);
+struct Orders {
+    order: AtomicU8,
+    /// Another process has the listening sockets: their files stay, and connections may take their time.
+    handed_over: AtomicBool,
+    /// This process was handed sockets over by another: it accepts only when it can serve.
+    successor: bool,
+}
 
 impl Orders {
     fn raise(&self, order: Order) {
-        self.0.fetch_max(order as u8, Ordering::AcqRel);
+        self.order.fetch_max(order as u8, Ordering::AcqRel);
     }
 
     fn current(&self) -> Order {
-        match self.0.load(Ordering::Acquire) {
+        match self.order.load(Ordering::Acquire) {
             0 => Order::Run,
             1 => Order::Drain,
             _ => Order::Stop,
@@ -107,19 +114,21 @@ pub struct Workers {
 
 /// Starts one thread a worker, `worker-N`; with a worker for each core that this process may use, each is pinned to its own.
 ///
-/// With one of `attributions` a worker, outbound connections speak as their callers; with none, as their listener's service.
+/// Listening sockets of `inherited` are used instead of binding anew. With one of `attributions` a worker, outbound connections speak as their callers; with none, as their listener's service.
 pub fn spawn(
     plane: &DataPlane,
     readers: Vec<Reader<Snapshot>>,
     senders: Vec<Sender>,
     attributions: Vec<Attribution>,
+    inherited: &mut Inherited,
 ) -> Result<Workers, ProxyError> {
     let (workers, readers_given, senders_given, given) = (plane.workers, readers.len(), senders.len(), attributions.len());
     if readers_given != workers || senders_given != workers || ![0, workers].contains(&given) {
         return Err(ProxyError::Mismatch { workers, readers: readers_given, senders: senders_given, attributions: given });
     }
     let mut attributions = attributions.into_iter();
-    let orders = Arc::new(Orders::default());
+    let orders = Arc::new(Orders { successor: inherited.has_predecessor(), ..Orders::default() });
+    let mut hands = inherited.deal(workers).into_iter();
     let gates = Arc::new(listener::Gates::default());
     let cores = sys::allowed_cores();
     let mut workers = Workers { orders: Arc::clone(&orders), threads: Vec::new(), wakes: Vec::new() };
@@ -128,7 +137,8 @@ pub fn spawn(
         let wake = EventFd::new().map_err(start("eventfd"))?;
         workers.wakes.push(wake.try_clone().map_err(start("eventfd"))?);
         let mut pool = Pool::new(plane.buffer_bytes_max).map_err(start("mapping buffers"))?;
-        let ring = Uring::new(&mut pool, StreamOptions { keepalive: plane.keepalive }, wake)?;
+        let mut ring = Uring::new(&mut pool, StreamOptions { keepalive: plane.keepalive }, wake)?;
+        ring.inherit(hands.next().unwrap_or_default());
         // Fewer workers than cores leave the choice to the scheduler: several such processes would else meet on core 0.
         let core = (plane.pin && plane.workers >= cores.len()).then(|| cores.get(index % cores.len().max(1)).copied()).flatten();
         let parts = worker::Parts {
@@ -165,6 +175,12 @@ impl Workers {
 
     /// Stops accepting; live connections go on until the drain time is over.
     pub fn drain(&self) {
+        self.order(Order::Drain);
+    }
+
+    /// Stops accepting because another process has the sockets now; live connections end when they are done.
+    pub fn hand_over(&self) {
+        self.orders.handed_over.store(true, Ordering::Release);
         self.order(Order::Drain);
     }
 

@@ -8,6 +8,7 @@
 #![allow(unsafe_code, reason = "system calls; one of the three rooms where unsafe may stand")]
 
 mod diag;
+pub mod handover;
 
 use std::fs::File;
 use std::io;

@@ -15,6 +15,7 @@ use ringfence::mesh::{
 use ringfence::policy::{DefaultPolicy, Intentions};
 use ringfence::proxy::{self, Workers};
 use ringfence::store::{self, Publisher};
+use ringfence::sys::handover::Inherited;
 use ringfence::telemetry::cells::WorkerCells;
 use ringfence::telemetry::channel;
 use ringfence::tls::fixtures::Ca;
@@ -85,7 +86,7 @@ fn side(service: Service) -> Side {
     let (mut publisher, readers) = store::new(Snapshot::default(), 1);
     let (sender, events) = channel::pair();
     let cells = Arc::clone(&sender.cells);
-    let workers = proxy::spawn(&plane, readers, vec![sender], Vec::new()).expect("workers start");
+    let workers = proxy::spawn(&plane, readers, vec![sender], Vec::new(), &mut Inherited::default()).expect("workers start");
     for wake in workers.wakes() {
         publisher.add_wake(wake);
     }

@@ -59,6 +59,7 @@ async fn port_with(connection_log: Destination, settings: Settings) -> Port {
         status: status_seen,
         lifecycle: lifecycle_seen,
         actions: actions_sent,
+        closing: shutdown_seen.clone(),
         settings,
     };
     let running = tokio::spawn(run(listener, context, shutdown_seen));

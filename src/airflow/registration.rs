@@ -13,7 +13,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
 
+use super::Phase;
 use super::office::Office;
 use super::registry::{Claim, Peer};
 
@@ -77,11 +79,18 @@ pub(super) fn listener(socket: OwnedFd) -> io::Result<UnixListener> {
     UnixListener::from_std(listener)
 }
 
-/// Serves until aborted.
-pub(super) async fn serve(listener: UnixListener, office: Rc<RefCell<Office>>) {
+/// Serves until aborted, while `phase` says so.
+pub(super) async fn serve(listener: UnixListener, office: Rc<RefCell<Office>>, mut phase: watch::Receiver<Phase>) {
     let open = Rc::new(RefCell::new(HashMap::<u32, usize>::new()));
     loop {
-        let stream = match listener.accept().await {
+        if phase.wait_for(|phase| *phase == Phase::Serve).await.is_err() {
+            return;
+        }
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = phase.changed() => continue,
+        };
+        let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
                 tracing::warn!(%error, "the registration socket cannot accept; trying again");

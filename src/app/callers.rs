@@ -18,6 +18,7 @@ use crate::proxy::{Attribution, Workers};
 use crate::store::desk::{self, Desk};
 use crate::store::{self, Publisher, Viewer};
 use crate::sys::EventFd;
+use crate::sys::handover::Inherited;
 
 /// Read and bound, with no thread yet.
 pub(super) struct Prepared {
@@ -29,10 +30,10 @@ pub(super) struct Prepared {
 }
 
 /// Reads the rules, binds the socket, and makes each worker's half.
-pub(super) fn prepare(rules: &Path, workers: usize) -> Result<(Prepared, Vec<Attribution>), AppError> {
+pub(super) fn prepare(rules: &Path, workers: usize, inherited: &mut Inherited) -> Result<(Prepared, Vec<Attribution>), AppError> {
     let failed = |error: airflow::AirflowError| AppError::Config(error.to_string());
     let settings = airflow::Settings::load(rules).map_err(failed)?;
-    let socket = airflow::bind(&settings).map_err(failed)?;
+    let socket = airflow::bind(&settings, inherited).map_err(failed)?;
     let (publisher, readers) = store::new(Callers::default(), workers);
     let (inquirers, desks) = desk::open(workers);
     let descriptor = |error| AppError::Unavailable(format!("eventfd: {error}; raise LimitNOFILE"));
@@ -63,14 +64,14 @@ impl Prepared {
         viewer: Viewer<Snapshot>,
         admin: SocketAddr,
         commands: mpsc::Sender<Command>,
-        shutdown: watch::Receiver<bool>,
+        phase: watch::Receiver<airflow::Phase>,
         ended: Ended,
     ) -> Result<JoinHandle<()>, AppError> {
         let Self { settings, socket, publisher, mut desks, questions } = self;
         for (desk, wake) in desks.iter_mut().zip(workers.wakes()) {
             desk.set_wake(wake);
         }
-        threads::airflow(shutdown, ended, socket, move || airflow::Context {
+        threads::airflow(phase, ended, socket, move || airflow::Context {
             settings,
             publisher,
             desks,

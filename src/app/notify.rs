@@ -27,6 +27,11 @@ pub(super) fn stopping(status: &str) {
     send(&[NotifyState::Stopping, NotifyState::Status(status)]);
 }
 
+/// MAINPID=: another process is the service now.
+pub(super) fn successor(pid: u32) {
+    send(&[NotifyState::MainPid(pid), NotifyState::Status("finishing what has begun; another process serves")]);
+}
+
 fn send(states: &[NotifyState<'_>]) {
     static COMPLAINED: AtomicBool = AtomicBool::new(false);
     if let Err(error) = sd_notify::notify(false, states)

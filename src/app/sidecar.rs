@@ -10,11 +10,13 @@ use tokio::sync::{mpsc, watch};
 
 use super::{AppError, callers, threads};
 use crate::admin::{self, Action, Lifecycle};
+use crate::airflow;
 use crate::config;
 use crate::control::{Command, Status};
 use crate::mesh::{Bind, Snapshot};
 use crate::proxy::{self, Workers};
 use crate::store::{self, Viewer};
+use crate::sys::handover::Inherited;
 use crate::telemetry::cells::WorkerCells;
 use crate::telemetry::channel;
 use crate::telemetry::hub::Hub;
@@ -42,6 +44,10 @@ pub struct Sidecar {
     lifecycle: watch::Sender<Lifecycle>,
     admin_address: SocketAddr,
     admin_shutdown: watch::Sender<bool>,
+    admin_closing: watch::Sender<bool>,
+    airflow_phase: watch::Sender<airflow::Phase>,
+    /// Whom to tell that this process serves.
+    inherited: Inherited,
     actions: mpsc::Receiver<Action>,
     reopener: Reopener,
     /// Listeners for redirected connections, on each worker.
@@ -55,12 +61,21 @@ pub struct Sidecar {
 impl Sidecar {
     /// Starts every thread and returns; readiness comes later ([`Self::wait_ready`]).
     pub fn start(settings: config::Sidecar) -> Result<Self, AppError> {
+        Self::start_with(settings, Inherited::default())
+    }
+
+    /// [`Self::start`], with the listening sockets that another process left.
+    pub(super) fn start_with(settings: config::Sidecar, mut inherited: Inherited) -> Result<Self, AppError> {
+        for wrong in &inherited.wrong {
+            tracing::warn!("not taken over: {wrong}");
+        }
         let config::Sidecar { mut consul, mut plane, admin: admin_settings, connection_log, airflow } = settings;
-        let (listener, admin_address) = threads::bind_admin(admin_settings.bind)?;
-        let (prepared, attributions) = match airflow.map(|rules| callers::prepare(&rules, plane.workers)).transpose()? {
-            Some((prepared, attributions)) => (Some(prepared), attributions),
-            None => (None, Vec::new()),
-        };
+        let (listener, admin_address) = threads::bind_admin(admin_settings.bind, &mut inherited)?;
+        let (prepared, attributions) =
+            match airflow.map(|rules| callers::prepare(&rules, plane.workers, &mut inherited)).transpose()? {
+                Some((prepared, attributions)) => (Some(prepared), attributions),
+                None => (None, Vec::new()),
+            };
         consul.caller_identities_max = prepared.as_ref().map_or(0, callers::Prepared::identities_max);
         plane.redirects = prepared.as_ref().map(callers::Prepared::redirects).unwrap_or_default();
         let redirects = plane.redirects.len();
@@ -75,6 +90,8 @@ impl Sidecar {
         let (commands, commands_receiver) = mpsc::channel(COMMANDS_MAX);
         let (actions_sender, actions) = mpsc::channel(ACTIONS_MAX);
         let (admin_shutdown, shutdown_receiver) = watch::channel(false);
+        let (admin_closing, closing_receiver) = watch::channel(false);
+        let (airflow_phase, phase_receiver) = watch::channel(airflow::Phase::Serve);
         let (ended_sender, ended) = mpsc::channel(ENDED_MAX);
         let viewer = publisher.viewer();
         let context = admin::Context {
@@ -83,19 +100,20 @@ impl Sidecar {
             status: status.clone(),
             lifecycle: lifecycle_receiver,
             actions: actions_sender,
+            closing: closing_receiver,
             settings: admin::Settings { access_log: access_log(admin_settings.access_log), reopener: reopener.clone() },
         };
 
-        let workers = proxy::spawn(&plane, readers, senders, attributions)
+        let workers = proxy::spawn(&plane, readers, senders, attributions, &mut inherited)
             .map_err(|error| AppError::Unavailable(format!("workers cannot start: {error}")))?;
         for wake in workers.wakes() {
             publisher.add_wake(wake);
         }
-        let started = threads::admin(listener, context, shutdown_receiver.clone(), ended_sender.clone()).and_then(|admin| {
+        let started = threads::admin(listener, context, shutdown_receiver, ended_sender.clone()).and_then(|admin| {
             let ended = ended_sender.clone();
             let rotation = threads::rotation(consul, plane.workers, publisher, status_sender, commands_receiver, ended)?;
             let airflow = prepared.map(|prepared| {
-                prepared.start(&workers, viewer.clone(), admin_address, commands.clone(), shutdown_receiver, ended_sender)
+                prepared.start(&workers, viewer.clone(), admin_address, commands.clone(), phase_receiver, ended_sender)
             });
             Ok((admin, rotation, airflow.transpose()?))
         });
@@ -109,6 +127,9 @@ impl Sidecar {
             lifecycle,
             admin_address,
             admin_shutdown,
+            admin_closing,
+            airflow_phase,
+            inherited,
             actions,
             reopener,
             redirects,
@@ -214,6 +235,24 @@ impl Sidecar {
         self.workers.drain();
     }
 
+    /// Tells a predecessor, if there is one, that this process serves.
+    pub(super) fn tell_predecessor(&mut self) {
+        self.inherited.tell_ready();
+    }
+
+    /// Leaves registrations to a successor that is starting; `false` takes them up again.
+    pub(super) fn await_successor(&self, waits: bool) {
+        self.airflow_phase.send_replace(if waits { airflow::Phase::Wait } else { airflow::Phase::Serve });
+    }
+
+    /// A successor serves with the same sockets: this process only finishes what it has begun.
+    pub(super) fn hand_over(&self) {
+        self.lifecycle.send_replace(Lifecycle::Draining);
+        self.admin_closing.send_replace(true);
+        self.airflow_phase.send_replace(airflow::Phase::HandOver);
+        self.workers.hand_over();
+    }
+
     /// Whether the workers have ended: after a drain, when the last connection has.
     pub fn is_finished(&self) -> bool {
         self.workers.is_finished()
@@ -241,7 +280,11 @@ impl Sidecar {
         let _ = self.commands.try_send(Command::Stop);
         let rotation_ended = wait(|| self.rotation.is_finished(), JOIN_TIMEOUT).await;
         // Last, so that the log lines of the connections just closed are written.
+        self.admin_closing.send_replace(true);
         self.admin_shutdown.send_replace(true);
+        if *self.airflow_phase.borrow() != airflow::Phase::HandOver {
+            self.airflow_phase.send_replace(airflow::Phase::End);
+        }
         let admin_ended = wait(|| self.admin.is_finished(), JOIN_TIMEOUT).await;
         let airflow_ended = wait(|| self.airflow.as_ref().is_none_or(JoinHandle::is_finished), JOIN_TIMEOUT).await;
         let threads =
@@ -326,8 +369,9 @@ mod tests {
 
     #[test]
     fn an_admin_port_in_use_names_the_flag() {
-        let (_held, address) = threads::bind_admin("127.0.0.1:0".parse().expect("address")).expect("free port");
-        let error = threads::bind_admin(address).expect_err("taken");
+        let (_held, address) =
+            threads::bind_admin("127.0.0.1:0".parse().expect("address"), &mut Inherited::default()).expect("free port");
+        let error = threads::bind_admin(address, &mut Inherited::default()).expect_err("taken");
         assert!(matches!(error, AppError::Config(_)));
         assert!(error.to_string().contains("-admin-bind") && error.to_string().contains(&address.to_string()), "{error}");
     }

@@ -1,6 +1,7 @@
 //! The main thread of `ringfence connect`: signals, wishes of the admin port, what systemd is told.
 //!
-//! SIGTERM and SIGINT drain, then end; a second one ends at once. SIGHUP reloads.
+//! SIGTERM and SIGINT drain, then end; a second one ends at once. SIGHUP reloads. SIGUSR2 starts the program's file anew beside
+//! this process, with the same listening sockets: when that one serves, this one finishes what it has begun and ends.
 
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::{AppError, Sidecar, notify, process};
 use crate::admin::Action;
 use crate::config;
+use crate::sys::handover::{self, Inherited, Successor};
 
 /// How often readiness, ended threads and the drain's progress are looked at.
 const TICK: Duration = Duration::from_millis(50);
@@ -24,7 +26,7 @@ pub fn run(settings: config::Sidecar) -> Result<(), AppError> {
         let drain_time = settings.plane.drain_time;
         // Before the first thread: from here on no signal kills a half-started process.
         let mut signals = Signals::new()?;
-        let mut sidecar = Sidecar::start(settings)?;
+        let mut sidecar = Sidecar::start_with(settings, Inherited::take())?;
         tracing::info!(admin = %sidecar.admin_address(), pid = std::process::id(), "started");
         let ended = Supervision::new(drain_time).run(&mut sidecar, &mut signals).await;
         // A failure is worth more to the reader than what stopping says after it.
@@ -40,6 +42,7 @@ struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hang_up: Signal,
+    upgrade: Signal,
 }
 
 impl Signals {
@@ -49,6 +52,7 @@ impl Signals {
             terminate: on(SignalKind::terminate())?,
             interrupt: on(SignalKind::interrupt())?,
             hang_up: on(SignalKind::hangup())?,
+            upgrade: on(SignalKind::user_defined2())?,
         })
     }
 }
@@ -58,6 +62,7 @@ impl Signals {
 enum Wake {
     End,
     Reload,
+    Upgrade,
     Asked(Action),
     Tick,
 }
@@ -70,6 +75,8 @@ struct Supervision {
     listeners_drained: bool,
     /// When the drain must be over.
     drain_deadline: Option<Instant>,
+    /// The process that is to take over, and until when it must be ready.
+    successor: Option<(Successor, Instant)>,
     /// The last STATUS= sent.
     told: String,
 }
@@ -83,7 +90,7 @@ enum Next {
 
 impl Supervision {
     fn new(drain_time: Duration) -> Self {
-        Self { drain_time, ready: false, listeners_drained: false, drain_deadline: None, told: String::new() }
+        Self { drain_time, ready: false, listeners_drained: false, drain_deadline: None, successor: None, told: String::new() }
     }
 
     async fn run(&mut self, sidecar: &mut Sidecar, signals: &mut Signals) -> Result<(), AppError> {
@@ -93,6 +100,7 @@ impl Supervision {
                 _ = signals.terminate.recv() => Wake::End,
                 _ = signals.interrupt.recv() => Wake::End,
                 _ = signals.hang_up.recv() => Wake::Reload,
+                _ = signals.upgrade.recv() => Wake::Upgrade,
                 action = sidecar.next_action() => Wake::Asked(action),
                 _ = ticks.tick() => Wake::Tick,
             };
@@ -111,6 +119,10 @@ impl Supervision {
                 }
                 Wake::Reload => {
                     self.reload(sidecar);
+                    Next::GoOn
+                }
+                Wake::Upgrade => {
+                    self.upgrade(sidecar);
                     Next::GoOn
                 }
                 Wake::Tick => self.tick(sidecar)?,
@@ -147,7 +159,47 @@ impl Supervision {
         }
     }
 
+    fn upgrade(&mut self, sidecar: &Sidecar) {
+        if self.successor.is_some() || self.drain_deadline.is_some() || !self.ready {
+            tracing::warn!("not upgrading: this process is not ready yet, is ending, or is being replaced already");
+            return;
+        }
+        // Before the successor reads which tasks live: who registers meanwhile waits for it.
+        sidecar.await_successor(true);
+        match handover::start_successor(std::env::args_os()) {
+            Ok(successor) => {
+                tracing::info!(pid = successor.pid(), "started the program anew; it takes over when it is ready");
+                self.successor = Some((successor, Instant::now() + config::HANDOVER_TIMEOUT));
+            }
+            Err(error) => {
+                sidecar.await_successor(false);
+                tracing::error!(%error, "the program cannot be started anew; this process goes on");
+            }
+        }
+    }
+
+    /// Looks after a process that is to take over.
+    fn watch_successor(&mut self, sidecar: &Sidecar) {
+        let Some((mut successor, deadline)) = self.successor.take() else { return };
+        if successor.is_ready() {
+            tracing::info!(pid = successor.pid(), "the new process serves; this one finishes what it has begun");
+            notify::successor(successor.pid());
+            sidecar.hand_over();
+            self.drain_deadline = Some(Instant::now() + config::HANDOVER_DRAIN);
+        } else if let Some(status) = successor.ended() {
+            tracing::error!(%status, "the new process ended before it was ready; this one goes on");
+            sidecar.await_successor(false);
+        } else if Instant::now() >= deadline {
+            tracing::error!(timeout = ?config::HANDOVER_TIMEOUT, "the new process is not ready in time and is ended; this one goes on");
+            successor.kill();
+            sidecar.await_successor(false);
+        } else {
+            self.successor = Some((successor, deadline));
+        }
+    }
+
     fn tick(&mut self, sidecar: &mut Sidecar) -> Result<Next, AppError> {
+        self.watch_successor(sidecar);
         if let Some(error) = sidecar.take_failure() {
             return Err(error);
         }
@@ -169,7 +221,7 @@ impl Supervision {
     }
 
     /// Tells systemd and the log about readiness, once, and about problems as they change.
-    fn tell(&mut self, sidecar: &Sidecar) {
+    fn tell(&mut self, sidecar: &mut Sidecar) {
         let missing = sidecar.missing();
         let text = missing.as_deref().map_or_else(
             || format!("serving {}", services(sidecar)),
@@ -179,6 +231,7 @@ impl Supervision {
         if newly_ready {
             self.ready = true;
             sidecar.set_live();
+            sidecar.tell_predecessor();
             notify::ready(&text);
             tracing::info!("ready: {text}");
         } else if text != self.told {

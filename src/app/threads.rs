@@ -13,6 +13,7 @@ use crate::config;
 use crate::control::{self, Command, Status};
 use crate::mesh::Snapshot;
 use crate::store::Publisher;
+use crate::sys::handover::{Inherited, Place};
 
 /// What ended, to whoever supervises.
 pub(super) type Ended = mpsc::Sender<AppError>;
@@ -55,23 +56,24 @@ pub(super) fn admin(
 
 /// Starts the airflow thread. `context` is made on it: what it holds need not be sent between threads later.
 pub(super) fn airflow(
-    shutdown: watch::Receiver<bool>,
+    phase: watch::Receiver<airflow::Phase>,
     ended: Ended,
     socket: OwnedFd,
     context: impl FnOnce() -> airflow::Context + Send + 'static,
 ) -> Result<JoinHandle<()>, AppError> {
     spawn("airflow", move |runtime| {
         let tasks = tokio::task::LocalSet::new();
-        if let Err(error) = runtime.block_on(tasks.run_until(airflow::run(context(), socket, shutdown))) {
+        if let Err(error) = runtime.block_on(tasks.run_until(airflow::run(context(), socket, phase))) {
             let _ = ended.try_send(AppError::Config(error.to_string()));
         }
     })
 }
 
-/// Binds the admin port. Taken before anything else starts, so that a second sidecar with the same port never takes part
+/// Binds the admin port, or takes it from a predecessor. Taken before anything else starts, so that a second sidecar with the same port never takes part
 /// in the first one's listeners.
-pub(super) fn bind_admin(bind: SocketAddr) -> Result<(TcpListener, SocketAddr), AppError> {
-    let bound = TcpListener::bind(bind).and_then(|listener| {
+pub(super) fn bind_admin(bind: SocketAddr, inherited: &mut Inherited) -> Result<(TcpListener, SocketAddr), AppError> {
+    let socket = inherited.take_socket(&Place::Tcp(bind)).map(TcpListener::from);
+    let bound = socket.map_or_else(|| TcpListener::bind(bind), Ok).and_then(|listener| {
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         Ok((listener, address))

@@ -14,7 +14,9 @@ Examples:
   ringfence connect -sidecar-for web -login-method jwt -login-bearer-token-file /run/web.jwt
 
 A line written for `consul connect envoy` or `consul connect proxy` works as it is. SIGTERM drains for -drain-time and ends,
-a second one ends at once; SIGHUP reads token and certificate files again and opens log files again.";
+a second one ends at once; SIGHUP reads token and certificate files again and opens log files again. SIGUSR2 upgrades without a
+loss: it starts the program's file anew with the same flags and listening sockets; once that one serves, this one finishes its
+open connections and ends.";
 
 /// Flags of `connect`.
 #[derive(Debug, Clone, Args)]

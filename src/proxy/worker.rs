@@ -11,6 +11,7 @@ mod listeners;
 mod steps;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::connection::{Connection, Io, Stage};
@@ -19,7 +20,7 @@ use super::listener::{Gates, Listener};
 use super::timer::{Owner, Wheel};
 use super::{Attribution, Order, Orders, ProxyError};
 use crate::buffer::{Class, Pool};
-use crate::config::DataPlane;
+use crate::config::{self, DataPlane};
 use crate::mesh::{Service, Snapshot};
 use crate::policy::Intentions;
 use crate::ring::{Completion, Op, Ring, SHARED_BUFFERS};
@@ -222,7 +223,11 @@ impl<R: Ring> Worker<R> {
             self.remove_all_listeners();
             match order {
                 Order::Run => {}
-                Order::Drain => self.drain_deadline = Some(self.now() + self.plane.drain_time),
+                Order::Drain => {
+                    let handed_over = self.orders.handed_over.load(Ordering::Acquire);
+                    let drain_time = if handed_over { config::HANDOVER_DRAIN } else { self.plane.drain_time };
+                    self.drain_deadline = Some(self.now() + drain_time);
+                }
                 Order::Stop => self.close_all(CloseReason::Shutdown),
             }
         }

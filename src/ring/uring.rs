@@ -14,7 +14,7 @@ mod shared;
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::IntoRawFd;
+use std::os::fd::{IntoRawFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -25,6 +25,7 @@ use socket2::SockAddr;
 
 use super::{Completion, Local, Op, Push, Remote, Ring, RingError, Socket, Token, probe};
 use crate::buffer::{HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES, Span};
+use crate::sys::handover::Place;
 use crate::sys::{self, EventFd, SocketDiag, SocketOwner, StreamOptions};
 
 /// Submissions that fit before the queue is flushed on the way.
@@ -55,6 +56,8 @@ pub struct Uring {
     shared: SharedBuffers,
     scratch: Scratch,
     options: StreamOptions,
+    /// Listening sockets that another process left, until they are asked for.
+    inherited: Vec<(Place, OwnedFd)>,
     /// Opened by the first question.
     diag: Option<SocketDiag>,
     wake: EventFd,
@@ -105,6 +108,7 @@ impl Uring {
             shared,
             scratch: Scratch::default(),
             options,
+            inherited: Vec::new(),
             diag: None,
             wake,
             wake_count: Box::new(0),
@@ -115,6 +119,21 @@ impl Uring {
             reaped_next: 0,
             on_its_thread: false,
         })
+    }
+
+    /// Uses these instead of binding their addresses anew.
+    pub fn inherit(&mut self, sockets: Vec<(Place, OwnedFd)>) {
+        self.inherited = sockets;
+    }
+
+    /// The socket that was left for `local`.
+    fn inherited(&mut self, local: &Local) -> Option<OwnedFd> {
+        let place = match local {
+            Local::Tcp { address, .. } => Place::Tcp(*address),
+            Local::Unix { path, .. } => Place::Unix(path.clone()),
+        };
+        let at = self.inherited.iter().position(|(known, _)| *known == place)?;
+        Some(self.inherited.swap_remove(at).1)
     }
 
     /// The first turn makes the calling thread the ring's only issuer.
@@ -216,6 +235,9 @@ fn sockaddr(remote: &Remote) -> io::Result<SockAddr> {
 
 impl Ring for Uring {
     fn listen(&mut self, local: &Local) -> io::Result<Socket> {
+        if let Some(socket) = self.inherited(local) {
+            return Ok(Socket(socket.into_raw_fd()));
+        }
         let fd = match local {
             Local::Tcp { address, exclusive } => sys::listen_tcp(*address, self.options, *exclusive)?,
             Local::Unix { path, mode } => sys::listen_unix(path, *mode)?,

@@ -11,6 +11,9 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
+/// The stages of a task's process tree.
+const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/airflow/task.py");
+
 /// How a host's rules and socket lie in a folder of the test's, and where its tasks get their cgroups.
 pub struct Host {
     folder: tempfile::TempDir,
@@ -45,6 +48,11 @@ impl Host {
         self.folder.path().join("airflow.sock")
     }
 
+    /// Where its tasks get their cgroups.
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
@@ -71,19 +79,26 @@ impl Host {
     }
 
     fn task_at(&self, upstream: Option<SocketAddr>, code: &str) -> Vec<Value> {
-        let output = self.command(upstream, code).output().expect("python3 runs: run scripts/setup");
-        let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(output.status.success() && complained.is_empty(), "the task failed:\n{said}\n{complained}");
-        said.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"))).collect()
+        said(&mut self.command(upstream, code))
+    }
+
+    /// [`Self::task`] of another user, who needs no more than what everybody may read.
+    pub fn task_as(&self, uid: u32, code: &str) -> Vec<Value> {
+        let source = self.folder.path().join("task.py");
+        // The tree itself may lie in a folder that others cannot enter.
+        std::fs::copy(SOURCE, &source).expect("task.py copied");
+        let mut command = self.command(None, code);
+        // Not by setpriv, which would take the title's place. The groups go with the user.
+        command.env("SOURCE", source).current_dir("/").uid(uid).gid(uid);
+        said(&mut command)
     }
 
     /// The scheduler process that leads to a task with `code`.
     pub fn command(&self, upstream: Option<SocketAddr>, code: &str) -> Command {
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/airflow/task.py");
         let instance = uuid::Uuid::new_v4().to_string();
         let mut command = Command::new("/usr/bin/python3");
-        command.arg0("airflow scheduler").stdin(Stdio::from(std::fs::File::open(source).expect("task.py")));
-        command.env("SOURCE", source).env("STAGE", "scheduler").env("INSTANCE", instance).env("CODE", code);
+        command.arg0("airflow scheduler").stdin(Stdio::from(std::fs::File::open(SOURCE).expect("task.py")));
+        command.env("SOURCE", SOURCE).env("STAGE", "scheduler").env("INSTANCE", instance).env("CODE", code);
         command.env("REGISTRATION", self.socket());
         if let Some(upstream) = upstream {
             command.env("PORT", upstream.port().to_string());
@@ -100,6 +115,14 @@ impl Drop for Host {
         }
         let _ = std::fs::remove_dir(&self.cgroup);
     }
+}
+
+/// Runs a task; what it said, a value a line.
+fn said(task: &mut Command) -> Vec<Value> {
+    let output = task.output().expect("python3 runs: run scripts/setup");
+    let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && complained.is_empty(), "the task failed:\n{said}\n{complained}");
+    said.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"))).collect()
 }
 
 /// Where cgroup v2 is mounted.

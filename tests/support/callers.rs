@@ -56,7 +56,8 @@ impl Port {
                 let (actions, _actions) = mpsc::channel(1);
                 let settings = admin::Settings::default();
                 let hub = Hub::new(vec![receiver], log);
-                let context = admin::Context { hub, viewer, status, lifecycle, actions, settings };
+                let closing = shutdown_seen.clone();
+                let context = admin::Context { hub, viewer, status, lifecycle, actions, closing, settings };
                 let listener = tokio::net::TcpListener::from_std(listener).expect("listens");
                 admin::run(listener, context, shutdown_seen).await;
             });

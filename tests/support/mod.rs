@@ -17,6 +17,7 @@ pub mod airflow;
 pub mod consul;
 pub mod http;
 pub mod mesh;
+pub mod namespace;
 pub mod openssl;
 pub mod pair;
 pub mod ports;

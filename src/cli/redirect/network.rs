@@ -116,7 +116,8 @@ mod tests {
         ] {
             assert_eq!(Allow::parse(text).expect(text).to_string(), shown, "{text}");
         }
-        for text in ["", "example.com", "10.0.0.0/33", "10.0.0.1:0", "10.0.0.1:65536", "[::1", "[::1]443", "::/129", "1.2.3.4/-1"] {
+        for text in ["", "example.com", "10.0.0.0/33", "10.0.0.1:0", "10.0.0.1:65536", "[::1", "[::1]443", "::/129", "1.2.3.4/-1"]
+        {
             assert!(Allow::parse(text).expect_err(text).contains("write CIDR"), "{text}");
         }
     }

@@ -113,7 +113,9 @@ impl<R: Ring> Worker<R> {
         let now = self.now();
         let Some(Some(listener)) = self.listeners.get_mut(index as usize) else { return };
         let full = self.connections.live() >= self.plane.connections_max;
-        let admitted = !full && !listener.removed && listener.gate.enter(listener.connections_max());
+        // What was accepted in the moment of a hand-over is this process's to serve: nobody else has it.
+        let open = !listener.removed || self.orders.handed_over.load(Ordering::Acquire);
+        let admitted = !full && open && listener.gate.enter(listener.connections_max());
         listener.cells.connections.add(1);
         let mut facts = Box::new(ConnectionRecord::new(&listener.cells, self.ring.peer_address(socket)));
         facts.original = original;
@@ -206,6 +208,14 @@ impl<R: Ring> Worker<R> {
 
     fn arm(&mut self, index: usize) {
         let Some(listener) = &mut self.listeners[index] else { return };
+        let waits = self.orders.successor && listener.service.identity.is_none() && !matches!(listener.role, Role::Redirect);
+        if waits {
+            // The predecessor still serves this address: what it could answer must not wait here for a certificate.
+            let at = self.ring.now() + BIND_FOLLOW;
+            listener.retry_at = Some(at);
+            self.wake_listeners_at(at);
+            return;
+        }
         if let (Some(socket), false, false) = (listener.socket, listener.accepting, listener.cancelling) {
             listener.accepting = true;
             let token = Token::new(Op::Accept, 0, slot_of(index), listener.generation);
@@ -246,8 +256,8 @@ impl<R: Ring> Worker<R> {
         }
         if let Some(socket) = listener.socket.take() {
             let path = match &listener.bind {
-                Bind::Unix { path, .. } => Some(path.as_path()),
-                Bind::Tcp(_) => None,
+                Bind::Unix { path, .. } if !self.orders.handed_over.load(Ordering::Acquire) => Some(path.as_path()),
+                Bind::Unix { .. } | Bind::Tcp(_) => None,
             };
             self.ring.close_listener(socket, path);
             listener.gate.holders.fetch_sub(1, Ordering::AcqRel);

@@ -1,0 +1,214 @@
+"""What the machine lends to a run: a scratch folder, a network of its own, users, and processes in cgroups.
+
+Every process lies in a cgroup below `ringfence-e2e-PID.slice`, in the place and under the name of its systemd unit, so that
+ringfence meets what systemd would have made. The kernel ends all of them at once by that slice, which a guardian does when this
+process is gone, however it went.
+
+Invariant: nothing is ended that was not started here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pwd
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+CLONE_NEWNET = 0x4000_0000
+USER = "ringfence-e2e"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+GUARDIAN = """
+import pathlib, subprocess, sys, time, shutil
+slice, scratch, user = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+kept = sys.stdin.read() == "keep"
+def cgroups():
+    return [slice, *sorted((path for path in slice.rglob("*") if path.is_dir()), reverse=True)]
+(slice / "cgroup.kill").write_text("1")
+deadline = time.monotonic() + 10
+while time.monotonic() < deadline and any((path / "cgroup.procs").read_text() for path in cgroups()):
+    time.sleep(0.05)
+for path in [*cgroups()[1:], slice]:
+    try: path.rmdir()
+    except OSError as error: print(f"scripts/airflow-e2e: {path}: {error}", file=sys.stderr)
+if not kept: shutil.rmtree(scratch, ignore_errors=True)
+if user: subprocess.run(["userdel", user], stderr=subprocess.DEVNULL)
+"""
+
+
+class Failure(Exception):
+    """The run cannot go on. The text says why and what to do."""
+
+
+class Process:
+    """One process that was started here."""
+
+    def __init__(self, name: str, child: subprocess.Popen[bytes], log: Path) -> None:
+        self.name, self.child, self.log = name, child, log
+
+    def tail(self, lines: int = 15) -> str:
+        """The last lines that it wrote."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def assert_running(self) -> None:
+        """Fails with its last words if it has ended."""
+        if self.child.poll() is not None:
+            raise Failure(f"{self.name} ended with {self.child.returncode}; {self.log}:\n{self.tail()}")
+
+    def terminate(self, timeout: float) -> float:
+        """SIGTERM, and SIGKILL after the timeout as systemd does. Gives the seconds that it took."""
+        began = time.monotonic()
+        self.child.send_signal(signal.SIGTERM)
+        try:
+            self.child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            self.child.wait()
+        return time.monotonic() - began
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.child.kill()
+        self.child.wait()
+
+
+class Machine:
+    """See the module."""
+
+    def __init__(self, keep: bool, say: Callable[[str], None]) -> None:
+        if os.geteuid() != 0:
+            raise Failure("this needs root: cgroups of tasks, a network of its own, and users for Airflow and PostgreSQL; use sudo")
+        self.say = say
+        self.scratch = Path(tempfile.mkdtemp(prefix="ringfence-e2e-"))
+        self.scratch.chmod(0o755)
+        self.logs = self.scratch / "logs"
+        self.logs.mkdir()
+        self.keep = keep
+        self.slice = _cgroup_mount() / f"ringfence-e2e-{os.getpid()}.slice"
+        self.slice.mkdir()
+        made = _make_user()
+        self.user = pwd.getpwnam(USER)
+        command = [sys.executable, "-c", GUARDIAN, str(self.slice), str(self.scratch), USER if made else ""]
+        # A session of its own: Ctrl-C is for this process, and the guardian cleans up after it.
+        self.guardian = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    def own_network(self) -> None:
+        """Leaves the machine's network for an empty one: fixed ports are free in it, and nothing gets out."""
+        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET) != 0:
+            self.say(f"no network of its own ({os.strerror(ctypes.get_errno())}); the machine's is used")
+            return
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+
+    def unit(self, name: str) -> Path:
+        """The cgroup of a unit."""
+        path = self.slice / name
+        path.mkdir(exist_ok=True)
+        return path
+
+    def start(
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        *,
+        unit: str = "servers.service",
+        user: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> Process:
+        """Starts a process in a unit's cgroup, as a user."""
+        log = self.logs / f"{name}.log"
+        with log.open("ab") as output:
+            child = subprocess.Popen(
+                self._launch(command, unit, user), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                env={"PATH": PATH, "LANG": "C.UTF-8", **(env or {})}, cwd=cwd or self.scratch, start_new_session=True,
+            )
+        return Process(name, child, log)
+
+    def run(
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        *,
+        unit: str = "servers.service",
+        user: str | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 120,
+    ) -> str:
+        """Runs a command to its end; its output."""
+        done = subprocess.run(
+            self._launch(command, unit, user), capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, timeout=timeout,
+            env={"PATH": PATH, "LANG": "C.UTF-8", **(env or {})}, cwd=self.scratch,
+        )
+        if done.returncode != 0:
+            raise Failure(f"{name} ended with {done.returncode}: {shlex.join(map(str, command))}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+        return done.stdout
+
+    def kill_unit(self, name: str) -> None:
+        """Ends all that lies in a unit's cgroup."""
+        unit = self.unit(name)
+        (unit / "cgroup.kill").write_text("1")
+        wait("the unit is empty", 10, lambda: not (unit / "cgroup.procs").read_text())
+
+    def end(self) -> None:
+        """Ends everything. The guardian does it, and waits."""
+        assert self.guardian.stdin is not None
+        self.guardian.stdin.write(b"keep" if self.keep else b"")
+        self.guardian.stdin.close()
+        self.guardian.wait()
+        if self.keep:
+            self.say(f"kept: {self.scratch}")
+
+    def _launch(self, command: Sequence[str | Path], unit: str, user: str | None) -> list[str]:
+        procs = self.unit(unit) / "cgroup.procs"
+        words = [str(word) for word in command]
+        if user is not None:
+            entry = pwd.getpwnam(user)
+            words = ["setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--clear-groups", "--", *words]
+        return ["/bin/sh", "-c", f'echo $$ > {shlex.quote(str(procs))} && exec "$@"', "sh", *words]
+
+
+def wait(what: str, seconds: float, condition: Callable[[], object], pause: float = 0.1) -> float:
+    """Waits until the condition is true, or fails with its last words. Gives the seconds that it took."""
+    began = time.monotonic()
+    last: object = None
+    while time.monotonic() - began < seconds:
+        try:
+            last = condition()
+            if last is True or (last and not isinstance(last, str)):
+                return time.monotonic() - began
+        except Failure:
+            raise
+        except Exception as error:
+            last = error
+        time.sleep(pause)
+    raise Failure(f"{what}: not within {seconds:g} s; last: {last}")
+
+
+def _cgroup_mount() -> Path:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        if " - cgroup2 " in line:
+            return Path(line.split()[4])
+    raise Failure("no cgroup v2 is mounted: scripts/setup cgroup")
+
+
+def _make_user() -> bool:
+    try:
+        pwd.getpwnam(USER)
+    except KeyError:
+        command = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", USER]
+        subprocess.run(command, check=True, capture_output=True)
+        return True
+    return False
+
+
+def free_space_warning(folder: Path) -> str | None:
+    """A word about a disk that is nearly full."""
+    free = shutil.disk_usage(folder).free
+    return f"{folder} has only {free >> 20} MiB left" if free < (1 << 30) else None

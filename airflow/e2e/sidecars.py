@@ -1,0 +1,54 @@
+"""The ringfence processes, and what their connection logs say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from e2e.consul import Consul
+from e2e.http import Answer, ask
+from e2e.machine import Machine, Process, wait
+
+UNIT = "ringfence.service"
+
+
+class Sidecar:
+    """One ringfence process; it may be started again."""
+
+    def __init__(self, machine: Machine, consul: Consul, binary: Path, name: str, admin: int, token: str, arguments: Sequence[str]) -> None:
+        self.machine, self.name, self.admin = machine, name, admin
+        self.log = machine.logs / f"connections-{name}.jsonl"
+        token_file = machine.scratch / f"token-{name}"
+        token_file.write_text(token)
+        token_file.chmod(0o600)
+        common = ["-http-addr", consul.address, "-token-file", str(token_file), "-connection-log", str(self.log), "-workers", "2"]
+        self.command = [str(binary), "connect", *arguments, *common]
+        self.process = self.start()
+
+    def start(self, admin: int | None = None) -> Process:
+        """As its unit would start it."""
+        self.admin = admin or self.admin
+        command = [*self.command, "-admin-bind", f"127.0.0.1:{self.admin}"]
+        self.process = self.machine.start(f"ringfence-{self.name}", command, unit=UNIT)
+        return self.process
+
+    def wait_ready(self, seconds: float = 30) -> float:
+        """Until /ready says so."""
+        def is_ready() -> bool | str:
+            self.process.assert_running()
+            answer = self.ask("/ready")
+            return True if answer.status == 200 else answer.body
+        return wait(f"the sidecar {self.name} is ready", seconds, is_ready, 0.05)
+
+    def ask(self, path: str) -> Answer:
+        """The admin port."""
+        return ask(f"http://127.0.0.1:{self.admin}{path}")
+
+    def connections(self, upstream: str | None = None) -> list[dict[str, Any]]:
+        """Every line of the log so far, of one upstream if that is named."""
+        if not self.log.exists():
+            return []
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+        return [line for line in lines if upstream is None or line["upstream"] == upstream]
