@@ -15,6 +15,7 @@
 mod attribution;
 mod catalog;
 mod cgroup;
+mod leases;
 mod office;
 mod process;
 mod registration;
@@ -86,6 +87,11 @@ impl Settings {
     /// `identities_max`: certificates for callers at once.
     pub fn identities_max(&self) -> usize {
         self.file.settings.identities_max
+    }
+
+    /// `lease_port`: where leased addresses are reached.
+    pub fn lease_port(&self) -> Option<u16> {
+        self.file.settings.lease_port
     }
 
     /// `redirect`: where connections that nftables redirects come in.

@@ -133,6 +133,8 @@ pub struct DataPlane {
     pub drain_time: Duration,
     /// Where connections that nftables redirects to this process come in; what they lead to is told by their callers' routes.
     pub redirects: Vec<SocketAddr>,
+    /// The port, on every loopback address, at which leased addresses are reached.
+    pub lease_port: Option<u16>,
     /// See [`WORKER_CONNECTIONS_MAX`].
     pub connections_max: u32,
     /// See [`WORKER_HANDSHAKES_MAX`].
@@ -151,6 +153,7 @@ impl Default for DataPlane {
             hold_time: HOLD_TIME,
             drain_time: DRAIN_TIME,
             redirects: Vec::new(),
+            lease_port: None,
             connections_max: WORKER_CONNECTIONS_MAX,
             handshakes_max: WORKER_HANDSHAKES_MAX,
             buffer_bytes_max: WORKER_BUFFER_BYTES_MAX,

@@ -159,6 +159,13 @@ pub enum Local {
         /// See [`crate::sys::listen_tcp`].
         exclusive: bool,
     },
+    /// A TCP port on every IPv4 loopback address, shared between workers.
+    Loopback {
+        /// The port.
+        port: u16,
+        /// See [`crate::sys::listen_tcp`].
+        exclusive: bool,
+    },
     /// A unix socket.
     Unix {
         /// Its path.
@@ -194,6 +201,8 @@ pub trait Ring {
     fn open(&mut self, remote: &Remote) -> io::Result<Socket>;
     /// The remote address of a connected TCP socket.
     fn peer_address(&mut self, socket: Socket) -> Option<SocketAddr>;
+    /// Which of this host's addresses an accepted connection came in at.
+    fn local_address(&mut self, socket: Socket) -> Option<SocketAddr>;
     /// Where the client of a redirected connection wanted to go; `None` for any other.
     fn original_destination(&mut self, socket: Socket) -> Option<SocketAddr>;
     /// Who has the other end of an accepted local connection, which went to `original` if it was redirected. One netlink

@@ -51,6 +51,27 @@ pub fn listen_tcp(address: SocketAddr, options: StreamOptions, exclusive: bool) 
     Ok(socket.into())
 }
 
+/// A listening TCP socket on every loopback address at once: on all addresses, but of the loopback device only.
+pub fn listen_loopback(port: u16, options: StreamOptions, exclusive: bool) -> io::Result<OwnedFd> {
+    let address = SocketAddr::from((std::net::Ipv4Addr::UNSPECIFIED, port));
+    let listener = || {
+        let socket = tcp_listener(address)?;
+        socket.bind_device(Some(b"lo"))?;
+        io::Result::Ok(socket)
+    };
+    if exclusive {
+        let probe = listener()?;
+        probe.bind(&address.into())?;
+        probe.listen(1)?;
+    }
+    let socket = listener()?;
+    socket.set_reuse_port(true)?;
+    set_stream_options(&SockRef::from(&socket), (std::net::Ipv4Addr::LOCALHOST, port).into(), options)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
 fn tcp_listener(address: SocketAddr) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
@@ -158,6 +179,13 @@ fn peer_credentials(fd: RawFd) -> Option<SocketOwner> {
     };
     let pid = u32::try_from(credentials.pid).ok().filter(|&pid| pid > 0);
     (result == 0).then_some(SocketOwner { uid: credentials.uid, inode: 0, cgroup: 0, pid })
+}
+
+/// Which of this host's addresses a connected socket came in at.
+pub fn local_address(fd: RawFd) -> Option<SocketAddr> {
+    // SAFETY: the caller owns `fd` and keeps it open during this call; SockRef only borrows it.
+    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+    SockRef::from(&fd).local_addr().ok()?.as_socket()
 }
 
 /// Ends the sending side (FIN).

@@ -39,13 +39,17 @@ struct Worker {
 
 impl Worker {
     fn start(deny_reply: &str) -> Self {
+        Self::start_with(deny_reply, RULES)
+    }
+
+    fn start_with(deny_reply: &str, rules: &str) -> Self {
         let (mesh, app, upstream) = (Agent::start(), Echo::start(), ports::free_address());
         mesh.register(&Definition::new("warehouse").app(app.address));
         let config = json!({ "deny_reply": deny_reply });
         mesh.register(&Definition::new("airflow-worker").upstream_with("warehouse", upstream, &config));
         mesh.allow("airflow-payroll", "warehouse");
         mesh.deny("*", "warehouse");
-        let host = Host::new(RULES);
+        let host = Host::new(rules);
         let warehouse = Sidecar::start(&mesh, "warehouse");
         let rules = host.rules();
         let sidecar = Sidecar::of("airflow-worker").arguments(&["-airflow", rules.to_str().expect("text")]).start(&mesh);
@@ -200,6 +204,41 @@ in_daemon(\"say(echo(os.environ['PORT']))\"); say(echo(os.environ['PORT']))",
     let said: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).expect("a value")).collect();
     assert_eq!(said[1..], [json!("hello"), json!("hello"), json!("hello")], "{said:?}");
     assert_eq!(worker.line_of("payroll_daily", "load")["caller"]["tier"], "cgroup");
+}
+
+#[test]
+fn a_triggerer_speaks_for_each_of_its_tasks_at_an_address_of_its_own() {
+    let port = ports::free();
+    let triggerer =
+        "[[component]]\nname = \"airflow-triggerer\"\ntitle = \"airflow triggerer*\"\nleases = true\nruns_tasks = false";
+    let worker = Worker::start_with("close", &format!("lease_port = {port}\n{RULES}\n{triggerer}\n"));
+    let said = worker.host.triggerer(
+        worker.upstream,
+        "allowed, denied = lease('payroll_daily'), lease('reports')
+say(allowed); say(denied); say(lease('payroll_daily')['address'] == allowed['address'])
+say(echo(allowed['port'], host=allowed['address'])); say(echo(denied['port'], host=denied['address']))
+say(echo(allowed['port'], host='127.77.7.7')); say(lease('payroll_daily', upstream='nowhere')['error'])",
+    );
+    assert_eq!((&said[0]["identity"], &said[1]["identity"]), (&json!("airflow-payroll"), &json!("airflow-reports")), "{said:?}");
+    assert_eq!((&said[2], &said[3]), (&json!(true), &json!("hello")));
+    assert_ne!(said[4], "hello", "no intention");
+    assert_ne!(said[5], "hello", "no lease");
+    assert!(said[6].as_str().is_some_and(|error| error.contains("nowhere")), "{}", said[6]);
+    let line = worker.line_of("payroll_daily", "wait");
+    assert_eq!((&line["caller"]["tier"], &line["caller"]["identity"]), (&json!("lease"), &json!("airflow-payroll")));
+    assert_eq!(worker.line_of("reports", "wait")["reason"], "caller_denied");
+    worker.sidecar.wait_closed("no_route");
+
+    let refused = worker.task("register('payroll_daily'); say(lease('reports')['ok'])");
+    assert_eq!(refused, [json!(false)], "a task may not lease");
+    // Its process has ended, so its addresses lead nowhere.
+    let gone = SocketAddr::new(said[0]["address"].as_str().and_then(|text| text.parse().ok()).expect("an address"), port);
+    wait_for("the address is nobody's", PATIENCE, || {
+        let (bytes, _) = traffic::read_all(gone);
+        let lines = worker.sidecar.connections();
+        let refused = lines.iter().any(|line| line["reason"] == "no_route" && line["original"] == gone.to_string());
+        if bytes.is_empty() && refused { Ok(()) } else { Err(format!("{lines:?}")) }
+    });
 }
 
 #[test]

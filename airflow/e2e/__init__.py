@@ -14,5 +14,6 @@ The map, from the machine upwards:
     report      what was checked
     cli         the command line
 
-Invariant: a check compares with what somebody else than ringfence says: the task itself, Airflow's database, the database server.
+Invariant: a check compares with what somebody else than ringfence says: the task itself, Airflow's database, the database
+server.
 """

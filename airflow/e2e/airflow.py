@@ -1,5 +1,5 @@
-"""One deployment of Airflow: a host that runs the tasks and one with the api-server (webserver in Airflow 2), each with a ringfence
-of its own, set up by the files of `ringfence airflow init` and nothing else.
+"""One deployment of Airflow: a host that runs the tasks and one with the api-server (webserver in Airflow 2), each with a
+ringfence of its own, set up by the files of `ringfence airflow init` and nothing else.
 
 Airflow runs as a user without rights, in cgroups that are named and placed as systemd's units.
 """
@@ -56,11 +56,19 @@ class Deployment:
     """See the module."""
 
     def __init__(
-        self, machine: Machine, consul: Consul, postgres: Postgres, redis: Redis, binary: Path, venv: Path, version: str, executor: str
+        self,
+        machine: Machine,
+        consul: Consul,
+        postgres: Postgres,
+        redis: Redis,
+        binary: Path,
+        venv: Path,
+        version: str,
+        executor: str,
     ) -> None:
         self.machine, self.consul, self.postgres, self.redis = machine, consul, postgres, redis
         self.binary, self.venv, self.version, self.executor = binary, venv, version, executor
-        self.release = version.split(".")[0]
+        self.release = version.split(".", maxsplit=1)[0]
         self.name = f"{VERSIONS[version]} {executor}"
         self.folder = machine.scratch / f"airflow-{version}-{executor}"
         self.home = self.folder / "home"
@@ -68,7 +76,11 @@ class Deployment:
         (self.home / "logs").mkdir()
         for path in [self.home, *self.home.rglob("*")]:
             os.chown(path, machine.user.pw_uid, machine.user.pw_gid)
-        self.fernet, self.jwt, self.password = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(), secrets.token_hex(64), secrets.token_hex(8)
+        self.fernet, self.jwt, self.password = (
+            base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
+            secrets.token_hex(64),
+            secrets.token_hex(8),
+        )
         self.components: dict[str, Process] = {}
         self.headers: dict[str, str] = {}
 
@@ -98,11 +110,26 @@ class Deployment:
         """The database's tables, then every component, then what an operator does once."""
         self.command("airflow db migrate", ["db", "migrate"])
         if self.release == "2":
-            user = ["users", "create", "-u", "e2e", "-p", self.password, "-r", "Admin", "-f", "e", "-l", "e", "-e", "e@e.example"]
+            user = [
+                "users",
+                "create",
+                "-u",
+                "e2e",
+                "-p",
+                self.password,
+                "-r",
+                "Admin",
+                "-f",
+                "e",
+                "-l",
+                "e",
+                "-e",
+                "e@e.example",
+            ]
             self.command("airflow users create", user)
         for role in [self.web, *self.roles()]:
             self.start_component(role)
-        wait(f"the {self.web} answers", 90, lambda: self._is_web_up(), 0.3)
+        wait(f"the {self.web} answers", 90, self._is_web_up, 0.3)
         self.headers = self._headers()
         self._add_connection()
         wait("the DAGs are known", 90, self._knows_dags, 0.5)
@@ -115,8 +142,11 @@ class Deployment:
         unit = f"airflow-{role}.service"
         host = "api" if role == self.web else "tasks"
         self.components[role] = self.machine.start(
-            f"{self.version}-{self.executor}-{role}", [self.venv / "bin/airflow", *words],
-            unit=unit, user=self.machine.user.pw_name, env=self.env(host),
+            f"{self.version}-{self.executor}-{role}",
+            [self.venv / "bin/airflow", *words],
+            unit=unit,
+            user=self.machine.user.pw_name,
+            env=self.env(host),
         )
 
     def assert_running(self) -> None:
@@ -133,17 +163,23 @@ class Deployment:
     def stop_mesh(self) -> None:
         """Ends the sidecars and takes their registrations and the intentions away."""
         for sidecar in (self.tasks, self.api):
-            sidecar.process.terminate(10)
+            sidecar.stop(10)
         for intention in self.consul.must("/v1/connect/intentions"):
             self.consul.must(f"/v1/connect/intentions/{intention['ID']}", "DELETE")
         for service in self.consul.must("/v1/agent/services"):
-            if service.startswith("airflow-"):
+            # Its sidecar goes with it.
+            if service.startswith("airflow-") and not service.endswith("-sidecar-proxy"):
                 self.consul.must(f"/v1/agent/service/deregister/{service}", "PUT")
 
     def command(self, name: str, words: list[str]) -> str:
         """A command of Airflow's, run where the scheduler runs."""
-        return self.machine.run(name, [self.venv / "bin/airflow", *words], unit="airflow-scheduler.service",
-                                user=self.machine.user.pw_name, env=self.env("tasks"))
+        return self.machine.run(
+            name,
+            [self.venv / "bin/airflow", *words],
+            unit="airflow-scheduler.service",
+            user=self.machine.user.pw_name,
+            env=self.env("tasks"),
+        )
 
     def env(self, host: str) -> dict[str, str]:
         """What the drop-ins load, the secrets, and what is the deployment's own."""
@@ -153,15 +189,28 @@ class Deployment:
                 name, _, value = line.partition("=")
                 settings[name] = value
         return {
-            "HOME": str(self.home), "AIRFLOW_HOME": str(self.home), "PATH": f"{self.venv}/bin:/usr/bin:/bin", "NO_PROXY": "*",
-            "AIRFLOW__CORE__LOAD_EXAMPLES": "False", "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
-            "AIRFLOW__CORE__PARALLELISM": "6", "AIRFLOW__CELERY__WORKER_CONCURRENCY": "4", "AIRFLOW__API__WORKERS": "1",
-            "AIRFLOW__WEBSERVER__WORKERS": "1", "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
-            "AIRFLOW__API__AUTH_BACKENDS": "airflow.api.auth.backend.basic_auth", "AIRFLOW__CORE__FERNET_KEY": self.fernet,
-            "AIRFLOW__WEBSERVER__SECRET_KEY": self.jwt, "AIRFLOW__API_AUTH__JWT_SECRET": self.jwt, "AIRFLOW__API__SECRET_KEY": self.jwt,
-            "AIRFLOW_DATABASE_USER": "airflow", "AIRFLOW_DATABASE_PASSWORD": self.postgres.passwords["airflow"],
-            "AIRFLOW_BROKER_PASSWORD": self.redis.password, "RINGFENCE_AIRFLOW_SOCKET": str(self._socket(host)),
-            "RINGFENCE_E2E_PYTHON": str(self.venv / "bin/python"), **settings,
+            "HOME": str(self.home),
+            "AIRFLOW_HOME": str(self.home),
+            "PATH": f"{self.venv}/bin:/usr/bin:/bin",
+            "NO_PROXY": "*",
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+            "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+            "AIRFLOW__CORE__PARALLELISM": "6",
+            "AIRFLOW__CELERY__WORKER_CONCURRENCY": "4",
+            "AIRFLOW__API__WORKERS": "1",
+            "AIRFLOW__WEBSERVER__WORKERS": "1",
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+            "AIRFLOW__API__AUTH_BACKENDS": "airflow.api.auth.backend.basic_auth",
+            "AIRFLOW__CORE__FERNET_KEY": self.fernet,
+            "AIRFLOW__WEBSERVER__SECRET_KEY": self.jwt,
+            "AIRFLOW__API_AUTH__JWT_SECRET": self.jwt,
+            "AIRFLOW__API__SECRET_KEY": self.jwt,
+            "AIRFLOW_DATABASE_USER": "airflow",
+            "AIRFLOW_DATABASE_PASSWORD": self.postgres.passwords["airflow"],
+            "AIRFLOW_BROKER_PASSWORD": self.redis.password,
+            "RINGFENCE_AIRFLOW_SOCKET": str(self._socket(host)),
+            "RINGFENCE_E2E_PYTHON": str(self.venv / "bin/python"),
+            **settings,
         }
 
     def trigger(self, dag: str, run: str, conf: dict[str, Any] | None = None) -> None:
@@ -178,22 +227,27 @@ class Deployment:
 
     def wait_run(self, dag: str, run: str, seconds: float = 120) -> str:
         """The run's last state."""
+
         def has_ended() -> bool | str:
             self.assert_running()
             state = self.state(dag, run)
             return True if state in ENDED else f"{state}: {self.tasks_of(dag, run)}"
+
         wait(f"run {run} of {dag} ends", seconds, has_ended, 0.3)
         return self.state(dag, run)
 
     def tasks_of(self, dag: str, run: str) -> list[Task]:
         """The run's task instances."""
-        sql = f"select task_id, map_index, coalesce(state, ''), try_number from task_instance where dag_id='{dag}' and run_id='{run}' order by 1, 2"
-        return [Task(name, int(index), state, int(number)) for name, index, state, number in self.postgres.query(sql, "airflow")]
+        columns, condition = "task_id, map_index, coalesce(state, ''), try_number", f"dag_id='{dag}' and run_id='{run}'"
+        sql = f"select {columns} from task_instance where {condition} order by 1, 2"
+        return [
+            Task(name, int(index), state, int(number)) for name, index, state, number in self.postgres.query(sql, "airflow")
+        ]
 
     def task_log(self, dag: str, run: str, task: str) -> str:
         """What a reader of the task's log sees, of all tries."""
         files = sorted((self.home / "logs" / f"dag_id={dag}" / f"run_id={run}" / f"task_id={task}").rglob("*.log"))
-        return "\n".join(file.read_text(errors="replace") for file in files)
+        return "\n".join(_readable(line) for file in files for line in file.read_text(errors="replace").splitlines())
 
     def rest(self, method: str, path: str, body: Any = None) -> Any:
         """Airflow's REST API, as people use it."""
@@ -206,9 +260,33 @@ class Deployment:
         folder = self.folder / host
         operator = self.machine.scratch / "token-operator"
         if not operator.exists():
-            operator.write_text(self.consul.token_by("operator", 'service_prefix "" { policy = "write" intentions = "write" }\nagent_prefix "" { policy = "read" }'))
-        words = ["airflow", "init", "-airflow", self.release, "-executor", self.executor, "-consul", "1.8", "-port-base", str(port_base),
-                 "-config-folder", str(folder), "-out", str(folder), "-apply", "-http-addr", self.consul.address, "-token-file", str(operator)]
+            operator.write_text(
+                self.consul.token_by(
+                    "operator",
+                    'service_prefix "" { policy = "write" intentions = "write" }\nagent_prefix "" { policy = "read" }',
+                )
+            )
+        words = [
+            "airflow",
+            "init",
+            "-airflow",
+            self.release,
+            "-executor",
+            self.executor,
+            "-consul",
+            "1.8",
+            "-port-base",
+            str(port_base),
+            "-config-folder",
+            str(folder),
+            "-out",
+            str(folder),
+            "-apply",
+            "-http-addr",
+            self.consul.address,
+            "-token-file",
+            str(operator),
+        ]
         words += [word for role in roles for word in ("-role", role)]
         if rules:
             words += ["-upstream", f"warehouse:{WAREHOUSE_PORT}:postgres"]
@@ -219,11 +297,15 @@ class Deployment:
         file.write_text(_replaced(text, 'cgroup = "auto"', f'cgroup = "{place}"') + rules)
         policy = (folder / "consul/token-policy.hcl").read_text()
         identities = "".join(f'service "{name}" {{ policy = "write" }}\n' for name in IDENTITIES) if rules else ""
-        token = self.consul.token_by(f"{self.name}-{host}".replace(" ", "-").replace(".", "-"), _replaced(policy, EXAMPLE_POLICY, identities))
+        token = self.consul.token_by(
+            f"{self.name}-{host}".replace(" ", "-").replace(".", "-"), _replaced(policy, EXAMPLE_POLICY, identities)
+        )
         unit = (folder / "systemd/ringfence-airflow.service").read_text()
         start = next(line for line in unit.splitlines() if line.startswith("ExecStart=")).split()
         arguments = [word for word in start[2:] if word != "$RINGFENCE_FLAGS"]
-        return Sidecar(self.machine, self.consul, self.binary, f"{self.version}-{self.executor}-{host}", admin, token, arguments)
+        return Sidecar(
+            self.machine, self.consul, self.binary, f"{self.version}-{self.executor}-{host}", admin, token, arguments
+        )
 
     def _socket(self, host: str) -> Path:
         return self.folder / host / "airflow.sock"
@@ -238,16 +320,37 @@ class Deployment:
         return {"Authorization": "Basic " + base64.b64encode(f"e2e:{self.password}".encode()).decode()}
 
     def _add_connection(self) -> None:
-        self.rest("POST", "/connections", {
-            "connection_id": "warehouse", "conn_type": "postgres", "host": "warehouse.virtual.consul", "schema": "warehouse",
-            "login": "etl", "password": self.postgres.passwords["etl"], "port": 5432,
-        })
+        self.rest(
+            "POST",
+            "/connections",
+            {
+                "connection_id": "warehouse",
+                "conn_type": "postgres",
+                "host": "warehouse.virtual.consul",
+                "schema": "warehouse",
+                "login": "etl",
+                "password": self.postgres.passwords["etl"],
+                "port": 5432,
+            },
+        )
 
     def _knows_dags(self) -> bool | str:
         self.assert_running()
         known = {row[0] for row in self.postgres.query("select dag_id from serialized_dag", "airflow")}
         wanted = {"payroll_daily", "reports", "payroll_steady"}
         return True if known >= wanted else json.dumps(sorted(known))
+
+
+def _readable(line: str) -> str:
+    """A line of Airflow 3 is an object, which its page shows as text with the exceptions below."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return line
+    if not isinstance(said, dict):
+        return line
+    errors = [f"{one.get('exc_type')}: {one.get('exc_value')}" for one in said.get("error_detail") or []]
+    return "\n".join([f"{said.get('level', '')}: {said.get('event', '')}", *errors])
 
 
 def _replaced(text: str, old: str, new: str) -> str:

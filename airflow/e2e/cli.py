@@ -18,8 +18,8 @@ examples:
 
 It needs root on a Debian 12 machine with cgroup v2 and io_uring, and installs what is missing: Consul, PostgreSQL and Redis by
 scripts/setup, Airflow into RINGFENCE_CACHE (default /var/cache/ringfence). RINGFENCE_BINARY names another ringfence than
-target/release/ringfence. Everything else lives in a scratch folder, in a network of its own, and ends with this command. Airflow runs
-as a user without rights (ringfence-e2e, made for the run).
+target/release/ringfence. Everything else lives in a scratch folder, in a network of its own, and ends with this command.
+Airflow runs as a user without rights (ringfence-e2e, made for the run).
 
 exit code: 0 all ok, 1 a check failed, 69 it could not be run to its end
 """
@@ -52,12 +52,19 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="scripts/airflow-e2e", description=__doc__ and "Runs real Airflow behind ringfence in a real Consul mesh and checks what each task "
-        "could reach, as whom.", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="scripts/airflow-e2e",
+        description=__doc__
+        and "Runs real Airflow behind ringfence in a real Consul mesh and checks what each task could reach, as whom.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--airflow", choices=[*install.VERSIONS, "both"], default="both", help="which Airflow (default: both)")
-    parser.add_argument("--executor", choices=["local", "celery", "both"], default="both", help="which executor (default: both)")
+    parser.add_argument(
+        "--executor", choices=["local", "celery", "both"], default="both", help="which executor (default: both)"
+    )
     parser.add_argument("--ci", action="store_true", help="Airflow 3.3, LocalExecutor, without restart and rotation")
     parser.add_argument("--keep", action="store_true", help="keep the scratch folder with all logs")
-    parser.add_argument("--json", action="store_true", help="the result as one JSON object on standard output, progress on standard error")
+    parser.add_argument(
+        "--json", action="store_true", help="the result as one JSON object on standard output, progress on standard error"
+    )
     return parser.parse_args()

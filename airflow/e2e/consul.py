@@ -26,9 +26,16 @@ class Consul:
         folder.mkdir()
         tokens = {"master": self.management, "agent": self.management}
         config = {
-            "node_name": "e2e", "datacenter": "dc1", "data_dir": str(folder / "data"), "bind_addr": "127.0.0.1",
-            "client_addr": "127.0.0.1", "disable_update_check": True, "server": True, "bootstrap_expect": 1,
-            "acl": {"enabled": True, "default_policy": "deny", "tokens": tokens}, "connect": {"enabled": True},
+            "node_name": "e2e",
+            "datacenter": "dc1",
+            "data_dir": str(folder / "data"),
+            "bind_addr": "127.0.0.1",
+            "client_addr": "127.0.0.1",
+            "disable_update_check": True,
+            "server": True,
+            "bootstrap_expect": 1,
+            "acl": {"enabled": True, "default_policy": "deny", "tokens": tokens},
+            "connect": {"enabled": True},
             "performance": {"raft_multiplier": 1},
             "ports": {"http": HTTP, "serf_lan": SERF, "serf_wan": -1, "server": RPC, "dns": -1, "grpc": -1},
         }

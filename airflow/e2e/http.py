@@ -22,7 +22,9 @@ class Answer:
         return json.loads(self.body)
 
 
-def ask(url: str, method: str = "GET", body: Any = None, headers: Mapping[str, str] | None = None, timeout: float = 20) -> Answer:
+def ask(
+    url: str, method: str = "GET", body: Any = None, headers: Mapping[str, str] | None = None, timeout: float = 20
+) -> Answer:
     """Raises only when nothing answers."""
     data = body.encode() if isinstance(body, str) else None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})}, method=method)

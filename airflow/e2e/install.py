@@ -1,7 +1,7 @@
 """Virtual environments with real Airflow, and the provider of this tree in them.
 
-Caches stay outside the tree, under RINGFENCE_CACHE (default /var/cache/ringfence): e2e-airflow-3.3 and e2e-airflow-2.11. Half of
-one is never taken for a whole.
+Caches stay outside the tree, under RINGFENCE_CACHE (default /var/cache/ringfence): e2e-airflow-3.3 and e2e-airflow-2.11.
+Half of one is never taken for a whole.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def airflow(name: str, say: Callable[[str], None]) -> Path:
         if not holds.exists() or holds.read_text() != wanted:
             say(f"installing {wanted}")
             shutil.rmtree(venv, ignore_errors=True)
-            _run([PYTHON, "-m", "venv", str(venv)], f"{PYTHON} cannot make a virtual environment: apt-get install python3.11-venv")
+            _run(
+                [PYTHON, "-m", "venv", str(venv)],
+                f"{PYTHON} cannot make a virtual environment: apt-get install python3.11-venv",
+            )
             _run([str(venv / "bin/pip"), "install", "--quiet", "--disable-pip-version-check", UV], "uv cannot be installed")
             # Compiled now: the user that Airflow runs as may not write here, and would compile at every start.
             _pip(venv, ["--compile-bytecode", *PACKAGES[name]])

@@ -14,7 +14,6 @@ import os
 import pwd
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -62,29 +61,15 @@ class Process:
         if self.child.poll() is not None:
             raise Failure(f"{self.name} ended with {self.child.returncode}; {self.log}:\n{self.tail()}")
 
-    def terminate(self, timeout: float) -> float:
-        """SIGTERM, and SIGKILL after the timeout as systemd does. Gives the seconds that it took."""
-        began = time.monotonic()
-        self.child.send_signal(signal.SIGTERM)
-        try:
-            self.child.wait(timeout)
-        except subprocess.TimeoutExpired:
-            self.child.kill()
-            self.child.wait()
-        return time.monotonic() - began
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        self.child.kill()
-        self.child.wait()
-
 
 class Machine:
     """See the module."""
 
     def __init__(self, keep: bool, say: Callable[[str], None]) -> None:
         if os.geteuid() != 0:
-            raise Failure("this needs root: cgroups of tasks, a network of its own, and users for Airflow and PostgreSQL; use sudo")
+            raise Failure(
+                "this needs root: cgroups of tasks, a network of its own, and users for Airflow and PostgreSQL; use sudo"
+            )
         self.say = say
         self.scratch = Path(tempfile.mkdtemp(prefix="ringfence-e2e-"))
         self.scratch.chmod(0o755)
@@ -126,8 +111,13 @@ class Machine:
         log = self.logs / f"{name}.log"
         with log.open("ab") as output:
             child = subprocess.Popen(
-                self._launch(command, unit, user), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env={"PATH": PATH, "LANG": "C.UTF-8", **(env or {})}, cwd=cwd or self.scratch, start_new_session=True,
+                self._launch(command, unit, user),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={"PATH": PATH, "LANG": "C.UTF-8", **(env or {})},
+                cwd=cwd or self.scratch,
+                start_new_session=True,
             )
         return Process(name, child, log)
 
@@ -143,11 +133,18 @@ class Machine:
     ) -> str:
         """Runs a command to its end; its output."""
         done = subprocess.run(
-            self._launch(command, unit, user), capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, timeout=timeout,
-            env={"PATH": PATH, "LANG": "C.UTF-8", **(env or {})}, cwd=self.scratch,
+            self._launch(command, unit, user),
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
+            timeout=timeout,
+            env={"PATH": PATH, "LANG": "C.UTF-8", **(env or {})},
+            cwd=self.scratch,
         )
         if done.returncode != 0:
-            raise Failure(f"{name} ended with {done.returncode}: {shlex.join(map(str, command))}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+            said = f"{done.stdout[-2000:]}{done.stderr[-3000:]}"
+            raise Failure(f"{name} ended with {done.returncode}: {shlex.join(map(str, command))}\n{said}")
         return done.stdout
 
     def kill_unit(self, name: str) -> None:

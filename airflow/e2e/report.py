@@ -55,12 +55,22 @@ class Report:
     def finish(self, ran: str) -> None:
         """Prints the table, or the JSON."""
         if self.is_json:
-            print(json.dumps({"ran": ran, "passed": self.passed(), "seconds": round(self.seconds(), 1), "notes": self.notes,
-                              "checks": [asdict(check) for check in self.checks]}))
+            print(
+                json.dumps(
+                    {
+                        "ran": ran,
+                        "passed": self.passed(),
+                        "seconds": round(self.seconds(), 1),
+                        "notes": self.notes,
+                        "checks": [asdict(check) for check in self.checks],
+                    }
+                )
+            )
             return
         print(f"\n== what ran: {ran}")
         for check in self.checks:
-            print(f"{'ok    ' if check.ok else 'FAILED'}  {check.deployment:<22} {check.what}{': ' + check.detail if check.detail else ''}")
+            result, detail = "ok    " if check.ok else "FAILED", f": {check.detail}" if check.detail else ""
+            print(f"{result}  {check.deployment:<14} {check.what}{detail}")
         for note in self.notes:
             print(f"note    {note}")
         failed = sum(not check.ok for check in self.checks)

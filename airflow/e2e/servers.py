@@ -1,4 +1,4 @@
-"""PostgreSQL, for Airflow's metadata and for the warehouse, and Redis. Both listen on loopback, behind sidecars of their own."""
+"""PostgreSQL, for Airflow's metadata and for the warehouse, and Redis: on loopback, each behind a sidecar of its own."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from e2e.machine import PATH, Machine, wait
 POSTGRES, REDIS = 25433, 26380
 TRUTH = """
 create table truth (at timestamptz not null default clock_timestamp(), dag text, task text, run text, try int, map_index int,
-                    how text, port int, detail text);
-grant all on truth to etl;
+                    how text, port int);
+create table stop (run text);
+grant all on truth, stop to etl;
 """
 
 
@@ -30,10 +31,27 @@ class Postgres:
         folder.mkdir()
         (folder / "password").write_text(self.passwords["postgres"])
         subprocess.run(["chown", "-R", "postgres", str(folder)], check=True)
-        init = [self.bin / "initdb", "-D", folder / "data", "-A", "scram-sha-256", "-U", "postgres", "-N", "--pwfile", folder / "password"]
+        init = [
+            self.bin / "initdb",
+            "-D",
+            folder / "data",
+            "-A",
+            "scram-sha-256",
+            "-U",
+            "postgres",
+            "-N",
+            "--pwfile",
+            folder / "password",
+        ]
         machine.run("initdb", init, user="postgres")
-        options = [f"-p{POSTGRES}", "-clisten_addresses=127.0.0.1", f"-cunix_socket_directories={folder}", "-cfsync=off",
-                   "-cmax_connections=200", "-clog_connections=on"]
+        options = [
+            f"-p{POSTGRES}",
+            "-clisten_addresses=127.0.0.1",
+            f"-cunix_socket_directories={folder}",
+            "-cfsync=off",
+            "-cmax_connections=200",
+            "-clog_connections=on",
+        ]
         self.process = machine.start("postgres", [self.bin / "postgres", "-D", folder / "data", *options], user="postgres")
         wait("PostgreSQL is ready", 20, lambda: self.query("select 1") == [["1"]])
         for user, database in (("airflow", "airflow"), ("etl", "warehouse")):
@@ -43,8 +61,24 @@ class Postgres:
 
     def query(self, sql: str, database: str = "postgres") -> list[list[str]]:
         """Straight to the server, past the mesh: what is asked here is the other side's word."""
-        command = [self.bin / "psql", "-h", "127.0.0.1", "-p", str(POSTGRES), "-U", "postgres", "-d", database, "-v", "ON_ERROR_STOP=1",
-                   "--csv", "-t", "-q", "-c", sql]
+        command = [
+            self.bin / "psql",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            str(POSTGRES),
+            "-U",
+            "postgres",
+            "-d",
+            database,
+            "-v",
+            "ON_ERROR_STOP=1",
+            "--csv",
+            "-t",
+            "-q",
+            "-c",
+            sql,
+        ]
         env = {"PATH": PATH, "PGPASSWORD": self.passwords["postgres"]}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
         if done.returncode != 0:
@@ -55,7 +89,7 @@ class Postgres:
         """Empties both databases for the next deployment."""
         self.query("drop database airflow with (force)")
         self.query("create database airflow owner airflow")
-        self.query("truncate truth", "warehouse")
+        self.query("truncate truth, stop", "warehouse")
 
 
 class Redis:
@@ -76,4 +110,6 @@ class Redis:
 
     def _cli(self, *words: str) -> str:
         command = ["redis-cli", "-p", str(REDIS), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": PATH, "REDISCLI_AUTH": self.password}).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, env={"PATH": PATH, "REDISCLI_AUTH": self.password}
+        ).stdout

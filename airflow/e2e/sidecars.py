@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,19 +14,28 @@ from e2e.consul import Consul
 from e2e.http import Answer, ask
 from e2e.machine import Machine, Process, wait
 
-UNIT = "ringfence.service"
-
 
 class Sidecar:
     """One ringfence process; it may be started again."""
 
-    def __init__(self, machine: Machine, consul: Consul, binary: Path, name: str, admin: int, token: str, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, machine: Machine, consul: Consul, binary: Path, name: str, admin: int, token: str, arguments: Sequence[str]
+    ) -> None:
         self.machine, self.name, self.admin = machine, name, admin
         self.log = machine.logs / f"connections-{name}.jsonl"
         token_file = machine.scratch / f"token-{name}"
         token_file.write_text(token)
         token_file.chmod(0o600)
-        common = ["-http-addr", consul.address, "-token-file", str(token_file), "-connection-log", str(self.log), "-workers", "2"]
+        common = [
+            "-http-addr",
+            consul.address,
+            "-token-file",
+            str(token_file),
+            "-connection-log",
+            str(self.log),
+            "-workers",
+            "2",
+        ]
         self.command = [str(binary), "connect", *arguments, *common]
         self.process = self.start()
 
@@ -31,15 +43,48 @@ class Sidecar:
         """As its unit would start it."""
         self.admin = admin or self.admin
         command = [*self.command, "-admin-bind", f"127.0.0.1:{self.admin}"]
-        self.process = self.machine.start(f"ringfence-{self.name}", command, unit=UNIT)
+        self.process = self.machine.start(f"ringfence-{self.name}", command, unit=self.unit)
         return self.process
+
+    @property
+    def unit(self) -> str:
+        """Its unit."""
+        return f"ringfence-{self.name}.service"
+
+    def pids(self) -> list[int]:
+        """The processes of its unit: two while one takes over from the other."""
+        return [int(pid) for pid in (self.machine.unit(self.unit) / "cgroup.procs").read_text().split()]
+
+    def stop(self, timeout: float) -> float:
+        """SIGTERM to all of its unit, and SIGKILL after the timeout, as systemd does. Gives the seconds that it took."""
+        began = time.monotonic()
+        for pid in self.pids():
+            os.kill(pid, signal.SIGTERM)
+        while self.pids() and time.monotonic() - began < timeout:
+            self.process.child.poll()
+            time.sleep(0.05)
+        self.machine.kill_unit(self.unit)
+        self.process.child.wait()
+        return time.monotonic() - began
+
+    def serial_of(self, identity: str) -> str | None:
+        """The serial number of the certificate that callers of this identity speak with."""
+        views = self.ask("/snapshot").json()["identities"]
+        return next((view["serial"] for view in views if view["name"] == identity), None)
+
+    def said(self, text: str) -> int:
+        """How often its own log has a text."""
+        return self.process.log.read_text(errors="replace").count(text)
 
     def wait_ready(self, seconds: float = 30) -> float:
         """Until /ready says so."""
+
         def is_ready() -> bool | str:
-            self.process.assert_running()
+            if not self.pids():
+                self.process.assert_running()
             answer = self.ask("/ready")
             return True if answer.status == 200 else answer.body
+
         return wait(f"the sidecar {self.name} is ready", seconds, is_ready, 0.05)
 
     def ask(self, path: str) -> Answer:

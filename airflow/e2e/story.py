@@ -37,9 +37,16 @@ class Plan:
 
     def in_words(self) -> str:
         """For the end."""
-        names = ", ".join(f"Airflow {install.VERSIONS[version]} with {executor.capitalize()}Executor" for version, executor in self.deployments)
-        parts = "two DAGs and the intention" if self.is_ci else "two DAGs, the intention, rotation of the CA and restart of ringfence"
-        left_out = "; left out as --ci: CeleryExecutor, Airflow 2.11, rotation, restart" if self.is_ci else ""
+        names = ", ".join(
+            f"Airflow {install.VERSIONS[version]} with {executor.capitalize()}Executor"
+            for version, executor in self.deployments
+        )
+        parts = (
+            "two DAGs and the intention"
+            if self.is_ci
+            else "two DAGs, the intention, rotation of the CA, upgrade and restart of ringfence"
+        )
+        left_out = "; left out as --ci: CeleryExecutor, Airflow 2.11, rotation, upgrade, restart" if self.is_ci else ""
         return f"{names}: {parts}{left_out}"
 
 
@@ -80,6 +87,7 @@ def _deployment(deployment: Deployment, report: Report, plan: Plan) -> None:
     _allowed(deployment, report)
     if not plan.is_ci:
         upheaval.rotation(deployment, report)
+        upheaval.upgrade(deployment, report)
         upheaval.restart(deployment, report)
     # Tasks have ended; so that the log has a line for each connection of the components too, these end.
     deployment.stop_airflow()
@@ -92,13 +100,18 @@ def _payroll(deployment: Deployment, report: Report) -> None:
     tasks = deployment.tasks_of("payroll_daily", "first")
     bad = [task for task in tasks if task.state != "success"]
     fine = state == "success" and tuple(sorted(task.name for task in tasks)) == KINDS
-    report.check("the allowed DAG succeeds: TaskFlow, Bash, psql, subprocess, daemon, external Python, 3 mapped, deferrable", fine,
-                 f"{state} {bad}" if not fine else "")
+    report.check(
+        "the allowed DAG succeeds: TaskFlow, Bash, psql, subprocess, daemon, external Python, 3 mapped, deferrable",
+        fine,
+        f"{state} {bad}" if not fine else "",
+    )
     for task in bad:
         report.say(deployment.task_log("payroll_daily", "first", task.name)[-3000:])
     log = deployment.task_log("payroll_daily", "first", "taskflow")
     if deployment.release == "3":
-        report.check("its task log says as whom it speaks", "this task speaks as airflow-payroll" in log, "" if log else "no log")
+        report.check(
+            "its task log says as whom it speaks", "this task speaks as airflow-payroll" in log, "" if log else "no log"
+        )
 
 
 def _denied(deployment: Deployment, report: Report) -> None:
@@ -109,19 +122,38 @@ def _denied(deployment: Deployment, report: Report) -> None:
     found = re.search(r"\bid[= ]([0-9a-f]{16})", log)
     fine = state == "failed" and not missing and found is not None
     said = next((line.strip()[-300:] for line in log.splitlines() if "may not call" in line), "")
-    report.check("the denied DAG fails, with the reason and the denial's id in its task log", fine, said if fine else f"{state}, missing {missing}\n{log[-3000:]}")
+    report.check(
+        "the denied DAG fails, with the reason and the denial's id in its task log",
+        fine,
+        said if fine else f"{state}, missing {missing}\n{log[-3000:]}",
+    )
     if found is None:
         return
     words = ["explain", found.group(1), "-admin", f"127.0.0.1:{deployment.tasks.admin}"]
     text = deployment.machine.run("ringfence explain", [deployment.binary, *words])
     fine = all(part in text for part in ("airflow-reports", "warehouse", "reports"))
     report.check("`ringfence explain` answers for that id", fine, text.strip().splitlines()[0] if fine else text)
-    words = ["explain", "-dag", "reports", "-task", "load", "-to", "warehouse", "-socket", str(deployment.folder / "tasks/airflow.sock")]
+    words = [
+        "explain",
+        "-dag",
+        "reports",
+        "-task",
+        "load",
+        "-to",
+        "warehouse",
+        "-socket",
+        str(deployment.folder / "tasks/airflow.sock"),
+    ]
     try:
         deployment.machine.run("ringfence explain -dag", [deployment.binary, *words])
-        report.check("`ringfence explain -dag reports -task load -to warehouse` says that it would be denied", False, "exit code 0")
+        report.check(
+            "`ringfence explain -dag reports -task load -to warehouse` says that it would be denied", False, "exit code 0"
+        )
     except Exception as error:
-        report.check("`ringfence explain -dag reports -task load -to warehouse` says that it would be denied", "ended with 1" in str(error))
+        report.check(
+            "`ringfence explain -dag reports -task load -to warehouse` says that it would be denied",
+            "ended with 1" in str(error),
+        )
 
 
 def _allowed(deployment: Deployment, report: Report) -> None:
@@ -130,8 +162,11 @@ def _allowed(deployment: Deployment, report: Report) -> None:
     deployment.trigger("reports", "allowed")
     state = deployment.wait_run("reports", "allowed")
     same = pid == deployment.tasks.process.child.pid
-    report.check("an intention flips it to success, with no restart", state == "success" and same,
-                 "" if state == "success" else deployment.task_log("reports", "allowed", "load")[-2000:])
+    report.check(
+        "an intention flips it to success, with no restart",
+        state == "success" and same,
+        "" if state == "success" else deployment.task_log("reports", "allowed", "load")[-2000:],
+    )
 
 
 def _attribution(deployment: Deployment, report: Report) -> None:
@@ -141,26 +176,48 @@ def _attribution(deployment: Deployment, report: Report) -> None:
     of_warehouse = [line for line in ours if line["upstream"] == "warehouse"]
     wrong = truth.differences(said, of_warehouse, deployment.release == "3")
     tiers = _count(of_warehouse, "tier")
-    report.check(f"every warehouse connection has its true dag, task, run, try and map index ({len(said)} statements of tasks)",
-                 bool(said) and not wrong, "; ".join(wrong[:5]) or f"tiers {tiers}")
+    report.check(
+        f"every warehouse connection has its true dag, task, run, try and map index ({len(said)} statements of tasks)",
+        bool(said) and not wrong,
+        "; ".join(wrong[:5]) or f"tiers {tiers}",
+    )
     unknown = [line for line in ours if line["caller"]["tier"] == "unidentified"]
-    report.check(f"nothing is unidentified among {len(ours)} connections of the host", not unknown, "; ".join(map(_brief, unknown[:5])))
+    report.check(
+        f"nothing is unidentified among {len(ours)} connections of the host", not unknown, "; ".join(map(_brief, unknown[:5]))
+    )
     components = [line for line in ours if "component" in line["caller"]]
     wrong_parts = [line for line in components if line["caller"]["identity"] != line["caller"]["component"]]
     seen = sorted({(line["caller"]["component"], line["upstream"]) for line in components})
     missing = _expected(deployment) - set(seen)
-    report.check("components speak under their own identities", not wrong_parts and not missing,
-                 f"missing {sorted(missing)}, wrong {list(map(_brief, wrong_parts[:3]))}" if wrong_parts or missing else ", ".join(f"{who} -> {to}" for who, to in seen))
+    report.check(
+        "components speak under their own identities",
+        not wrong_parts and not missing,
+        f"missing {sorted(missing)}, wrong {list(map(_brief, wrong_parts[:3]))}"
+        if wrong_parts or missing
+        else ", ".join(f"{who} -> {to}" for who, to in seen),
+    )
     tasks_elsewhere = [line for line in ours if "dag" in line["caller"] and line["upstream"] != "warehouse"]
     known = {"payroll_daily": "airflow-payroll", "payroll_steady": "airflow-payroll", "reports": "airflow-reports"}
-    wrong_tasks = [line for line in ours if "dag" in line["caller"] and line["caller"]["identity"] != known.get(line["caller"]["dag"])]
+    wrong_tasks = [
+        line for line in ours if "dag" in line["caller"] and line["caller"]["identity"] != known.get(line["caller"]["dag"])
+    ]
     detail = f"{len(tasks_elsewhere)} connections of tasks to other upstreams: {_count(tasks_elsewhere, 'dag')}"
-    report.check("each DAG's tasks have the identity of its rule", not wrong_tasks, "; ".join(map(_brief, wrong_tasks[:3])) or detail)
+    report.check(
+        "each DAG's tasks have the identity of its rule", not wrong_tasks, "; ".join(map(_brief, wrong_tasks[:3])) or detail
+    )
     api = [line for line in deployment.api.connections() if line["direction"] == "outbound"]
     name = f"airflow-{deployment.web}"
     odd = [line for line in api if line["caller"]["identity"] != name]
-    report.check(f"the {deployment.web}'s own sidecar knows all {len(api)} connections of its host", bool(api) and not odd, "; ".join(map(_brief, odd[:3])))
-    lost = [line for line in ours if line["reason"] not in ("complete", "caller_denied", "reset_by_app", "reset_by_peer", "drained", "shutdown")]
+    report.check(
+        f"the {deployment.web}'s own sidecar knows all {len(api)} connections of its host",
+        bool(api) and not odd,
+        "; ".join(map(_brief, odd[:3])),
+    )
+    lost = [
+        line
+        for line in ours
+        if line["reason"] not in ("complete", "caller_denied", "reset_by_app", "reset_by_peer", "drained", "shutdown")
+    ]
     report.note(f"how connections of the task host ended: {_reasons(ours)}" + (f"; look at {_brief(lost[0])}" if lost else ""))
 
 
@@ -177,7 +234,7 @@ def _expected(deployment: Deployment) -> set[tuple[str, str]]:
 def _open(deployment: Deployment) -> int:
     """Connections of the host that live still."""
     metrics = deployment.tasks.ask("/metrics").body
-    found = re.findall(r'^ringfence_connections_active\{[^}]*\} (\S+)$', metrics, re.M)
+    found = re.findall(r"^ringfence_connections_active\{[^}]*\} (\S+)$", metrics, re.M)
     return int(sum(map(float, found)))
 
 

@@ -4,28 +4,31 @@
 //! Invariant: a caller's verdict is always that of the rules in force; a task's caller goes with the task. Rules and catalog
 //! are taken over whole or not at all. Knows no socket and no worker but their desks.
 
+mod answers;
+mod files;
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
-
-use serde_json::{Value, json};
+use std::time::{Duration, Instant};
 
 use super::attribution::{Attributed, Attributor, Scene, Unattributed};
 use super::catalog::Catalog;
 use super::cgroup::{self, Cgroup, Hierarchy, Place, Setting};
+use super::leases::Leases;
 use super::process::{Host, Process, ProcessFacts, Watch};
-use super::registration::{Explain, Request};
-use super::registry::{Claim, Part, Peer, Registration, Registry};
-use super::rules::{self, CgroupChoice, Component, Facts, Names, Rules};
+use super::registry::{Part, Registration, Registry};
+use super::rules::{self, CgroupChoice, Component, Facts, Names};
 use super::{Settings, Wish};
+use crate::mesh::Snapshot;
 use crate::mesh::caller::{Caller, Callers, Grant, Refusal, Stranger, Task, Tier, Who};
-use crate::mesh::{Bind, Snapshot};
 use crate::store::desk::{Answer, Desk, Origin, Question};
 use crate::store::{Publisher, Viewer};
+
+use files::{InForce, Loaded, Stamp};
 
 /// How often the certificates of those who live are wished for again: well within the time that keeps them from making room.
 const WARM_INTERVAL: Duration = Duration::from_secs(20);
@@ -48,6 +51,7 @@ pub(super) struct Office {
     /// The cgroups of the components' units, looked up with every tick: a unit's comes and goes with it.
     units: Vec<Cgroup>,
     callers: HashMap<Process, Arc<Caller>>,
+    leases: Leases,
     /// Components that have called, with the identity that they speak as.
     components: HashMap<Arc<str>, Arc<Caller>>,
     publisher: Publisher<Callers>,
@@ -57,38 +61,6 @@ pub(super) struct Office {
     warm_at: Instant,
     /// What watches the ends of tasks finds the office by.
     myself: Weak<RefCell<Self>>,
-}
-
-/// The rules file as it was last accepted.
-struct InForce {
-    path: PathBuf,
-    stamp: Option<Stamp>,
-    settings: rules::Settings,
-    components: Vec<Component>,
-    rules: Rules,
-}
-
-/// A file that may be absent, as it was last accepted.
-struct Loaded<T> {
-    path: Option<PathBuf>,
-    stamp: Option<Stamp>,
-    value: T,
-}
-
-/// What changes when a file does.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Stamp {
-    modified: SystemTime,
-    length: u64,
-    inode: u64,
-}
-
-impl Stamp {
-    fn of(path: &Path) -> Option<Self> {
-        use std::os::unix::fs::MetadataExt;
-        let metadata = std::fs::metadata(path).ok()?;
-        Some(Self { modified: metadata.modified().ok()?, length: metadata.len(), inode: metadata.ino() })
-    }
 }
 
 impl Office {
@@ -120,6 +92,7 @@ impl Office {
             hierarchy,
             units: Vec::new(),
             callers: HashMap::new(),
+            leases: Leases::default(),
             components: HashMap::new(),
             publisher,
             viewer,
@@ -137,41 +110,6 @@ impl Office {
         alive.into_iter().for_each(|registration| open.follow(registration));
         drop(open);
         office
-    }
-
-    /// One request of the registration socket.
-    pub(super) fn handle(office: &Rc<RefCell<Self>>, peer: Peer, request: Request) -> Value {
-        let mut office = office.borrow_mut();
-        match request {
-            Request::Register(claim) => office.register(peer, &claim),
-            // The end of the process is what counts: a task that only says so may still have connections to open.
-            Request::Unregister => json!({ "ok": true }),
-            Request::Whoami => office.whoami(peer),
-            Request::Routes => office.routes(),
-            Request::Explain(question) => office.explain(&question),
-        }
-    }
-
-    fn register(&mut self, peer: Peer, claim: &Claim) -> Value {
-        let parts = parts(&self.rules.components);
-        let registered = match self.registry.register(&self.host, &parts, peer, claim, Instant::now()) {
-            Ok(registered) => registered,
-            Err(error) => return json!({ "ok": false, "error": error.to_string(), "remedy": error.remedy() }),
-        };
-        drop(parts);
-        let registration = registered.registration;
-        if let Some(notice) = &registered.notice {
-            tracing::warn!(dag = &*registration.task.dag, task = &*registration.task.task, "{notice}");
-        }
-        let caller = self.judge(&registration);
-        self.callers.insert(registration.process, Arc::clone(&caller));
-        self.publish();
-        if !registered.again {
-            self.follow(Arc::clone(&registration));
-        }
-        let (identity, denied, remedy) = verdict(&caller.verdict);
-        tracing::debug!(dag = &*registration.task.dag, task = &*registration.task.task, process = %registration.process, identity, rule = &**caller.rule(), "registered");
-        json!({ "ok": true, "identity": identity, "rule": &**caller.rule(), "tier": registration.tier().as_str(), "denied": denied, "remedy": remedy })
     }
 
     /// What the rules in force say of a registered task.
@@ -199,6 +137,9 @@ impl Office {
         let alive: Vec<_> = self.registry.registrations().cloned().collect();
         self.callers = alive.iter().map(|registration| (registration.process, self.judge(registration))).collect();
         self.components.clear();
+        let mut leases = std::mem::take(&mut self.leases);
+        leases.judge(|holder| self.judge_as(Arc::clone(&holder.task), holder.uid, Tier::Lease));
+        self.leases = leases;
         self.publish();
     }
 
@@ -255,7 +196,8 @@ impl Office {
             Some((registration.cgroup.as_ref()?.id, Arc::clone(self.callers.get(&registration.process)?)))
         });
         let by_cgroup = enclosed.collect();
-        self.publisher.publish(Callers { generation: 0, by_cgroup, routes: Arc::clone(&self.rules.settings.routes) });
+        let leases = self.leases.table();
+        self.publisher.publish(Callers { generation: 0, by_cgroup, routes: Arc::clone(&self.rules.settings.routes), leases });
         metrics::gauge!("ringfence_airflow_tasks").set(f64::from(u32::try_from(self.registry.len()).unwrap_or(u32::MAX)));
     }
 
@@ -295,7 +237,7 @@ impl Office {
                 Some(known) => Arc::new(Caller { tier, ..Caller::clone(known) }),
                 None => self.judge(&registration),
             },
-            (Who::Task(task), None) => self.judge_titled(task, origin.uid),
+            (Who::Task(task), None) => self.judge_as(task, origin.uid, Tier::Title),
             (Who::Component(name), _) => self.component(name),
             (Who::Stranger(stranger), _) => {
                 let remedy = why.as_ref().map_or(NOBODY_REMEDY, Unattributed::remedy);
@@ -305,8 +247,8 @@ impl Office {
         }
     }
 
-    /// A task of Airflow 2 without the plugin, by its supervisor's title, where the rules accept that.
-    fn judge_titled(&mut self, task: Arc<Task>, uid: u32) -> Arc<Caller> {
+    /// What the rules say of a task that is not registered: one that a title names, or one with a lease.
+    fn judge_as(&mut self, task: Arc<Task>, uid: u32, tier: Tier) -> Arc<Caller> {
         let user = user_name(uid);
         let facts = Facts {
             dag: &task.dag,
@@ -318,7 +260,7 @@ impl Office {
             catalog: self.catalog.value.get(&task.dag),
         };
         let verdict = self.rules.rules.decide(&facts, &mut self.names);
-        Arc::new(Caller { who: Who::Task(task), tier: Tier::Title, verdict })
+        Arc::new(Caller { who: Who::Task(task), tier, verdict })
     }
 
     fn component(&mut self, name: Arc<str>) -> Arc<Caller> {
@@ -329,59 +271,6 @@ impl Office {
             Arc::new(Caller { who: Who::Component(name), tier: Tier::Component, verdict: Ok(grant) })
         });
         Arc::clone(caller)
-    }
-
-    fn whoami(&mut self, peer: Peer) -> Value {
-        let origin = Origin { uid: peer.uid, inode: 0, cgroup: 0, pid: Some(peer.pid) };
-        let caller = self.attribute(Some(&origin));
-        let (identity, denied, remedy) = verdict(&caller.verdict);
-        let (who, component) = match &caller.who {
-            Who::Task(_) => ("task", None),
-            Who::Component(name) => ("component", Some(&**name)),
-            Who::Stranger(_) => ("unidentified", None),
-        };
-        let task = caller.task();
-        json!({ "ok": true, "caller": {
-            "who": who,
-            "dag": task.map(|task| &*task.dag),
-            "task": task.map(|task| &*task.task),
-            "run": task.map(|task| &*task.run),
-            "try": task.map(|task| task.try_number),
-            "map_index": task.map(|task| task.map_index),
-            "component": component,
-            "tier": caller.tier.as_str(),
-            "identity": identity,
-            "rule": &**caller.rule(),
-            "denied": denied,
-            "remedy": remedy,
-        } })
-    }
-
-    /// Where each upstream listens on this host.
-    fn routes(&self) -> Value {
-        let snapshot = self.viewer.current();
-        let upstreams = snapshot.services.iter().flat_map(|service| &service.upstreams);
-        let routes: Vec<Value> = upstreams
-            .map(|upstream| match &upstream.bind {
-                Bind::Tcp(address) => json!({ "service": &*upstream.name, "address": address.ip(), "port": address.port() }),
-                Bind::Unix { path, .. } => json!({ "service": &*upstream.name, "unix": path }),
-            })
-            .collect();
-        json!({ "ok": true, "routes": routes, "admin": self.admin })
-    }
-
-    fn explain(&self, question: &Explain) -> Value {
-        let facts = Facts {
-            dag: &question.dag,
-            task: &question.task,
-            run: (!question.run.is_empty()).then_some(&*question.run),
-            uid: None,
-            user: None,
-            queues: &self.rules.settings.queues,
-            catalog: self.catalog.value.get(&question.dag),
-        };
-        let explanation = self.rules.rules.explain(&facts, &self.names);
-        json!({ "ok": true, "explanation": explanation, "to": question.to, "rules": self.rules.path, "admin": self.admin })
     }
 
     /// Cgroups of units come and go with them, and the names of this host's services are known only once the agent has
@@ -404,64 +293,10 @@ impl Office {
         let now = Instant::now();
         if now >= self.warm_at {
             self.warm_at = now + WARM_INTERVAL;
-            for caller in self.callers.values().chain(self.components.values()) {
+            for caller in self.callers.values().chain(self.components.values()).chain(self.leases.callers()) {
                 if let Ok(grant) = &caller.verdict {
                     (self.wish)(grant.identity());
                 }
-            }
-        }
-    }
-
-    /// Takes a changed rules file over, if it is right. Says whether it did.
-    fn reload_rules(&mut self) -> bool {
-        let stamp = Stamp::of(&self.rules.path);
-        if stamp.is_none() || stamp == self.rules.stamp {
-            return false;
-        }
-        self.rules.stamp = stamp;
-        let file = match Rules::load(&self.rules.path) {
-            Ok(file) => file,
-            Err(error) => {
-                tracing::error!(%error, "the rules are not taken over; those before stay in force");
-                return false;
-            }
-        };
-        for warning in &file.warnings {
-            tracing::warn!(rules = %self.rules.path.display(), "{warning}");
-        }
-        let (old, new) = (&self.rules.settings, &file.settings);
-        let fixed = |settings: &rules::Settings| {
-            (settings.socket.clone(), settings.cgroup.clone(), settings.identities_max, settings.redirects.clone())
-        };
-        if fixed(old) != fixed(new) {
-            tracing::warn!("`socket`, `cgroup`, `identities_max` and `redirect` take effect with the next start of ringfence");
-        }
-        if old.catalog != file.settings.catalog {
-            self.catalog = Loaded { path: file.settings.catalog.clone(), stamp: None, value: Catalog::default() };
-        }
-        tracing::info!(rules = %self.rules.path.display(), "new rules in force");
-        self.rules.settings = file.settings;
-        self.rules.components = file.components;
-        self.rules.rules = file.rules;
-        true
-    }
-
-    fn reload_catalog(&mut self) -> bool {
-        let Some(path) = &self.catalog.path else { return false };
-        let stamp = Stamp::of(path);
-        if stamp.is_none() || stamp == self.catalog.stamp {
-            return false;
-        }
-        self.catalog.stamp = stamp;
-        match Catalog::load(path) {
-            Ok(catalog) => {
-                tracing::info!(catalog = %path.display(), dags = catalog.len(), "new catalog in force");
-                self.catalog.value = catalog;
-                true
-            }
-            Err(error) => {
-                tracing::error!(%error, "the catalog is not taken over; the one before stays in force");
-                false
             }
         }
     }
@@ -521,13 +356,5 @@ fn recover(registry: &mut Registry, host: &Host, socket: &Path) {
         Ok(recovered) if recovered.alive > 0 => tracing::info!(?recovered, "tasks of the last run go on"),
         Ok(recovered) => tracing::debug!(?recovered, "no task of an earlier run lives"),
         Err(error) => tracing::error!(%error, "registrations cannot be kept for a restart"),
-    }
-}
-
-/// Identity, reason and remedy, for the wire.
-fn verdict(verdict: &Result<Grant, Refusal>) -> (Option<&str>, Option<&str>, Option<&str>) {
-    match verdict {
-        Ok(grant) => (Some(grant.identity()), None, None),
-        Err(refusal) => (None, Some(&refusal.why), Some(&refusal.remedy)),
     }
 }

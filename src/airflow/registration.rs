@@ -50,6 +50,7 @@ pub(super) enum Request {
     Whoami,
     Routes,
     Explain(Explain),
+    Lease(Lease),
 }
 
 /// A question about a task that need not run.
@@ -62,6 +63,14 @@ pub(super) struct Explain {
     pub(super) run: String,
     #[serde(default)]
     pub(super) to: Option<String>,
+}
+
+/// An address for a task that runs in the asking process.
+#[derive(Debug, Deserialize)]
+pub(super) struct Lease {
+    pub(super) upstream: String,
+    #[serde(flatten)]
+    pub(super) claim: Claim,
 }
 
 /// A refusal of the socket's own.

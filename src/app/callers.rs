@@ -52,6 +52,11 @@ impl Prepared {
         self.settings.identities_max()
     }
 
+    /// Where leased addresses are reached.
+    pub(super) fn lease_port(&self) -> Option<u16> {
+        self.settings.lease_port()
+    }
+
     /// Where redirected connections come in.
     pub(super) fn redirects(&self) -> Vec<SocketAddr> {
         self.settings.redirects().to_vec()

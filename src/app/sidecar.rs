@@ -50,7 +50,7 @@ pub struct Sidecar {
     inherited: Inherited,
     actions: mpsc::Receiver<Action>,
     reopener: Reopener,
-    /// Listeners for redirected connections, on each worker.
+    /// Listeners for redirected connections and leases, on each worker.
     redirects: usize,
     ended: mpsc::Receiver<AppError>,
     rotation: JoinHandle<()>,
@@ -78,7 +78,8 @@ impl Sidecar {
             };
         consul.caller_identities_max = prepared.as_ref().map_or(0, callers::Prepared::identities_max);
         plane.redirects = prepared.as_ref().map(callers::Prepared::redirects).unwrap_or_default();
-        let redirects = plane.redirects.len();
+        plane.lease_port = prepared.as_ref().and_then(callers::Prepared::lease_port);
+        let redirects = plane.redirects.len() + usize::from(plane.lease_port.is_some());
         let reopener = Reopener::default();
         let log = ConnectionLog::open(&destination(connection_log), &reopener)
             .map_err(|error| AppError::Config(format!("connection log: {error}")))?;

@@ -54,6 +54,8 @@ pub struct Stranger {
 pub enum Tier {
     /// The socket was made in the cgroup of a registered task, or of a unit that runs no tasks: a kernel fact.
     Cgroup,
+    /// The address that was connected to was leased to this task (the triggerer's one process runs many).
+    Lease,
     /// A holder of the socket, or a parent of it, is a registered task's process.
     Ancestor,
     /// A holder is a process of a component, and no parent of it runs a task.
@@ -69,6 +71,7 @@ impl Tier {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Cgroup => "cgroup",
+            Self::Lease => "lease",
             Self::Ancestor => "ancestor",
             Self::Component => "component",
             Self::Title => "title",
@@ -150,6 +153,20 @@ pub struct Callers {
     pub by_cgroup: HashMap<u64, Arc<Caller>>,
     /// Where redirected connections lead, the first that matches.
     pub routes: Arc<[Route]>,
+    /// By the loopback address that was leased.
+    pub leases: HashMap<IpAddr, Lease>,
+}
+
+/// A loopback address of a task's own: whoever of this user connects to it is that task. A bearer's right, for processes that
+/// run many tasks at once.
+#[derive(Debug, Clone)]
+pub struct Lease {
+    /// Whose it is.
+    pub caller: Arc<Caller>,
+    /// Where it leads.
+    pub upstream: Arc<str>,
+    /// The user that may use it.
+    pub uid: u32,
 }
 
 /// An address on the network that an upstream stands for.
@@ -180,7 +197,7 @@ impl Route {
 
 impl Default for Callers {
     fn default() -> Self {
-        Self { generation: 0, by_cgroup: HashMap::new(), routes: Arc::from([]) }
+        Self { generation: 0, by_cgroup: HashMap::new(), routes: Arc::from([]), leases: HashMap::new() }
     }
 }
 

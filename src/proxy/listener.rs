@@ -5,7 +5,7 @@
 //! accept and close.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Instant;
@@ -13,7 +13,7 @@ use std::time::Instant;
 use arc_swap::ArcSwap;
 
 use super::upstream::Balancer;
-use crate::config::UPSTREAM_CONNECTIONS_MAX;
+use crate::config::{DataPlane, UPSTREAM_CONNECTIONS_MAX};
 use crate::mesh::{Bind, PublicListener, Service, Snapshot};
 use crate::ring::{Local, Socket};
 use crate::telemetry::cells::{Direction, ListenerCells};
@@ -27,6 +27,8 @@ pub(super) enum Role {
     Upstream(Balancer),
     /// Plain in, redirected: handed on to the listener of the upstream that its destination stands for.
     Redirect,
+    /// Plain in, at an address that was leased to a task: handed on to the upstream of the lease.
+    Lease,
 }
 
 /// One listener of one worker.
@@ -76,12 +78,18 @@ pub(super) enum Place {
     Public(Arc<PublicListener>),
     Upstream(Arc<crate::mesh::Upstream>),
     Redirect,
+    Lease,
 }
 
-/// Every listener that `snapshot` has, and those for redirected connections, which are `redirect`'s.
-pub(super) fn wanted(snapshot: &Snapshot, redirects: &[SocketAddr], redirect: &Arc<Service>) -> Vec<Wanted> {
+/// Every listener that `snapshot` has, and those that lead to upstreams by other ways, which are `redirect`'s.
+pub(super) fn wanted(snapshot: &Snapshot, plane: &DataPlane, redirect: &Arc<Service>) -> Vec<Wanted> {
     let mut all = Vec::new();
-    for address in redirects {
+    if let Some(port) = plane.lease_port {
+        let bind = Bind::Tcp((Ipv4Addr::UNSPECIFIED, port).into());
+        let key = Key { bind, proxy_id: Arc::clone(&redirect.proxy_id), upstream: None };
+        all.push(Wanted { key, service: Arc::clone(redirect), place: Place::Lease });
+    }
+    for address in &plane.redirects {
         let key = Key { bind: Bind::Tcp(*address), proxy_id: Arc::clone(&redirect.proxy_id), upstream: None };
         all.push(Wanted { key, service: Arc::clone(redirect), place: Place::Redirect });
     }
@@ -109,6 +117,7 @@ impl Listener {
             Place::Public(public) => (Direction::Inbound, Role::Public(public)),
             Place::Upstream(upstream) => (Direction::Outbound, Role::Upstream(Balancer::new(upstream, seed))),
             Place::Redirect => (Direction::Outbound, Role::Redirect),
+            Place::Lease => (Direction::Outbound, Role::Lease),
         };
         let cells = Arc::new(ListenerCells::new(direction, Arc::clone(&service.name), key.upstream));
         Self {
@@ -154,7 +163,7 @@ impl Listener {
                 }
             }
             // The key tells the two apart.
-            (Role::Public(_) | Role::Upstream(_) | Role::Redirect, _) => {}
+            (Role::Public(_) | Role::Upstream(_) | Role::Redirect | Role::Lease, _) => {}
         }
     }
 
@@ -163,7 +172,7 @@ impl Listener {
         match &self.role {
             Role::Public(public) => (public.max_inbound_connections > 0).then_some(public.max_inbound_connections),
             Role::Upstream(balancer) => Some(balancer.upstream().max_connections.unwrap_or(UPSTREAM_CONNECTIONS_MAX)),
-            Role::Redirect => None,
+            Role::Redirect | Role::Lease => None,
         }
     }
 
@@ -175,6 +184,9 @@ impl Listener {
             Bind::Tcp(address) => {
                 // A socket of another worker that has not yet seen the listener go is no stranger.
                 let exclusive = worker == 0 && self.gate.holders.load(Ordering::Acquire) == 0;
+                if matches!(self.role, Role::Lease) {
+                    return Some(Local::Loopback { port: address.port(), exclusive });
+                }
                 Some(Local::Tcp { address: *address, exclusive })
             }
             Bind::Unix { .. } if worker > 0 => None,

@@ -180,7 +180,7 @@ impl Ring for Sim {
     fn listen(&mut self, local: &Local) -> io::Result<Socket> {
         match local {
             Local::Tcp { address, .. } => Ok(Socket(self.network.listen(*address))),
-            Local::Unix { .. } => Err(io::Error::from_raw_os_error(libc::EAFNOSUPPORT)),
+            Local::Loopback { .. } | Local::Unix { .. } => Err(io::Error::from_raw_os_error(libc::EAFNOSUPPORT)),
         }
     }
 
@@ -192,6 +192,10 @@ impl Ring for Sim {
     }
 
     fn peer_address(&mut self, _socket: Socket) -> Option<SocketAddr> {
+        None
+    }
+
+    fn local_address(&mut self, _socket: Socket) -> Option<SocketAddr> {
         None
     }
 

@@ -13,7 +13,7 @@ mod scratch;
 mod shared;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -130,6 +130,7 @@ impl Uring {
     fn inherited(&mut self, local: &Local) -> Option<OwnedFd> {
         let place = match local {
             Local::Tcp { address, .. } => Place::Tcp(*address),
+            Local::Loopback { port, .. } => Place::Tcp((Ipv4Addr::UNSPECIFIED, *port).into()),
             Local::Unix { path, .. } => Place::Unix(path.clone()),
         };
         let at = self.inherited.iter().position(|(known, _)| *known == place)?;
@@ -240,6 +241,7 @@ impl Ring for Uring {
         }
         let fd = match local {
             Local::Tcp { address, exclusive } => sys::listen_tcp(*address, self.options, *exclusive)?,
+            Local::Loopback { port, exclusive } => sys::listen_loopback(*port, self.options, *exclusive)?,
             Local::Unix { path, mode } => sys::listen_unix(path, *mode)?,
         };
         Ok(Socket(fd.into_raw_fd()))
@@ -255,6 +257,10 @@ impl Ring for Uring {
 
     fn peer_address(&mut self, socket: Socket) -> Option<SocketAddr> {
         sys::peer_address(socket.0)
+    }
+
+    fn local_address(&mut self, socket: Socket) -> Option<SocketAddr> {
+        sys::local_address(socket.0)
     }
 
     fn original_destination(&mut self, socket: Socket) -> Option<SocketAddr> {

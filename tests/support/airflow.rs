@@ -78,6 +78,12 @@ impl Host {
         self.task_at(Some(upstream), code)
     }
 
+    /// Runs `code` in a triggerer, which runs many tasks in its one process; with `PORT` set.
+    pub fn triggerer(&self, upstream: SocketAddr, code: &str) -> Vec<Value> {
+        let mut command = self.command(Some(upstream), code);
+        said(command.arg0("airflow triggerer").env("STAGE", "task"))
+    }
+
     fn task_at(&self, upstream: Option<SocketAddr>, code: &str) -> Vec<Value> {
         said(&mut self.command(upstream, code))
     }

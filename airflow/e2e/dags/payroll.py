@@ -13,26 +13,36 @@ from datetime import datetime, timedelta
 from airflow.providers.postgres.hooks.postgres import PostgresHook
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from compat import BaseOperator, BashOperator, TimeDeltaTrigger, dag, task  # noqa: E402
-from speak import speak  # noqa: E402
+from compat import BaseOperator, BashOperator, TimeDeltaTrigger, dag, task
+from speak import speak
 
 SPEAK = str(pathlib.Path(__file__).with_name("speak.py"))
 PYTHON = os.environ.get("RINGFENCE_E2E_PYTHON", sys.executable)
 PGENV = {
-    "PGHOST": "{{ conn.warehouse.host }}", "PGPORT": "{{ conn.warehouse.port }}", "PGUSER": "{{ conn.warehouse.login }}",
-    "PGPASSWORD": "{{ conn.warehouse.password }}", "PGDATABASE": "{{ conn.warehouse.schema }}",
+    "PGHOST": "{{ conn.warehouse.host }}",
+    "PGPORT": "{{ conn.warehouse.port }}",
+    "PGUSER": "{{ conn.warehouse.login }}",
+    "PGPASSWORD": "{{ conn.warehouse.password }}",
+    "PGDATABASE": "{{ conn.warehouse.schema }}",
 }
 PSQL = """
 insert into truth (dag, task, run, try, map_index, how, port)
 values ('$AIRFLOW_CTX_DAG_ID', '$AIRFLOW_CTX_TASK_ID', '$AIRFLOW_CTX_DAG_RUN_ID', $AIRFLOW_CTX_TRY_NUMBER, -1, 'psql', 0)
 """
 START = datetime(2026, 1, 1)
+STEADY_MAX = 180
 
 
 def environment(hook: PostgresHook) -> dict[str, str]:
     """libpq's variables for the Connection, as a child needs them."""
     found = hook.get_connection("warehouse")
-    names = {"PGHOST": found.host, "PGPORT": str(found.port), "PGUSER": found.login, "PGPASSWORD": found.password, "PGDATABASE": found.schema}
+    names = {
+        "PGHOST": found.host,
+        "PGPORT": str(found.port),
+        "PGUSER": found.login,
+        "PGPASSWORD": found.password,
+        "PGDATABASE": found.schema,
+    }
     return {**os.environ, **names}
 
 
@@ -82,8 +92,10 @@ def payroll_daily():
         import sys
 
         os.environ.update(PGHOST=host, PGPORT=port, PGUSER=login, PGPASSWORD=password, PGDATABASE=schema)
-        sys.argv = [script, "external python"]
+        # Airflow's own script reads its arguments after this, too.
+        airflows, sys.argv = sys.argv, [script, "external python"]
         runpy.run_path(script, run_name="__main__")
+        sys.argv = airflows
 
     @task
     def mapped(number):
@@ -99,31 +111,37 @@ def payroll_daily():
     WaitThenAsk(task_id="deferrable")
 
 
-@dag(schedule=None, start_date=START, catchup=False, default_args={"retries": 3, "retry_delay": timedelta(seconds=1)})
+@dag(schedule=None, start_date=START, catchup=False, default_args={"retries": 3, "retry_delay": timedelta(seconds=15)})
 def payroll_steady():
-    """Queries every 0.2 s for as long as conf says: over one connection, and over a new one each time."""
+    """Queries every 0.2 s until the table `stop` says so: over one connection, and over a new one each time."""
+
+    def goes_on(connection, run):
+        cursor = connection.cursor()
+        cursor.execute("select count(*) from stop where run = %s", (run,))
+        return cursor.fetchone()[0] == 0
 
     @task
-    def one_connection(dag_run=None):
-        connection = PostgresHook("warehouse").get_conn()
-        deadline, count = time.monotonic() + float(dag_run.conf["seconds"]), 0
-        while time.monotonic() < deadline:
-            connection.cursor().execute("select 1")
+    def one_connection(run_id=None):
+        connection, count, deadline = PostgresHook("warehouse").get_conn(), 0, time.monotonic() + STEADY_MAX
+        connection.autocommit = True
+        speak(connection, "one connection")
+        while goes_on(connection, run_id) and time.monotonic() < deadline:
             count += 1
             time.sleep(0.2)
-        speak(connection, "one connection", detail=str(count))
         connection.close()
+        print(f"{count} queries over one connection")
 
     @task
-    def new_connections(dag_run=None):
-        hook, count = PostgresHook("warehouse"), 0
-        deadline = time.monotonic() + float(dag_run.conf["seconds"])
-        while time.monotonic() < deadline:
+    def new_connections(run_id=None):
+        hook, count, more, deadline = PostgresHook("warehouse"), 0, True, time.monotonic() + STEADY_MAX
+        while more and time.monotonic() < deadline:
             connection = hook.get_conn()
-            speak(connection, "new connections", detail=str(count))
+            speak(connection, "new connections")
+            more = goes_on(connection, run_id)
             connection.close()
             count += 1
             time.sleep(0.2)
+        print(f"{count} connections")
 
     one_connection()
     new_connections()

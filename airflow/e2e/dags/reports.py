@@ -7,8 +7,8 @@ from datetime import datetime
 from airflow.providers.postgres.hooks.postgres import PostgresHook
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from compat import dag, task  # noqa: E402
-from speak import speak  # noqa: E402
+from compat import dag, task
+from speak import speak
 
 
 @dag(schedule=None, start_date=datetime(2026, 1, 1), catchup=False)

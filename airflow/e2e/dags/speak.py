@@ -1,6 +1,7 @@
 """What every task does: connects to the warehouse and writes there who it is, and from which local port it spoke.
 
-A script for Bash, subprocesses and other Pythons (PGHOST, PGPORT, PGUSER, PGPASSWORD, PGDATABASE say where), a module for TaskFlow.
+A script for Bash, subprocesses and other Pythons (PGHOST, PGPORT, PGUSER, PGPASSWORD, PGDATABASE say where), a module for
+TaskFlow.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import socket
 import sys
 from typing import Any
 
-SQL = "insert into truth (dag, task, run, try, map_index, how, port, detail) values (%s, %s, %s, %s, %s, %s, %s, %s)"
+SQL = "insert into truth (dag, task, run, try, map_index, how, port) values (%s, %s, %s, %s, %s, %s, %s)"
 
 
 def local_port(connection: Any) -> int:
@@ -19,12 +20,12 @@ def local_port(connection: Any) -> int:
         return int(twin.getsockname()[1])
 
 
-def speak(connection: Any, how: str, map_index: int = -1, detail: str = "") -> None:
+def speak(connection: Any, how: str, map_index: int = -1) -> None:
     """Writes who this is over the connection, by what Airflow told this process."""
     names = ("DAG_ID", "TASK_ID", "DAG_RUN_ID", "TRY_NUMBER")
     dag, task, run, number = (os.environ.get(f"AIRFLOW_CTX_{name}", "") for name in names)
     cursor = connection.cursor()
-    cursor.execute(SQL, (dag, task, run, int(number or 0), map_index, how, local_port(connection), detail))
+    cursor.execute(SQL, (dag, task, run, int(number or 0), map_index, how, local_port(connection)))
     connection.commit()
 
 

@@ -60,7 +60,7 @@ fn unmapped() -> i32 {
 
 impl Claim {
     /// The task that it names, if every part of it is within its bounds. The uuid is brought to one way of writing it.
-    pub(super) fn check(&self) -> Result<Task, RegisterError> {
+    pub(crate) fn check(&self) -> Result<Task, RegisterError> {
         for (field, value) in [("dag", &self.dag), ("task", &self.task), ("run", &self.run)] {
             if value.is_empty() {
                 return Err(RegisterError::Claim { field, problem: "is empty".into() });

@@ -10,7 +10,7 @@ use super::document::Section;
 use super::matching::{Globs, User};
 use super::name;
 
-const KEYS: &[&str] = &["name", "unit", "user", "title", "runs_tasks"];
+const KEYS: &[&str] = &["name", "unit", "user", "title", "runs_tasks", "leases"];
 
 /// What is known of a process.
 #[derive(Debug, Clone, Copy)]
@@ -30,6 +30,9 @@ pub(crate) struct Component {
     pub(crate) name: Arc<str>,
     /// Whether its processes are the parents of tasks.
     pub(crate) runs_tasks: bool,
+    /// Whether it may lease addresses for tasks that it runs in its own process, as the triggerer does. Code of every author
+    /// whose triggers run there can then speak for any of them.
+    pub(crate) leases: bool,
     unit: Option<Box<str>>,
     user: Option<User>,
     title: Option<Globs>,
@@ -60,6 +63,7 @@ impl Component {
         let component = Self {
             name: name.into(),
             runs_tasks: section.boolean("runs_tasks")?.unwrap_or(true),
+            leases: section.boolean("leases")?.unwrap_or(false),
             unit,
             user: section.get("user").map(|item| User::decode(&item)).transpose()?,
             title: section.get("title").map(|item| Globs::of_texts(item.values()?)).transpose()?,

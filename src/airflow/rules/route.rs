@@ -8,7 +8,7 @@ use super::document::{Item, Section};
 use crate::mesh::caller::Route;
 
 /// The keys at the top of the file that are read here.
-pub(super) const KEYS: &[&str] = &["redirect", "route"];
+pub(super) const KEYS: &[&str] = &["redirect", "route", "lease_port"];
 const ROUTE_KEYS: &[&str] = &["to", "port", "upstream"];
 /// Most `[[route]]` tables, each of which may have several networks.
 const ROUTES_MAX: usize = 1_000;
@@ -31,6 +31,12 @@ pub(super) fn listeners(top: &Section<'_>) -> Result<Vec<SocketAddr>, RulesError
         }
     }
     Ok(listeners)
+}
+
+/// `lease_port`: where leased addresses are reached. No port, no leases.
+pub(super) fn lease_port(top: &Section<'_>) -> Result<Option<u16>, RulesError> {
+    let port = top.get("lease_port").map(|item| item.number(1..=usize::from(u16::MAX))).transpose()?;
+    Ok(port.and_then(|port| u16::try_from(port).ok()))
 }
 
 /// The `[[route]]` tables, in the order of the file.

@@ -68,6 +68,8 @@ pub(crate) struct Settings {
     pub(crate) redirects: Vec<SocketAddr>,
     /// Where they lead.
     pub(crate) routes: Arc<[Route]>,
+    /// Where leased addresses are reached.
+    pub(crate) lease_port: Option<u16>,
 }
 
 impl Settings {
@@ -89,6 +91,7 @@ impl Settings {
             identities_max: identities_max.unwrap_or(IDENTITIES_MAX_DEFAULT),
             redirects: route::listeners(top)?,
             routes: route::routes(top)?,
+            lease_port: route::lease_port(top)?,
         })
     }
 }

@@ -21,7 +21,7 @@ impl<R: Ring> Worker<R> {
             return;
         }
         let snapshot = Arc::clone(self.reader.current());
-        let mut wanted: HashMap<Key, Wanted> = listener::wanted(&snapshot, &self.plane.redirects, &self.redirect)
+        let mut wanted: HashMap<Key, Wanted> = listener::wanted(&snapshot, &self.plane, &self.redirect)
             .into_iter()
             .map(|wanted| (wanted.key.clone(), wanted))
             .collect();

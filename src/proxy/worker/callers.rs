@@ -10,8 +10,8 @@ use super::super::listener::Role;
 use super::super::reply::Reply;
 use super::Worker;
 use crate::mesh::Identity;
-use crate::mesh::caller::{Caller, Callers, Refusal, Route, Stranger, Tier, Who};
-use crate::ring::Ring;
+use crate::mesh::caller::{Caller, Callers, Lease, Refusal, Route, Stranger, Tier, Who};
+use crate::ring::{Ring, Socket};
 use crate::store::Reader;
 use crate::store::desk::{Inquirer, Origin, Question};
 use crate::sys::SocketOwner;
@@ -84,6 +84,15 @@ impl<R: Ring> Worker<R> {
         }
     }
 
+    /// The lease of the address that a connection came in at, for the user who has it.
+    pub(super) fn lease_of(&mut self, socket: Socket) -> Option<Lease> {
+        let address = self.ring.local_address(socket)?.ip();
+        let owner = self.ring.owner(socket, None)?;
+        self.refresh_callers();
+        let lease = self.attribution.as_ref()?.callers.current().leases.get(&address)?;
+        (lease.uid == owner.uid).then(|| lease.clone())
+    }
+
     /// Where redirected connections lead.
     pub(super) fn routes(&mut self) -> Option<Arc<[Route]>> {
         self.refresh_callers();
@@ -119,7 +128,7 @@ impl<R: Ring> Worker<R> {
         connection.facts.denial = Some(id);
         let protocol = match &self.listener(connection).role {
             Role::Upstream(balancer) => balancer.upstream().deny_reply,
-            Role::Public(_) | Role::Redirect => crate::mesh::DenyReply::Close,
+            Role::Public(_) | Role::Redirect | Role::Lease => crate::mesh::DenyReply::Close,
         };
         let reason = denial::reason(&connection.facts).unwrap_or_default();
         let remedy = denial::remedy(&connection.facts).unwrap_or_default();

@@ -70,30 +70,52 @@ impl<R: Ring> Worker<R> {
     }
 
     fn on_accepted(&mut self, index: u32, socket: Socket) {
-        let redirected =
-            matches!(self.listeners.get(index as usize), Some(Some(listener)) if matches!(listener.role, Role::Redirect));
-        if !redirected {
-            return self.admit(index, socket, None);
-        }
-        let original = self.ring.original_destination(socket);
-        match original.and_then(|original| self.upstream_for(original)) {
-            Some(upstream) => self.admit(upstream, socket, original),
-            None => self.refuse_unrouted(index, socket, original),
+        let role = self.listeners.get(index as usize).and_then(|listener| listener.as_ref()).map(|listener| &listener.role);
+        match role {
+            Some(Role::Redirect) => self.on_redirected(index, socket),
+            Some(Role::Lease) => self.on_leased(index, socket),
+            _ => self.admit(index, socket, |_| {}),
         }
     }
 
-    /// The listener of the upstream that stands for `destination`.
-    fn upstream_for(&mut self, destination: SocketAddr) -> Option<u32> {
-        let routes = self.routes()?;
-        let route = routes.iter().find(|route| route.matches(destination))?;
+    fn on_redirected(&mut self, index: u32, socket: Socket) {
+        let original = self.ring.original_destination(socket);
+        let upstream = original.and_then(|original| {
+            let route = self.routes()?.iter().find(|route| route.matches(original)).map(|route| Arc::clone(&route.upstream));
+            self.listener_of(&route?)
+        });
+        let why = || match original {
+            Some(original) => format!("no route leads to an upstream for {original}; add a [[route]] to the rules"),
+            None => "it came to the redirect listener without being redirected; connect to an upstream's own listener".to_owned(),
+        };
+        match upstream {
+            Some(upstream) => self.admit(upstream, socket, |facts| facts.original = original),
+            None => self.refuse_unrouted(index, socket, original, why()),
+        }
+    }
+
+    fn on_leased(&mut self, index: u32, socket: Socket) {
+        let lease = self.lease_of(socket);
+        match lease.and_then(|lease| Some((self.listener_of(&lease.upstream)?, lease.caller))) {
+            Some((upstream, caller)) => self.admit(upstream, socket, |facts| facts.caller = Some(caller)),
+            None => {
+                let address = self.ring.local_address(socket);
+                let why = "nobody of this user has a lease of this address; ask for the Connection again".to_owned();
+                self.refuse_unrouted(index, socket, address, why);
+            }
+        }
+    }
+
+    /// The listener of an upstream by its name.
+    fn listener_of(&self, upstream: &str) -> Option<u32> {
         let leads_there = |listener: &Listener| match &listener.role {
-            Role::Upstream(balancer) => balancer.upstream().name == route.upstream && !listener.removed,
-            Role::Public(_) | Role::Redirect => false,
+            Role::Upstream(balancer) => *balancer.upstream().name == *upstream && !listener.removed,
+            Role::Public(_) | Role::Redirect | Role::Lease => false,
         };
         self.listeners.iter().position(|listener| listener.as_ref().is_some_and(leads_there)).map(slot_of)
     }
 
-    fn refuse_unrouted(&mut self, index: u32, socket: Socket, original: Option<SocketAddr>) {
+    fn refuse_unrouted(&mut self, index: u32, socket: Socket, original: Option<SocketAddr>, why: String) {
         let downstream = self.ring.peer_address(socket);
         let Some(Some(listener)) = self.listeners.get_mut(index as usize) else { return };
         listener.cells.connections.add(1);
@@ -101,15 +123,12 @@ impl<R: Ring> Worker<R> {
         let mut facts = Box::new(ConnectionRecord::new(&listener.cells, downstream));
         facts.original = original;
         facts.reason = CloseReason::NoRoute;
-        facts.detail = Some(match original {
-            Some(original) => format!("no route leads to an upstream for {original}; add a [[route]] to the rules").into(),
-            None => "it came to the redirect listener without being redirected; connect to an upstream's own listener".into(),
-        });
+        facts.detail = Some(why.into());
         self.telemetry.send(Event::Connection(facts));
         self.ring.close(socket, true);
     }
 
-    fn admit(&mut self, index: u32, socket: Socket, original: Option<SocketAddr>) {
+    fn admit(&mut self, index: u32, socket: Socket, know: impl FnOnce(&mut ConnectionRecord)) {
         let now = self.now();
         let Some(Some(listener)) = self.listeners.get_mut(index as usize) else { return };
         let full = self.connections.live() >= self.plane.connections_max;
@@ -118,7 +137,7 @@ impl<R: Ring> Worker<R> {
         let admitted = !full && open && listener.gate.enter(listener.connections_max());
         listener.cells.connections.add(1);
         let mut facts = Box::new(ConnectionRecord::new(&listener.cells, self.ring.peer_address(socket)));
-        facts.original = original;
+        know(&mut facts);
         if !admitted {
             let (reason, detail) = match (listener.removed, full) {
                 (true, _) => (CloseReason::Drained, "the listener is closing"),
@@ -208,7 +227,9 @@ impl<R: Ring> Worker<R> {
 
     fn arm(&mut self, index: usize) {
         let Some(listener) = &mut self.listeners[index] else { return };
-        let waits = self.orders.successor && listener.service.identity.is_none() && !matches!(listener.role, Role::Redirect);
+        let waits = self.orders.successor
+            && listener.service.identity.is_none()
+            && !matches!(listener.role, Role::Redirect | Role::Lease);
         if waits {
             // The predecessor still serves this address: what it could answer must not wait here for a certificate.
             let at = self.ring.now() + BIND_FOLLOW;

@@ -35,7 +35,7 @@ impl<R: Ring> Worker<R> {
         *own_side(Direction::Inbound, &mut connection.facts) = Some(identity.svid.id.clone());
         let timeout = match &self.listener(connection).role {
             Role::Public(public) => public.handshake_timeout,
-            Role::Upstream(_) | Role::Redirect => {
+            Role::Upstream(_) | Role::Redirect | Role::Lease => {
                 return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
             }
         };

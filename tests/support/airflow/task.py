@@ -33,10 +33,10 @@ def register(dag, task="load", run="scheduled__2026-11-24", instance=INSTANCE, *
     return ask({**claim, **more})
 
 
-def call(port, message=b"hello", want=None):
+def call(port, message=b"hello", want=None, host="127.0.0.1"):
     """What comes back for `message`, as text; an error's name if none does."""
     try:
-        with socket.create_connection(("127.0.0.1", int(port)), timeout=20) as stream:
+        with socket.create_connection((host, int(port)), timeout=20) as stream:
             stream.sendall(message)
             found = b""
             while want is None or len(found) < want:
@@ -49,8 +49,13 @@ def call(port, message=b"hello", want=None):
         return f"{type(error).__name__}: {error}"
 
 
-def echo(port, message=b"hello"):
-    return call(port, message, len(message))
+def echo(port, message=b"hello", host="127.0.0.1"):
+    return call(port, message, len(message), host)
+
+
+def lease(dag, upstream="warehouse", **more):
+    """An address for a task that runs in this very process."""
+    return ask({"op": "lease", "upstream": upstream, "dag": dag, "task": "wait", "run": "scheduled__x", "try": 1, **more})
 
 
 def startup(port):

@@ -1,0 +1,129 @@
+//! Leased addresses: for a process that runs many tasks at once, as Airflow's triggerer does, a loopback address for each task
+//! and upstream.
+//!
+//! Invariant: an address belongs to one task, one upstream and one user at a time; it goes with the process that leased it. It
+//! is a bearer's right within that user: no more can be told of a process that speaks for many.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+use rand::Rng;
+
+use super::process::Process;
+use crate::mesh::caller::{Caller, Lease, Task};
+
+/// Leases at once.
+const LEASES_MAX: usize = 8_192;
+/// Addresses tried before giving up: with the bound above, one in 2,000 is taken.
+const TRIES_MAX: usize = 64;
+
+/// Whose an address is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Holder {
+    pub(super) process: Process,
+    pub(super) uid: u32,
+    pub(super) task: Arc<Task>,
+    pub(super) upstream: Arc<str>,
+}
+
+/// All leases.
+#[derive(Debug, Default)]
+pub(super) struct Leases {
+    by_holder: HashMap<Holder, IpAddr>,
+    by_address: HashMap<IpAddr, (Holder, Arc<Caller>)>,
+}
+
+impl Leases {
+    /// The holder's address, the same as long as it lives; `None` when there are too many.
+    pub(super) fn lease(&mut self, holder: Holder, caller: Arc<Caller>) -> Option<IpAddr> {
+        if let Some(address) = self.by_holder.get(&holder) {
+            self.by_address.insert(*address, (holder, caller));
+            return Some(*address);
+        }
+        if self.by_address.len() >= LEASES_MAX {
+            return None;
+        }
+        let address = (0..TRIES_MAX).map(|_| random()).find(|address| !self.by_address.contains_key(address))?;
+        self.by_holder.insert(holder.clone(), address);
+        self.by_address.insert(address, (holder, caller));
+        Some(address)
+    }
+
+    /// Gives up what a process leased that has ended. Says whether there was anything.
+    pub(super) fn end(&mut self, process: Process) -> bool {
+        let before = self.by_address.len();
+        self.by_address.retain(|_, (holder, _)| holder.process != process);
+        self.by_holder.retain(|holder, _| holder.process != process);
+        self.by_address.len() < before
+    }
+
+    /// Whether a process has any.
+    pub(super) fn has(&self, process: Process) -> bool {
+        self.by_holder.keys().any(|holder| holder.process == process)
+    }
+
+    /// Judges every holder again.
+    pub(super) fn judge(&mut self, mut judge: impl FnMut(&Holder) -> Arc<Caller>) {
+        for (holder, caller) in self.by_address.values_mut() {
+            *caller = judge(holder);
+        }
+    }
+
+    /// The callers, to keep their certificates warm.
+    pub(super) fn callers(&self) -> impl Iterator<Item = &Arc<Caller>> {
+        self.by_address.values().map(|(_, caller)| caller)
+    }
+
+    /// For the workers.
+    pub(super) fn table(&self) -> HashMap<IpAddr, Lease> {
+        let lease = |(holder, caller): &(Holder, Arc<Caller>)| Lease {
+            caller: Arc::clone(caller),
+            upstream: Arc::clone(&holder.upstream),
+            uid: holder.uid,
+        };
+        self.by_address.iter().map(|(address, entry)| (*address, lease(entry))).collect()
+    }
+}
+
+/// 127.64.0.0 to 127.127.255.255: away from what people write by hand, and from systemd-resolved's 127.0.0.53.
+fn random() -> IpAddr {
+    let [_, b, c, d] = rand::rng().random::<u32>().to_be_bytes();
+    Ipv4Addr::new(127, 64 | (b & 63), c, d).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::caller::{Grant, Tier, Who};
+
+    fn holder(pid: u32, task: &str, upstream: &str) -> Holder {
+        let task =
+            Task { dag: "d".into(), task: task.into(), run: "r".into(), try_number: 1, map_index: -1, instance: "".into() };
+        Holder { process: Process { pid, start_ticks: 1 }, uid: 7, task: Arc::new(task), upstream: upstream.into() }
+    }
+
+    fn caller() -> Arc<Caller> {
+        let grant = Grant::by_rule("airflow-x".into(), "r".into());
+        Arc::new(Caller { who: Who::Component("c".into()), tier: Tier::Lease, verdict: Ok(grant) })
+    }
+
+    #[test]
+    fn an_address_is_one_tasks_for_one_upstream_until_its_process_ends() {
+        let mut leases = Leases::default();
+        let first = leases.lease(holder(1, "a", "db"), caller()).expect("an address");
+        assert_eq!(leases.lease(holder(1, "a", "db"), caller()), Some(first), "the same as long as it lives");
+        let others = [holder(1, "b", "db"), holder(1, "a", "lake"), holder(2, "a", "db")];
+        let others: Vec<_> = others.into_iter().map(|holder| leases.lease(holder, caller()).expect("an address")).collect();
+        assert!(!others.contains(&first) && first.is_loopback());
+        assert!(leases.end(Process { pid: 1, start_ticks: 1 }) && !leases.end(Process { pid: 1, start_ticks: 1 }));
+        assert_eq!(leases.table().into_keys().collect::<Vec<_>>(), [others[2]]);
+    }
+
+    #[test]
+    fn there_is_a_bound() {
+        let mut leases = Leases::default();
+        let leased = (0..LEASES_MAX + 1).filter(|number| leases.lease(holder(1, &number.to_string(), "db"), caller()).is_some());
+        assert_eq!(leased.count(), LEASES_MAX);
+    }
+}
