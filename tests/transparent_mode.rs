@@ -138,15 +138,9 @@ fn a_task_that_knows_an_address_alone_speaks_under_its_identity() {
     assert_eq!(world.task("elsewhere", v4, DATABASE + 1), "outside", "a port without a route is not redirected");
     assert_eq!(world.sidecar.connections().len(), lines, "the sidecar saw none of these");
 
-    let (mut standing, mut answered) = standing_connection(v4);
-    world.redirect(AS_AIRFLOW);
-    eprintln!("after reload {}", answered());
     for _ in 0..2 {
         succeed(&["-remove"]);
     }
-    eprintln!("after remove {}", answered());
-    standing.kill().expect("our own child");
-    standing.wait().expect("ended");
     assert_eq!(world.task("after", v4, DATABASE), "outside", "the redirection is gone");
 }
 
@@ -181,7 +175,7 @@ fn a_locked_user_leaves_the_host_by_no_other_way() {
     }
     let world = World::start();
     let (v4, v6) = (world.outside.v4(), world.outside.v6());
-    let (mut standing, mut answered) = standing_connection(v4);
+    let (mut standing, mut answered) = standing_connection(v4, "outside");
     world.redirect(&[AS_AIRFLOW, &["-lock", "-allow", "198.51.100.0/24:443", "-allow", "198.51.100.7:53"]].concat());
 
     assert_eq!(world.task("mesh", v4, DATABASE), "message", "what has a route still gets to the mesh");
@@ -208,8 +202,8 @@ fn a_locked_user_leaves_the_host_by_no_other_way() {
     standing.wait().expect("ended");
 }
 
-/// A connection to the database outside, by Airflow's user, that sends a message a line it reads.
-fn standing_connection(to: IpAddr) -> (std::process::Child, impl FnMut() -> String) {
+/// A connection to the database outside, by Airflow's user, and what makes it send a message and tell the answer.
+fn standing_connection(to: IpAddr, wanted: &str) -> (std::process::Child, impl FnMut() -> String) {
     use std::io::Write;
     use std::os::unix::process::CommandExt;
     let code = format!(
@@ -226,8 +220,33 @@ for line in iter(sys.stdin.readline, ''):\n    stream.sendall(b'message')\n    s
         stdout.read_exact(&mut answer).expect("it answers");
         String::from_utf8_lossy(&answer).into_owned()
     };
-    assert_eq!(answered(), "outside");
+    assert_eq!(answered(), wanted);
     (child, answered)
+}
+
+#[test]
+fn what_is_redirected_stays_connected_when_the_rules_are_replaced() {
+    if !entered("what_is_redirected_stays_connected_when_the_rules_are_replaced") {
+        return;
+    }
+    let outside = Outside::start();
+    let redirect = ports::free_address();
+    let host = Host::new(&rules(redirect, &["198.51.100.0/24"], DATABASE));
+    let file = host.rules();
+    let base = [&["-airflow", file.to_str().expect("text")], AS_AIRFLOW].concat();
+    let _echo = Custom::start_on(redirect, |mut stream| {
+        // A client that goes is how it ends.
+        let _ = std::io::copy(&mut stream.try_clone().expect("a clone"), &mut stream);
+    });
+    succeed(&base);
+    let (mut standing, mut answered) = standing_connection(outside.v4(), "message");
+    for more in [&[][..], &["-lock"], &["-user", "54322"]] {
+        succeed(&[&base[..], more].concat());
+        assert_eq!(answered(), "message", "{more:?}");
+    }
+    assert_eq!(counted("dnat ip to"), 0, "a new table counts anew");
+    standing.kill().expect("our own child");
+    standing.wait().expect("ended");
 }
 
 #[test]
@@ -241,6 +260,16 @@ fn a_cgroup_stands_for_every_user_in_it() {
     world.redirect(&["-cgroup", &cgroup, "-lock"]);
     assert_eq!(world.task("placed", world.outside.v4(), DATABASE), "message");
     assert_eq!(world.line_of("placed")["caller"]["identity"], "airflow-payroll");
+    // A task of root's that becomes somebody else, as with run_as_user.
+    let code = format!(
+        "register('payroll_daily', task='other_user')
+os.setgroups([]); os.setgid({OTHER}); os.setuid({OTHER})
+with socket.create_connection(('{}', {DATABASE}), timeout=10) as stream:
+    stream.sendall(b'message'); say(stream.recv(7).decode())",
+        world.outside.v4()
+    );
+    assert_eq!(world.host.task(&code), ["message"]);
+    assert_eq!(world.line_of("other_user")["caller"]["identity"], "airflow-payroll");
     assert_eq!(world.task("locked", world.outside.v4(), 9_000), "ConnectionRefusedError");
     assert_eq!(call(Some(AIRFLOW), world.outside.v4(), DATABASE, "tcp"), "outside", "the same user, in no cgroup of a task");
     assert!(world.redirect(&["-cgroup", &cgroup, "-lock", "-check"]).contains("as they should be"));

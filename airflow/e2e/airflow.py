@@ -82,6 +82,7 @@ class Deployment:
             secrets.token_hex(8),
         )
         self.components: dict[str, Process] = {}
+        self.revived: list[str] = []
         self.headers: dict[str, str] = {}
 
     @property
@@ -196,6 +197,8 @@ class Deployment:
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
             "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
             "AIRFLOW__CORE__PARALLELISM": "6",
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "60",
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "10",
             "AIRFLOW__CELERY__WORKER_CONCURRENCY": "4",
             "AIRFLOW__API__WORKERS": "1",
             "AIRFLOW__WEBSERVER__WORKERS": "1",
@@ -225,10 +228,25 @@ class Deployment:
         rows = self.postgres.query(f"select state from dag_run where dag_id='{dag}' and run_id='{run}'", "airflow")
         return rows[0][0] if rows else ""
 
-    def wait_run(self, dag: str, run: str, seconds: float = 120) -> str:
-        """The run's last state."""
+    def take_revived(self) -> list[str]:
+        """The components that had ended since this was asked last."""
+        revived, self.revived = self.revived, []
+        return revived
+
+    def revive(self) -> None:
+        """Starts components again that have ended, as Restart= of their units would."""
+        for role, process in list(self.components.items()):
+            if process.child.poll() is not None:
+                self.revived.append(role)
+                self.machine.kill_unit(f"airflow-{role}.service")
+                self.start_component(role)
+
+    def wait_run(self, dag: str, run: str, seconds: float = 120, revive: bool = False) -> str:
+        """The run's last state. A component that ends meanwhile is a failure, or is started again."""
 
         def has_ended() -> bool | str:
+            if revive:
+                self.revive()
             self.assert_running()
             state = self.state(dag, run)
             return True if state in ENDED else f"{state}: {self.tasks_of(dag, run)}"

@@ -39,10 +39,9 @@ class Sidecar:
         self.command = [str(binary), "connect", *arguments, *common]
         self.process = self.start()
 
-    def start(self, admin: int | None = None) -> Process:
-        """As its unit would start it."""
-        self.admin = admin or self.admin
-        command = [*self.command, "-admin-bind", f"127.0.0.1:{self.admin}"]
+    def start(self, flags: Sequence[str] = ()) -> Process:
+        """As its unit would start it, with RINGFENCE_FLAGS."""
+        command = [*self.command, "-admin-bind", f"127.0.0.1:{self.admin}", *flags]
         self.process = self.machine.start(f"ringfence-{self.name}", command, unit=self.unit)
         return self.process
 

@@ -37,7 +37,8 @@ Examples:
 
 TCP connections that these users or cgroups open to the networks of the [[route]] tables come to the `redirect` listener of
 `ringfence connect -airflow` with the same file. The rules are gone after a boot: load them with a unit. Run the command again
-when routes change; it replaces its table whole, and what is connected stays connected.
+when routes change; it replaces its table whole, and what is connected stays connected. Only -remove ends what was redirected:
+stop the tasks first.
 
 With -lock these users and cgroups reach nothing else outside this host: TCP is reset, all the rest dropped. Loopback stays
 open. -allow CIDR[:PORT] opens TCP to a network, and DNS over UDP if the port is 53 or absent.
@@ -92,7 +93,7 @@ pub(super) fn run(flags: &Flags) -> anyhow::Result<Exit> {
     if action == Action::Remove {
         need_root()?;
         nft::load(&table::removal())?;
-        print("the rules of ringfence are taken away; what is connected stays connected\n");
+        print("the rules are taken away; connections that were redirected end, unless another table translates addresses\n");
         return Ok(Exit::Ok);
     }
     let plan = flags.plan()?;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::close::CloseReason;
 use super::record::ConnectionRecord;
 use crate::mesh::caller::{Caller, Who};
 use crate::policy::Denied;
@@ -58,10 +59,13 @@ pub fn reason(record: &ConnectionRecord) -> Option<String> {
     {
         return Some(format!("{} has no mesh identity: {}", Name(caller), refusal.why));
     }
-    let decision = record.decision.as_ref().filter(|decision| !decision.allowed)?;
     let source = record.source.as_ref()?;
     let speaker = source.service_name().map_or(source.as_str(), |name| &*name.service);
     let whose = record.caller.as_deref().map(|caller| format!(" of {}", Name(caller))).unwrap_or_default();
+    if record.reason == CloseReason::DeniedByPeer {
+        return Some(format!("identity \"{speaker}\"{whose} was refused by the other side of \"{}\"", called(record)));
+    }
+    let decision = record.decision.as_ref().filter(|decision| !decision.allowed)?;
     Some(format!("identity \"{speaker}\"{whose} may not call \"{}\": {}", called(record), decision.by))
 }
 
@@ -72,8 +76,12 @@ pub fn remedy(record: &ConnectionRecord) -> Option<String> {
     {
         return Some(refusal.remedy.to_string());
     }
-    let decision = record.decision.as_ref().filter(|decision| !decision.allowed)?;
     let source = record.source.as_ref()?;
+    if record.reason == CloseReason::DeniedByPeer {
+        let speaker = source.service_name().map_or(source.as_str(), |name| &*name.service);
+        return Some(format!("`consul intention check {speaker} {}` says which intention decides", called(record)));
+    }
+    let decision = record.decision.as_ref().filter(|decision| !decision.allowed)?;
     Some(Denied { by: decision.by.clone() }.remedy(source, called(record)))
 }
 

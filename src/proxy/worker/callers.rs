@@ -122,8 +122,12 @@ impl<R: Ring> Worker<R> {
         Err(self.deny_caller(connection))
     }
 
-    /// Turns a local client away, with the reason where its protocol has room for one.
     fn deny_caller(&mut self, connection: &mut Connection) -> Next {
+        self.turn_away(connection, CloseReason::CallerDenied)
+    }
+
+    /// Turns a local client away, with the reason where its protocol has room for one.
+    pub(super) fn turn_away(&mut self, connection: &mut Connection, why: CloseReason) -> Next {
         let id = self.next_denial();
         connection.facts.denial = Some(id);
         let protocol = match &self.listener(connection).role {
@@ -134,7 +138,7 @@ impl<R: Ring> Worker<R> {
         let remedy = denial::remedy(&connection.facts).unwrap_or_default();
         let message = format!("mesh: {reason}, id={id}");
         let reply = Reply::new(protocol, &message, &format!("{remedy}; see: ringfence explain {id}"));
-        self.with_io(connection, |connection, io| connection.turn_away(io, CloseReason::CallerDenied, reply))
+        self.with_io(connection, |connection, io| connection.turn_away(io, why, reply))
     }
 
     /// The name of the next denial.

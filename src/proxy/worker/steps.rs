@@ -210,7 +210,9 @@ impl<R: Ring> Worker<R> {
             self.telemetry.send(Event::Ejected { upstream, endpoint: address, duration });
         }
         if reason == CloseReason::DeniedByPeer {
-            return self.with_io(connection, |connection, io| connection.close(io, reason, true));
+            // Nothing of the client was read yet, so it can still be told.
+            connection.facts.reason = reason;
+            return self.turn_away(connection, reason);
         }
         self.dial_next_endpoint(connection, reason)
     }
@@ -236,6 +238,9 @@ impl<R: Ring> Worker<R> {
     /// Everything is given back: tells the story and frees the place.
     fn finish(&mut self, mut connection: Box<Connection>) {
         self.count_held(&mut connection);
+        if connection.facts.reason == CloseReason::DeniedByPeer && connection.facts.denial.is_none() {
+            connection.facts.denial = Some(self.next_denial());
+        }
         let Connection { slot, listener: index, accepted, endpoint, mut facts, .. } = *connection;
         facts.total = self.ring.now() - accepted;
         if let Some(listener) = &mut self.listeners[index as usize] {
