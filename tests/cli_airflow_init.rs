@@ -273,9 +273,9 @@ fn the_entries_are_consuls() {
 fn the_sidecar_runs_on_what_was_written() {
     let agent = Agent::start();
     let site = Site::new(&agent, None);
-    let base = free_base().to_string();
-    let upstream = format!("warehouse:{}:postgres", ports::free());
-    site.all_become(&["-role", "worker", "-upstream", &upstream, "-port-base", &base], "made");
+    let (base, upstream) = (free_base(), format!("warehouse:{}:postgres", ports::free()));
+    let roles = ["-role", "worker", "-role", "triggerer"];
+    site.all_become(&[&roles[..], &["-upstream", &upstream, "-port-base", &base.to_string()]].concat(), "made");
     let rules = site.out().join("airflow.toml");
     let socket = site.folder.path().join("airflow.sock");
     let text = std::fs::read_to_string(&rules).expect("rules");
@@ -283,9 +283,11 @@ fn the_sidecar_runs_on_what_was_written() {
         .replace("/run/ringfence/airflow.sock", socket.to_str().expect("UTF-8"))
         .replace("cgroup = \"auto\"", "cgroup = \"off\"");
     std::fs::write(&rules, text).expect("rules");
-    let mut sidecar = Sidecar::of("airflow-worker").arguments(&["-airflow", rules.to_str().expect("UTF-8")]).start(&agent);
+    let second = ["-sidecar-for", "airflow-triggerer", "-airflow", rules.to_str().expect("UTF-8")];
+    let mut sidecar = Sidecar::of("airflow-worker").arguments(&second).start(&agent);
     let port: u16 = upstream.split(':').nth(1).and_then(|port| port.parse().ok()).expect("a port");
     drop(std::net::TcpStream::connect(("127.0.0.1", port)).expect("the upstream's listener is there"));
+    drop(std::net::TcpStream::connect(("127.90.1.2", base + 15)).expect("leased addresses are reached"));
     sidecar.assert_healthy();
 }
 

@@ -19,6 +19,7 @@ ROTATION_SECONDS = 60
 # TimeoutStopSec= of the unit that `ringfence airflow init` writes.
 STOP_SECONDS = 45
 UPGRADE_SECONDS = 60
+AT_ONCE_SECONDS = 0.1
 AFTERWARDS_SECONDS = 4
 # A task whose scheduler died is noticed by its missing heartbeat.
 RECOVERY_SECONDS = 240
@@ -63,10 +64,13 @@ def restart(deployment: Deployment, report: Report) -> None:
 def _restart(deployment: Deployment, report: Report, run: str, flags: list[str]) -> None:
     sidecar = deployment.tasks
     if flags:
-        # The process that is to be restarted must have them; nothing runs now.
-        sidecar.stop(STOP_SECONDS)
+        # The process that is to be restarted must have them; no task runs now.
+        sidecar.stop(AT_ONCE_SECONDS)
         sidecar.start(flags)
         sidecar.wait_ready()
+        time.sleep(AFTERWARDS_SECONDS)
+        deployment.revive()
+        deployment.take_revived()
     _begin(deployment, run)
     down = time.monotonic()
     stopped = sidecar.stop(STOP_SECONDS)
@@ -90,7 +94,12 @@ def _restart(deployment: Deployment, report: Report, run: str, flags: list[str])
 def _begin(deployment: Deployment, run: str) -> None:
     deployment.trigger(DAG, run)
     said = f"select count(distinct task) = 2 and count(*) > 8 from truth where run = '{run}'"
-    wait(f"the run {run} goes", 60, lambda: deployment.postgres.query(said, "warehouse") == [["t"]])
+
+    def goes() -> bool:
+        deployment.revive()
+        return deployment.postgres.query(said, "warehouse") == [["t"]]
+
+    wait(f"the run {run} goes", 60, goes, 0.3)
 
 
 def _end(deployment: Deployment, run: str) -> None:

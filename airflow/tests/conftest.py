@@ -27,7 +27,7 @@ os.environ.update(
 for name in ("RINGFENCE_AIRFLOW_SOCKET", "RINGFENCE_ADMIN", "AIRFLOW__SECRETS__BACKEND", "AIRFLOW__WORKERS__SECRETS_BACKEND"):
     os.environ.pop(name, None)
 
-from airflow_ringfence import routes  # noqa: E402
+from airflow_ringfence import leases, routes  # noqa: E402
 
 ROUTES = [
     {"service": "warehouse", "address": "127.0.0.1", "port": 25435},
@@ -51,6 +51,7 @@ class Ringfence:
                 "caller": {"who": "unidentified", "identity": None, "denied": "no rule", "tier": "unidentified"},
             },
             "routes": {"ok": True, "routes": ROUTES, "admin": "127.0.0.1:1"},
+            "lease": {"ok": True, "address": "127.90.1.2", "port": 15006, "identity": "airflow-payroll", "rule": "payroll"},
         }
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(self.path)
@@ -100,8 +101,10 @@ def socket_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="rf-", dir="/tmp"))
     monkeypatch.setenv("RINGFENCE_AIRFLOW_SOCKET", str(directory / "s"))
     routes.forget()
+    leases.forget()
     yield directory / "s"
     routes.forget()
+    leases.forget()
     shutil.rmtree(directory)
 
 

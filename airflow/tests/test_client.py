@@ -10,7 +10,7 @@ import time
 import pytest
 
 from airflow_ringfence import client
-from airflow_ringfence.client import Client, Refused, Registration, RingfenceError, Route, TaskTry, Unreachable
+from airflow_ringfence.client import Client, Lease, Refused, Registration, RingfenceError, Route, TaskTry, Unreachable
 
 TRY = TaskTry("3.3.2", "01a2", "payroll_daily", "load", "scheduled__2026-11-24T00:00:00+00:00", 1, -1, "task")
 
@@ -53,6 +53,28 @@ def test_whoami_explain_and_unregister_ask_for_what_they_say(ringfence):
     assert Client().unregister() is None
     assert ringfence.requests[1] == {"version": 1, "op": "explain", "dag": "d", "task": "t", "to": "warehouse"}
     assert ringfence.operations() == ["whoami", "explain", "unregister"]
+
+
+def test_a_lease_is_a_route_of_the_tasks_own(ringfence):
+    route = Route("warehouse", address="127.90.1.2", port=15006)
+    assert Client().lease("warehouse", TRY) == Lease(route, "airflow-payroll", "payroll", None, None)
+    assert ringfence.requests == [
+        {
+            "version": 1,
+            "op": "lease",
+            "upstream": "warehouse",
+            "airflow": "3.3.2",
+            "instance": "01a2",
+            "dag": "payroll_daily",
+            "task": "load",
+            "run": "scheduled__2026-11-24T00:00:00+00:00",
+            "try": 1,
+            "map_index": -1,
+        }
+    ]
+    ringfence.answers["lease"] = {"ok": True, "port": 15006}
+    with pytest.raises(Unreachable, match="the answer lacks `address`"):
+        Client().lease("warehouse", TRY)
 
 
 def test_a_refusal_carries_the_remedy(ringfence):

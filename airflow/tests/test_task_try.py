@@ -11,7 +11,7 @@ import pytest
 
 from airflow_ringfence import task_try
 from airflow_ringfence.client import TaskTry
-from airflow_ringfence.task_try import FactsMissing, of_component
+from airflow_ringfence.task_try import FactsMissing, of_component, of_trigger
 
 TI = "01a20359-e6c5-7c3e-8c3a-0d2b8f5f2a10"
 RUN = "scheduled__2026-11-24T00:00:00+00:00"
@@ -124,6 +124,34 @@ def test_a_title_that_tells_nothing_is_named(process, title):
 def test_other_components_are_no_tasks(process, component):
     process(BOUND)
     assert of_component(component) is None
+
+
+def test_a_trigger_is_told_by_its_id_and_its_tasks(process, monkeypatch):
+    monkeypatch.setitem(task_try.sys.modules, "structlog", task_try)
+    process({**BOUND, "trigger_id": 7})
+    assert of_trigger() == TaskTry(airflow.__version__, TI, "payroll", "load", RUN, 2, 3, "task")
+    process({**BOUND, "trigger_id": 7, "map_index": None})
+    assert of_trigger().map_index == -1
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        {},
+        BOUND,  # a task's process
+        {"trigger_id": 7},  # a trigger before Airflow 3.2
+        {**dict.fromkeys(BOUND), "trigger_id": 7},  # a trigger of no task, as of an asset
+    ],
+)
+def test_what_is_no_tasks_trigger_is_told_apart(process, monkeypatch, context):
+    monkeypatch.setitem(task_try.sys.modules, "structlog", task_try)
+    process(context)
+    assert of_trigger() is None
+
+
+def test_without_structlog_there_is_no_trigger(monkeypatch):
+    monkeypatch.delitem(task_try.sys.modules, "structlog", raising=False)
+    assert of_trigger() is None
 
 
 @pytest.mark.skipif(not AIRFLOW_3, reason="structlog is Airflow 3's")

@@ -30,18 +30,18 @@ use plan::{Plan, Selection};
 const EXAMPLES: &str = "\
 Examples:
   ringfence redirect-traffic -airflow /etc/ringfence/airflow.toml -user airflow -user etl
-  ringfence redirect-traffic -airflow /etc/ringfence/airflow.toml -cgroup system.slice/airflow-worker.service -print
-  ringfence redirect-traffic -airflow /etc/ringfence/airflow.toml -user airflow -lock -allow 10.0.0.2:53 -allow 10.8.0.0/16:443
-  ringfence redirect-traffic -airflow /etc/ringfence/airflow.toml -user airflow -check -json
+  ringfence redirect-traffic -airflow FILE -cgroup system.slice/airflow-worker.service -print
+  ringfence redirect-traffic -airflow FILE -user airflow -lock -allow 10.0.0.2:53 -allow 10.8.0.0/16:443
+  ringfence redirect-traffic -airflow FILE -user airflow -check -json
   ringfence redirect-traffic -remove
 
-TCP connections that these users or cgroups open to the networks of the [[route]] tables come to the `redirect` listener of
-`ringfence connect -airflow` with the same file. The rules are gone after a boot: load them with a unit. Run the command again
-when routes change; it replaces its table whole, and what is connected stays connected. Only -remove ends what was redirected:
-stop the tasks first.
+TCP connections that these users or cgroups open to the networks of the [[route]] tables come to the
+`redirect` listener of `ringfence connect -airflow` with the same file. The rules are gone after a
+boot: load them with a unit. Run the command again when routes change; it replaces its table whole,
+and what is connected stays connected. Only -remove ends what was redirected: stop the tasks first.
 
-With -lock these users and cgroups reach nothing else outside this host: TCP is reset, all the rest dropped. Loopback stays
-open. -allow CIDR[:PORT] opens TCP to a network, and DNS over UDP if the port is 53 or absent.
+With -lock they reach nothing else outside this host: TCP is reset, all the rest dropped. Loopback
+stays open. -allow CIDR[:PORT] opens TCP to a network, and DNS over UDP if the port is 53 or absent.
 Counters: nft list table inet ringfence
 
 Exit code 0 when it is done or -check found no difference, 1 when -check found one.";

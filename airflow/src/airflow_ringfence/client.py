@@ -86,6 +86,17 @@ class Route:
 
 
 @dataclass(frozen=True)
+class Lease:
+    """A route of one task's own, for a process that runs many; `identity` is None when the rules give that task none."""
+
+    route: Route
+    identity: str | None
+    rule: str | None
+    denied: str | None
+    remedy: str | None
+
+
+@dataclass(frozen=True)
 class RouteList:
     """Every route of this host, in ringfence's order, and the address of its admin port."""
 
@@ -118,6 +129,15 @@ class Client:
         """The mesh services that this host reaches."""
         answer = self._ask("routes", {})
         return RouteList(tuple(map(_route, _required(answer, "routes", list))), _optional(answer, "admin", str))
+
+    def lease(self, upstream: str, task_try: TaskTry) -> Lease:
+        """An address at which the calling process reaches `upstream` as `task_try`, until it ends."""
+        fields = task_try.as_request()
+        del fields["supervisor"]
+        answer = self._ask("lease", {"upstream": upstream, **fields})
+        route = Route(upstream, address=_required(answer, "address", str), port=_required(answer, "port", int))
+        names = ("identity", "rule", "denied", "remedy")
+        return Lease(route, **{name: _optional(answer, name, str) for name in names})
 
     def explain(self, dag: str, task: str, to: str) -> dict[str, Any]:
         """What the rules would give to a task that calls the service `to`, and why."""

@@ -1,6 +1,7 @@
 """Looks at what this host and this Airflow have set up for the mesh, and names the remedy of what is missing.
 
-Invariant: it reads only, and one check that fails never hides another.
+Invariant: it reads only, and one check that fails never hides another. (Within a trigger it asks for the address that the
+trigger's own Connections would get; the address goes with the process.)
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any
 import airflow
 from airflow.configuration import conf
 
-from airflow_ringfence import __version__, listener
-from airflow_ringfence.client import Client, RingfenceError
+from airflow_ringfence import __version__, leases, listener
+from airflow_ringfence.client import Client, Refused, RingfenceError
 from airflow_ringfence.rewriting import POSTGRES_TYPES, SSLMODES_VERIFYING, NoRoute, mesh_name
 from airflow_ringfence.routes import route_table
 from airflow_ringfence.secrets import AccessDenied, RingfenceSecretsBackend, fields_of
+from airflow_ringfence.task_try import of_trigger
 
 OK, HINT, WARNING, FAILED = "ok", "hint", "warning", "failed"
 BACKEND = f"{RingfenceSecretsBackend.__module__}.{RingfenceSecretsBackend.__name__}"
@@ -113,6 +115,28 @@ def _routes() -> Iterator[tuple[str, str]]:
         yield OK, f"{service} at {', '.join(map(str, table.of(service)))}"
 
 
+def _leases() -> Iterator[tuple[str, str]]:
+    """Only the triggerer may lease, so only within a trigger this tells anything."""
+    task = of_trigger()
+    if task is None:
+        return
+    table = route_table()
+    route = next((route for service in table.services() for route in table.of(service) if not route.unix), None)
+    if route is None:
+        yield HINT, "no service has a TCP route here, so triggers lease no addresses"
+        return
+    try:
+        lease = leases.leased(task, route.service)
+    except Refused as error:
+        yield WARNING, f"triggers have no addresses of their own and speak as the triggerer: {error}"
+        return
+    who = f"this trigger of {task.dag}.{task.task}"
+    if lease.identity:
+        yield OK, f"{who} speaks as {lease.identity} (rule {lease.rule}) at {lease.route}"
+    else:
+        yield HINT, f"{who} has an address of its own and no identity ({lease.denied or 'no reason told'})"
+
+
 def _connections() -> Iterator[tuple[str, str]]:
     backend = _backend()
     connections, note = _known_connections()
@@ -186,5 +210,6 @@ CHECKS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
     "secrets backend": _secrets_backend,
     "cgroup": _cgroup,
     "routes": _routes,
+    "leases": _leases,
     "connections": _connections,
 }

@@ -27,9 +27,11 @@ from typing import Any
 
 from airflow.secrets.base_secrets import BaseSecretsBackend
 
-from airflow_ringfence.client import RingfenceError, Route
+from airflow_ringfence import leases
+from airflow_ringfence.client import RingfenceError, Route, Unreachable
 from airflow_ringfence.rewriting import Fields, NoRoute, choose, dead_end, mesh_name, rewrite, service_of
 from airflow_ringfence.routes import route_table
+from airflow_ringfence.task_try import of_trigger
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +111,7 @@ class RingfenceSecretsBackend(BaseSecretsBackend):
         except RingfenceError as error:
             raise NoRoute(f"ringfence does not tell its routes: {error}") from error
         if routes := table.of(target):
-            return rewrite(fields, choose(fields, target, routes))
+            return rewrite(fields, _of_this_task(choose(fields, target, routes)))
         raise NoRoute(
             f"ringfence has no route to it (it has: {', '.join(table.services()) or 'none'}): add {target!r} to the upstreams "
             "of this host's sidecar registration in Consul"
@@ -155,6 +157,17 @@ class RingfenceSecretsBackend(BaseSecretsBackend):
             raise AccessDenied(text) from error
         log.error("%s The Connection is refused.", text)
         return _with(connection, dead_end(str(connection.conn_type or ""), host))
+
+
+def _of_this_task(route: Route) -> Route:
+    """In the triggerer, over TCP: the address of the trigger's own task. Elsewhere a process runs one task, and needs none."""
+    task = None if route.unix else of_trigger()
+    if task is None:
+        return route
+    try:
+        return leases.own_route(task, route)
+    except Unreachable as error:
+        raise NoRoute(f"ringfence leases no address for the trigger: {error}") from error
 
 
 def _refuse_airflow_3_0() -> None:

@@ -6,7 +6,8 @@ Where the facts are depends on the version:
     3.0 to 3.2.1      the startup message in the frame that calls the listener; these releases are closed, so it stays there
     2.x               the command in the supervisor's title, or the command line where the executor started a new interpreter
 
-Invariant: nothing is read that DAG code could have written by then. ringfence checks what it can against the kernel.
+Invariant: nothing is read that DAG code could have written by then. ringfence checks what it can against the kernel. A trigger
+runs DAG code already when it is asked about, see `of_trigger`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from airflow_ringfence.client import TaskTry
 
 MARKER_3 = "TaskRunnerMarker"
 MARKER_2 = "TaskCommandMarker"
+# What Airflow binds of a task instance, in the order of `_runner_try`.
+CONTEXT = ("ti_id", "dag_id", "task_id", "run_id", "try_number", "map_index")
 TITLE_3 = "airflow worker -- "
 TITLE_SUPERVISOR_2 = "airflow task supervisor: "
 TITLE_RUNNER_2 = "airflow task runner: "
@@ -45,11 +48,26 @@ def of_component(component: object) -> TaskTry | None:
     return None
 
 
+def of_trigger() -> TaskTry | None:
+    """The try whose trigger calls this, or None outside of triggers and where Airflow does not tell (before 3.2).
+
+    Airflow's triggerer binds the id of the trigger and what names its task to the context of each trigger's coroutine, which
+    threads that work for it inherit; nothing else of Airflow binds a `trigger_id`, in a task's process neither. DAG code could
+    write here. It gains nothing by that: ringfence leases to the triggerer only, whose triggers share a process anyway.
+    """
+    if "structlog" not in sys.modules:
+        return None
+    context = _logging_context()
+    instance, dag, task, run, try_number, map_index = (context.get(name) for name in CONTEXT)
+    if None in (context.get("trigger_id"), instance, dag, task, run, try_number):
+        return None
+    return _runner_try(instance, dag, task, run, try_number, map_index)
+
+
 def _of_runner(context: dict[str, Any], message: Any, title: str) -> TaskTry:
     """Airflow 3: the task process."""
     if "ti_id" in context and "dag_id" in context:
-        names = ("ti_id", "dag_id", "task_id", "run_id", "try_number", "map_index")
-        return _runner_try(*(context.get(name) for name in names))
+        return _runner_try(*(context.get(name) for name in CONTEXT))
     if message is not None:
         ti = message.ti
         return _runner_try(ti.id, ti.dag_id, ti.task_id, ti.run_id, ti.try_number, getattr(ti, "map_index", None))

@@ -15,10 +15,12 @@ use crate::cli::UsageError;
 
 /// Where the host's listeners begin. Consul hands out 21000 to 21255 and 21500 to 21755 by itself.
 pub(super) const PORT_BASE: u16 = 22_000;
-/// Offsets from the base: public listeners of roles, of log servers under their host's name, then local listeners.
+/// Offsets from the base: public listeners of roles, of log servers under their host's name, then local listeners, and where
+/// leased addresses are reached.
 const PUBLIC_OFFSET: u16 = 0;
 const LOGS_OFFSET: u16 = 5;
 const LOCAL_OFFSET: u16 = 10;
+const LEASE_OFFSET: u16 = 15;
 /// Ports from the base on that are ours.
 const PORTS_TAKEN: u16 = 20;
 /// Ports that Consul gives to sidecars and exposed paths.
@@ -67,6 +69,8 @@ pub(super) struct Plan {
     pub(super) extras: Vec<Extra>,
     /// Hosts whose task logs are fetched through the mesh, with the addresses that stand for them.
     pub(super) log_hosts: Vec<(LogHost, Ipv4Addr)>,
+    /// Where triggers reach the addresses that are leased to their tasks: any of 127.0.0.0/8 with this port.
+    pub(super) lease_port: Option<u16>,
 }
 
 /// A service of this host, with its sidecar.
@@ -132,10 +136,13 @@ impl Plan {
             services: Vec::new(),
             ports: BTreeMap::new(),
             log_hosts: Vec::new(),
+            lease_port: None,
             extras,
             deployment,
             roles,
         };
+        let leases = plan.roles.iter().any(|role| plan.leases(*role));
+        plan.lease_port = leases.then_some(port_base + LEASE_OFFSET);
         plan.add_services(port_base);
         plan.add_needs(port_base);
         plan.add_extras()?;
@@ -150,6 +157,15 @@ impl Plan {
 
     pub(super) fn runs_tasks(&self) -> bool {
         self.roles.iter().any(|role| role.runs_tasks(self.deployment.executor))
+    }
+
+    /// Whether tasks of Airflow get identities by this host's rules.
+    pub(super) fn needs_rules(&self) -> bool {
+        self.runs_tasks() || self.lease_port.is_some()
+    }
+
+    pub(super) fn leases(&self, role: Role) -> bool {
+        role.leases(self.deployment.release)
     }
 
     pub(super) fn hosts_dag_code(&self) -> bool {
@@ -265,6 +281,9 @@ impl Plan {
         let local = |port| SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
         for (role, port) in self.roles.iter().filter_map(|role| Some((role, role.app_port()?))) {
             take(local(port), format!("the {}", role.component(self.deployment.release)))?;
+        }
+        if let Some(port) = self.lease_port {
+            take(local(port), "the leased addresses of triggers".to_owned())?;
         }
         for service in &self.services {
             take(local(service.public_port), format!("the sidecar of {}", service.name))?;

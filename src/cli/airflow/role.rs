@@ -107,6 +107,12 @@ impl Role {
         }
     }
 
+    /// Whether it runs code of many tasks in one process and can tell ringfence which is which. In Airflow 2 a trigger does not
+    /// know its task.
+    pub(super) fn leases(self, release: Release) -> bool {
+        self == Self::Triggerer && release == Release::Three
+    }
+
     /// Whether code of DAGs opens connections in it: it gets the secrets backend, and the upstreams of tasks.
     pub(super) fn hosts_dag_code(self, executor: Executor) -> bool {
         self == Self::Triggerer || self.runs_tasks(executor)

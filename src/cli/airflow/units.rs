@@ -51,6 +51,9 @@ fn rules(plan: &Plan, folder: &str) -> String {
             "# Trust the titles of Airflow 2's supervisors where the plugin is missing. Weak: code of DAGs runs in them.\naccept_titles = false\n"
         }
     };
+    let leases = plan.lease_port.map_or_else(String::new, |port| {
+        format!("# Where triggers reach mesh services as their own tasks, each at a loopback address that it leases.\nlease_port = {port}\n")
+    });
     let first_unit = plan.units.values().next().map_or("", String::as_str);
     let text = fill(
         include_str!("templates/airflow.toml"),
@@ -60,6 +63,7 @@ fn rules(plan: &Plan, folder: &str) -> String {
             ("first_unit", first_unit),
             ("folder", folder),
             ("titles", titles),
+            ("leases", &leases),
             ("components", &components(plan)),
             ("rule", &rule(plan)),
         ],
@@ -71,9 +75,17 @@ fn components(plan: &Plan) -> String {
     let mut text = String::new();
     for role in &plan.roles {
         let runs_tasks = role.runs_tasks(plan.deployment.executor);
-        let comment = if runs_tasks { "\n# The parent of tasks: only its children may register as one." } else { "" };
+        let (comment, leases) = match (runs_tasks, plan.leases(*role)) {
+            (true, _) => ("\n# The parent of tasks: only its children may register as one.", ""),
+            (false, true) => (
+                "\n# Runs the triggers of many tasks in one process, and leases an address for each. What shares a process can use the\n\
+                 # others' addresses: this keeps honest code apart, no more.",
+                "leases = true\n",
+            ),
+            (false, false) => ("", ""),
+        };
         text += &format!(
-            "{comment}\n[[component]]\nname = {:?}\nunit = {:?}\nruns_tasks = {runs_tasks}\n",
+            "{comment}\n[[component]]\nname = {:?}\nunit = {:?}\nruns_tasks = {runs_tasks}\n{leases}",
             plan.deployment.service(*role),
             plan.units[role]
         );
@@ -81,9 +93,9 @@ fn components(plan: &Plan) -> String {
     text
 }
 
-/// The example rule, where tasks run.
+/// The example rule, where tasks run, or their triggers.
 fn rule(plan: &Plan) -> String {
-    if !plan.runs_tasks() {
+    if !plan.needs_rules() {
         return "\n# No tasks run on this host, so it needs no rules.\n".to_owned();
     }
     let mut upstreams = String::new();
@@ -147,6 +159,9 @@ fn ports(plan: &Plan) -> String {
         for upstream in &service.upstreams {
             text += &format!("  {:<21} -> {} ({})\n", upstream.bind.to_string(), upstream.service, upstream.purpose);
         }
+    }
+    if let Some(port) = plan.lease_port {
+        text += &format!("  {:<21} addresses leased to triggers (lease_port)\n", format!("127.*:{port}"));
     }
     text
 }

@@ -44,7 +44,7 @@ pub(super) fn replacement(plan: &Plan) -> String {
 }
 
 fn outgoing(selection: &Selection) -> String {
-    let mut rules = vec!["type nat hook output priority -100; policy accept;".to_owned()];
+    let mut rules = vec!["type nat hook output priority -100; policy accept;".to_owned(), NOT_OPENING.to_owned()];
     rules.push(LOOPBACK.to_owned());
     rules.extend(selection.jumps("to_mesh"));
     let mut text = String::new();

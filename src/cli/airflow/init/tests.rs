@@ -49,11 +49,29 @@ fn the_rules_are_valid_with_the_example_and_without() {
             .lines()
             .map(|line| if keys.iter().any(|key| line.starts_with(key)) { &line[1..] } else { line })
             .fold(String::new(), |text, line| text + line + "\n");
-        assert_eq!(example != plain, flags(host).plan().expect(host).runs_tasks(), "an example where tasks run: {host}");
+        assert_eq!(example != plain, flags(host).plan().expect(host).needs_rules(), "an example where tasks run: {host}");
         for rules in [plain, &example] {
             std::fs::write(&path, rules).expect("written");
-            airflow::Settings::load(&path).unwrap_or_else(|error| panic!("{host}: {error}\n{rules}"));
+            let settings = airflow::Settings::load(&path).unwrap_or_else(|error| panic!("{host}: {error}\n{rules}"));
+            assert_eq!(settings.lease_port(), flags(host).plan().expect(host).lease_port, "{host}");
         }
+    }
+}
+
+#[test]
+fn the_triggerer_alone_may_lease_and_runs_no_tasks() {
+    let all = "--role scheduler --role worker --role triggerer";
+    for host in ["--role triggerer", all] {
+        let written = files_of(host);
+        let rules = text(&written, "airflow.toml");
+        let component = "name = \"airflow-triggerer\"\nunit = \"airflow-triggerer.service\"\nruns_tasks = false\nleases = true\n";
+        assert!(rules.contains(component) && rules.contains("\nlease_port = 22015\n"), "{rules}");
+        assert_eq!(rules.matches("leases = true").count(), 1, "{rules}");
+        assert!(rules.contains("#[[rule]]"), "its triggers need rules: {rules}");
+        assert!(text(&written, "INSTALL.txt").contains("  127.*:22015 "), "{}", text(&written, "INSTALL.txt"));
+    }
+    for host in ["--role worker", "--role triggerer --airflow 2"] {
+        assert!(!text(&files_of(host), "airflow.toml").contains("lease"), "{host}");
     }
 }
 

@@ -74,6 +74,20 @@ fn tasks_find_their_upstreams_where_they_run() {
 }
 
 #[test]
+fn triggers_lease_at_one_port_where_airflow_tells_whose_they_are() {
+    let plan = |wishes| Plan::new(wishes).expect("planned");
+    assert_eq!(plan(wishes(&[Role::Triggerer])).lease_port, Some(22_015));
+    assert_eq!(plan(wishes(&Role::ALL)).lease_port, Some(22_015));
+    assert_eq!(plan(Wishes { port_base: 23_000, ..wishes(&[Role::Triggerer]) }).lease_port, Some(23_015));
+    assert_eq!(plan(wishes(&[Role::Worker])).lease_port, None);
+    let two = Wishes { deployment: deployment(Release::Two, Executor::Celery), ..wishes(&[Role::Triggerer]) };
+    assert_eq!(plan(two).lease_port, None, "triggers of Airflow 2 do not know their tasks");
+    let extra = Extra::parse("warehouse:22015").expect("valid");
+    let error = refused(Wishes { extras: vec![extra], ..wishes(&[Role::Triggerer]) });
+    assert!(error.contains("leased addresses") && error.contains("127.0.0.1:22015"), "{error}");
+}
+
+#[test]
 fn logs_are_fetched_from_the_host_that_has_them() {
     let log_host = LogHost::parse("W1.example.com").expect("valid");
     let plan = Plan::new(Wishes { log_hosts: vec![log_host.clone()], ..wishes(&[Role::Worker]) }).expect("planned");
