@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rand::Rng;
 
@@ -15,6 +16,8 @@ use crate::mesh::caller::{Caller, Lease, Task};
 
 /// Leases at once.
 const LEASES_MAX: usize = 8_192;
+/// When there are too many, one that was not asked for in this time makes room: the provider package asks every 30 s of use.
+const IDLE: Duration = Duration::from_secs(600);
 /// Addresses tried before giving up: with the bound above, one in 2,000 is taken.
 const TRIES_MAX: usize = 64;
 
@@ -31,29 +34,39 @@ pub(super) struct Holder {
 #[derive(Debug, Default)]
 pub(super) struct Leases {
     by_holder: HashMap<Holder, IpAddr>,
-    by_address: HashMap<IpAddr, (Holder, Arc<Caller>)>,
+    by_address: HashMap<IpAddr, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    holder: Holder,
+    caller: Arc<Caller>,
+    asked: Instant,
 }
 
 impl Leases {
     /// The holder's address, the same as long as it lives; `None` when there are too many.
-    pub(super) fn lease(&mut self, holder: Holder, caller: Arc<Caller>) -> Option<IpAddr> {
+    pub(super) fn lease(&mut self, holder: Holder, caller: Arc<Caller>, now: Instant) -> Option<IpAddr> {
         if let Some(address) = self.by_holder.get(&holder) {
-            self.by_address.insert(*address, (holder, caller));
+            self.by_address.insert(*address, Entry { holder, caller, asked: now });
             return Some(*address);
         }
         if self.by_address.len() >= LEASES_MAX {
-            return None;
+            let (address, entry) = self.by_address.iter().min_by_key(|(_, entry)| entry.asked)?;
+            let (address, idle) = (*address, now.duration_since(entry.asked));
+            let entry = (idle >= IDLE).then(|| self.by_address.remove(&address)).flatten()?;
+            self.by_holder.remove(&entry.holder);
         }
         let address = (0..TRIES_MAX).map(|_| random()).find(|address| !self.by_address.contains_key(address))?;
         self.by_holder.insert(holder.clone(), address);
-        self.by_address.insert(address, (holder, caller));
+        self.by_address.insert(address, Entry { holder, caller, asked: now });
         Some(address)
     }
 
     /// Gives up what a process leased that has ended. Says whether there was anything.
     pub(super) fn end(&mut self, process: Process) -> bool {
         let before = self.by_address.len();
-        self.by_address.retain(|_, (holder, _)| holder.process != process);
+        self.by_address.retain(|_, entry| entry.holder.process != process);
         self.by_holder.retain(|holder, _| holder.process != process);
         self.by_address.len() < before
     }
@@ -65,22 +78,22 @@ impl Leases {
 
     /// Judges every holder again.
     pub(super) fn judge(&mut self, mut judge: impl FnMut(&Holder) -> Arc<Caller>) {
-        for (holder, caller) in self.by_address.values_mut() {
-            *caller = judge(holder);
+        for entry in self.by_address.values_mut() {
+            entry.caller = judge(&entry.holder);
         }
     }
 
     /// The callers, to keep their certificates warm.
     pub(super) fn callers(&self) -> impl Iterator<Item = &Arc<Caller>> {
-        self.by_address.values().map(|(_, caller)| caller)
+        self.by_address.values().map(|entry| &entry.caller)
     }
 
     /// For the workers.
     pub(super) fn table(&self) -> HashMap<IpAddr, Lease> {
-        let lease = |(holder, caller): &(Holder, Arc<Caller>)| Lease {
-            caller: Arc::clone(caller),
-            upstream: Arc::clone(&holder.upstream),
-            uid: holder.uid,
+        let lease = |entry: &Entry| Lease {
+            caller: Arc::clone(&entry.caller),
+            upstream: Arc::clone(&entry.holder.upstream),
+            uid: entry.holder.uid,
         };
         self.by_address.iter().map(|(address, entry)| (*address, lease(entry))).collect()
     }
@@ -110,20 +123,26 @@ mod tests {
 
     #[test]
     fn an_address_is_one_tasks_for_one_upstream_until_its_process_ends() {
-        let mut leases = Leases::default();
-        let first = leases.lease(holder(1, "a", "db"), caller()).expect("an address");
-        assert_eq!(leases.lease(holder(1, "a", "db"), caller()), Some(first), "the same as long as it lives");
-        let others = [holder(1, "b", "db"), holder(1, "a", "lake"), holder(2, "a", "db")];
-        let others: Vec<_> = others.into_iter().map(|holder| leases.lease(holder, caller()).expect("an address")).collect();
+        let (mut leases, now) = (Leases::default(), Instant::now());
+        let mut lease = |holder| leases.lease(holder, caller(), now).expect("an address");
+        let first = lease(holder(1, "a", "db"));
+        assert_eq!(lease(holder(1, "a", "db")), first, "the same as long as it lives");
+        let others = [holder(1, "b", "db"), holder(1, "a", "lake"), holder(2, "a", "db")].map(lease);
         assert!(!others.contains(&first) && first.is_loopback());
         assert!(leases.end(Process { pid: 1, start_ticks: 1 }) && !leases.end(Process { pid: 1, start_ticks: 1 }));
         assert_eq!(leases.table().into_keys().collect::<Vec<_>>(), [others[2]]);
     }
 
     #[test]
-    fn there_is_a_bound() {
-        let mut leases = Leases::default();
-        let leased = (0..LEASES_MAX + 1).filter(|number| leases.lease(holder(1, &number.to_string(), "db"), caller()).is_some());
-        assert_eq!(leased.count(), LEASES_MAX);
+    fn beyond_the_bound_only_an_idle_one_makes_room() {
+        let (mut leases, start) = (Leases::default(), Instant::now());
+        let mut lease = |number: usize, now| leases.lease(holder(1, &number.to_string(), "db"), caller(), now);
+        assert!((0..LEASES_MAX).all(|number| lease(number, start).is_some()));
+        assert!(lease(LEASES_MAX, start).is_none());
+        let later = start + IDLE;
+        assert!((1..LEASES_MAX).all(|number| lease(number, later).is_some()));
+        assert!(lease(LEASES_MAX, later).is_some(), "the first was idle");
+        assert!(lease(0, later).is_none(), "and has none any more");
+        assert_eq!((leases.by_holder.len(), leases.by_address.len()), (LEASES_MAX, LEASES_MAX));
     }
 }

@@ -52,6 +52,8 @@ pub(super) struct Office {
     units: Vec<Cgroup>,
     callers: HashMap<Process, Arc<Caller>>,
     leases: Leases,
+    /// Where the workers listen for leased addresses: as at the start.
+    lease_port: Option<u16>,
     /// Components that have called, with the identity that they speak as.
     components: HashMap<Arc<str>, Arc<Caller>>,
     publisher: Publisher<Callers>,
@@ -80,6 +82,7 @@ impl Office {
         let place = place(&file.settings.cgroup, &host, hierarchy.as_ref());
         let mut registry = Registry::new(place, hierarchy.clone());
         recover(&mut registry, &host, &file.settings.socket);
+        let lease_port = file.settings.lease_port;
         let catalog = Loaded { path: file.settings.catalog.clone(), stamp: None, value: Catalog::default() };
         let rules = InForce { path, stamp, settings: file.settings, components: file.components, rules: file.rules };
         let office = Rc::new(RefCell::new(Self {
@@ -93,6 +96,7 @@ impl Office {
             units: Vec::new(),
             callers: HashMap::new(),
             leases: Leases::default(),
+            lease_port,
             components: HashMap::new(),
             publisher,
             viewer,

@@ -57,7 +57,7 @@ impl Office {
     /// An address of its own for a task that runs in a component's process.
     fn lease(&mut self, peer: Peer, wanted: &Lease) -> Value {
         let refused = |error: &str, remedy: &str| json!({ "ok": false, "error": error, "remedy": remedy });
-        let Some(port) = self.rules.settings.lease_port else {
+        let Some(port) = self.lease_port else {
             return refused("there are no leases here", "add lease_port = 15006 to the rules, and restart ringfence");
         };
         let asking = self.attribute(Some(&Origin { uid: peer.uid, inode: 0, cgroup: 0, pid: Some(peer.pid) }));
@@ -84,7 +84,7 @@ impl Office {
         let (identity, denied, remedy) = verdict(&caller.verdict);
         let is_new = !self.leases.has(process);
         let holder = Holder { process, uid: peer.uid, task, upstream: Arc::clone(upstream) };
-        let Some(address) = self.leases.lease(holder, Arc::clone(&caller)) else {
+        let Some(address) = self.leases.lease(holder, Arc::clone(&caller), Instant::now()) else {
             return refused("too many addresses are leased", "restart the triggerer, whose leases end with it");
         };
         self.publish();

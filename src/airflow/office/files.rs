@@ -59,10 +59,18 @@ impl Office {
         }
         let (old, new) = (&self.rules.settings, &file.settings);
         let fixed = |settings: &rules::Settings| {
-            (settings.socket.clone(), settings.cgroup.clone(), settings.identities_max, settings.redirects.clone())
+            (
+                settings.socket.clone(),
+                settings.cgroup.clone(),
+                settings.identities_max,
+                settings.redirects.clone(),
+                settings.lease_port,
+            )
         };
         if fixed(old) != fixed(new) {
-            tracing::warn!("`socket`, `cgroup`, `identities_max` and `redirect` take effect with the next start of ringfence");
+            tracing::warn!(
+                "`socket`, `cgroup`, `identities_max`, `redirect` and `lease_port` take effect with the next start of ringfence"
+            );
         }
         if old.catalog != file.settings.catalog {
             self.catalog = Loaded { path: file.settings.catalog.clone(), stamp: None, value: Catalog::default() };
