@@ -156,10 +156,12 @@ pub enum Phase {
     /// Take registrations and answer.
     #[default]
     Serve,
-    /// Answer, and leave registrations in the backlog: a successor that reads what is remembered is about to take them.
+    /// Answer, and leave registrations to a predecessor that still takes them.
     Wait,
-    /// End; the socket is a successor's.
+    /// Answer, and leave registrations to a successor.
     HandOver,
+    /// End, and leave the socket: it is another process's.
+    Leave,
     /// End.
     End,
 }
@@ -169,18 +171,28 @@ pub async fn run(context: Context, socket: OwnedFd, mut phase: watch::Receiver<P
     let failed = |what| move |source| AirflowError::Descriptor { what, source };
     let bell = bell(&context.questions).map_err(failed("the workers' bell"))?;
     let listener = registration::listener(socket).map_err(failed("the registration socket"))?;
-    let Context { settings, publisher, mut desks, questions: _questions, viewer, admin, wish } = context;
+    let Context { settings, publisher, mut desks, questions, viewer, admin, wish } = context;
     let socket_path = settings.file.settings.socket.clone();
-    let office = Office::open(Opening { settings, publisher, viewer, admin, wish });
+    let mut now = *phase.borrow_and_update();
+    let office = Office::open(Opening { settings, publisher, viewer, admin, wish, waits: now == Phase::Wait });
     let serving = tokio::task::spawn_local(registration::serve(listener, Rc::clone(&office), phase.clone()));
-    let keep_socket;
+    let mut handed_over = false;
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
+    while !matches!(now, Phase::Leave | Phase::End) {
+        let mut more = false;
         tokio::select! {
-            ending = phase.wait_for(|phase| matches!(phase, Phase::HandOver | Phase::End)) => {
-                keep_socket = ending.is_ok_and(|phase| *phase == Phase::HandOver);
-                break;
+            changed = phase.changed() => {
+                now = if changed.is_ok() { *phase.borrow_and_update() } else { Phase::End };
+                match now {
+                    Phase::Serve => office.borrow_mut().take_over(),
+                    Phase::HandOver => {
+                        handed_over = true;
+                        serving.abort();
+                        office.borrow_mut().keep_leases();
+                    }
+                    Phase::Wait | Phase::Leave | Phase::End => {}
+                }
             }
             ready = bell.readable() => {
                 // An error of this descriptor would be one of the kernel; the tick goes on answering then.
@@ -188,16 +200,21 @@ pub async fn run(context: Context, socket: OwnedFd, mut phase: watch::Receiver<P
                     silence(&bell);
                     ready.clear_ready();
                 }
-                office.borrow_mut().answer(&mut desks);
+                more = office.borrow_mut().answer(&mut desks);
             }
             _ = tick.tick() => {
                 office.borrow_mut().tick();
-                office.borrow_mut().answer(&mut desks);
+                more = office.borrow_mut().answer(&mut desks);
             }
+        }
+        if more {
+            // Rung again, so that registrations and the rest have their turn in between.
+            questions.signal();
         }
     }
     serving.abort();
-    if !keep_socket {
+    office.borrow_mut().keep_leases();
+    if !handed_over && now == Phase::End {
         // Whoever comes next binds it again; a file that stays would only say "refused" more slowly.
         let _ = std::fs::remove_file(socket_path);
     }

@@ -86,8 +86,10 @@ struct Orders {
     order: AtomicU8,
     /// Another process has the listening sockets: their files stay, and connections may take their time.
     handed_over: AtomicBool,
-    /// This process was handed sockets over by another: it accepts only when it can serve.
+    /// This process was handed sockets over by another: it accepts only what it can serve.
     successor: bool,
+    /// Nobody else has the sockets, so their files are this process's to remove.
+    in_charge: AtomicBool,
 }
 
 impl Orders {
@@ -127,7 +129,8 @@ pub fn spawn(
         return Err(ProxyError::Mismatch { workers, readers: readers_given, senders: senders_given, attributions: given });
     }
     let mut attributions = attributions.into_iter();
-    let orders = Arc::new(Orders { successor: inherited.has_predecessor(), ..Orders::default() });
+    let successor = inherited.has_predecessor();
+    let orders = Arc::new(Orders { successor, in_charge: AtomicBool::new(!successor), ..Orders::default() });
     let mut hands = inherited.deal(workers).into_iter();
     let gates = Arc::new(listener::Gates::default());
     let cores = sys::allowed_cores();
@@ -178,8 +181,14 @@ impl Workers {
         self.order(Order::Drain);
     }
 
+    /// A predecessor has left everything to this process.
+    pub fn take_charge(&self) {
+        self.orders.in_charge.store(true, Ordering::Release);
+    }
+
     /// Stops accepting because another process has the sockets now; live connections end when they are done.
     pub fn hand_over(&self) {
+        self.orders.in_charge.store(false, Ordering::Release);
         self.orders.handed_over.store(true, Ordering::Release);
         self.order(Order::Drain);
     }

@@ -104,8 +104,8 @@ class Deployment:
                 self.consul.allow(identity, "postgres")
         for sidecar in (self.tasks, self.api):
             sidecar.wait_ready()
-        for service in ("postgres", "warehouse", *(["redis"] if self.executor == "celery" else [])):
-            wait(f"{service} has a healthy sidecar", 30, lambda service=service: self.consul.has_endpoint(service))
+        called = ["postgres", "warehouse", *(["redis"] if self.executor == "celery" else [])]
+        wait(f"{', '.join(called)} have healthy sidecars", 30, lambda: all(map(self.consul.has_endpoint, called)))
 
     def start_airflow(self) -> None:
         """The database's tables, then every component, then what an operator does once."""
@@ -200,6 +200,8 @@ class Deployment:
             # How soon a task is missed whose process could not tell its end: 300 s otherwise. Airflow 3's name, then 2's.
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "60",
             "AIRFLOW__SCHEDULER__SCHEDULER_ZOMBIE_TASK_THRESHOLD": "60",
+            # And how soon a new scheduler looks for tasks of one that died: 300 s otherwise.
+            "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "30",
             "AIRFLOW__CELERY__WORKER_CONCURRENCY": "4",
             "AIRFLOW__API__WORKERS": "1",
             "AIRFLOW__WEBSERVER__WORKERS": "1",

@@ -19,7 +19,7 @@ examples:
 It needs root on a Debian 12 machine with cgroup v2 and io_uring, and installs what is missing: Consul, PostgreSQL and Redis by
 scripts/setup, Airflow into RINGFENCE_CACHE (default /var/cache/ringfence). RINGFENCE_BINARY names another ringfence than
 target/release/ringfence. Everything else lives in a scratch folder, in a network of its own, and ends with this command.
-Airflow runs as a user without rights (ringfence-e2e, made for the run).
+Airflow runs as a user without rights (ringfence-e2e-PID, made for the run).
 
 exit code: 0 all ok, 1 a check failed, 69 it could not be run to its end
 """

@@ -34,7 +34,7 @@ def ringfence() -> Path:
 
 def servers(say: Callable[[str], None]) -> None:
     """Consul, PostgreSQL and Redis, by scripts/setup where they are missing."""
-    parts = ["consul", "cgroup"]
+    parts = ["cgroup"] if _is_consul_there() else ["consul", "cgroup"]
     has_postgres = any(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     if not (has_postgres and shutil.which("redis-server") and shutil.which("setpriv") and shutil.which("ip")):
         parts.insert(0, "packages")
@@ -62,6 +62,13 @@ def airflow(name: str, say: Callable[[str], None]) -> Path:
             holds.write_text(wanted)
         _pip(venv, ["--no-deps", "--reinstall", "--compile-bytecode", str(TREE / "airflow")])
     return venv
+
+
+def _is_consul_there() -> bool:
+    binary = CACHE / "consul-1.8.7/usr/bin/consul"
+    return (
+        binary.exists() and "1.8.7" in subprocess.run([binary, "version"], capture_output=True, text=True, check=False).stdout
+    )
 
 
 def _pip(venv: Path, arguments: list[str]) -> None:

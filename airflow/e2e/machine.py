@@ -13,7 +13,6 @@ import ctypes
 import os
 import pwd
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,23 +21,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 CLONE_NEWNET = 0x4000_0000
-USER = "ringfence-e2e"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# Dying processes hold a cgroup and a user for a moment longer than the kernel lists them: both are tried until they go.
 GUARDIAN = """
 import pathlib, subprocess, sys, time, shutil
 slice, scratch, user = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 kept = sys.stdin.read() == "keep"
-def cgroups():
-    return [slice, *sorted((path for path in slice.rglob("*") if path.is_dir()), reverse=True)]
+deadline = time.monotonic() + 15
+def until(done):
+    while not done() and time.monotonic() < deadline: time.sleep(0.05)
+def is_slice_gone():
+    try:
+        for path in [*sorted((path for path in slice.rglob("*") if path.is_dir()), reverse=True), slice]: path.rmdir()
+    except OSError:
+        pass
+    return not slice.exists()
+def is_user_gone():
+    return subprocess.run(["userdel", user], stderr=subprocess.DEVNULL).returncode in (0, 6)
 (slice / "cgroup.kill").write_text("1")
-deadline = time.monotonic() + 10
-while time.monotonic() < deadline and any((path / "cgroup.procs").read_text() for path in cgroups()):
-    time.sleep(0.05)
-for path in [*cgroups()[1:], slice]:
-    try: path.rmdir()
-    except OSError as error: print(f"scripts/airflow-e2e: {path}: {error}", file=sys.stderr)
+until(is_slice_gone)
 if not kept: shutil.rmtree(scratch, ignore_errors=True)
-if user: subprocess.run(["userdel", user], stderr=subprocess.DEVNULL)
+until(is_user_gone)
+for what, left in ((slice, slice.exists()), (f"the user {user}", not is_user_gone())):
+    if left: print(f"scripts/airflow-e2e: {what} could not be removed", file=sys.stderr)
 """
 
 
@@ -78,9 +83,8 @@ class Machine:
         self.keep = keep
         self.slice = _cgroup_mount() / f"ringfence-e2e-{os.getpid()}.slice"
         self.slice.mkdir()
-        made = _make_user()
-        self.user = pwd.getpwnam(USER)
-        command = [sys.executable, "-c", GUARDIAN, str(self.slice), str(self.scratch), USER if made else ""]
+        self.user = _make_user(f"ringfence-e2e-{os.getpid()}")
+        command = [sys.executable, "-c", GUARDIAN, str(self.slice), str(self.scratch), self.user.pw_name]
         # A session of its own: Ctrl-C is for this process, and the guardian cleans up after it.
         self.guardian = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
@@ -195,17 +199,7 @@ def _cgroup_mount() -> Path:
     raise Failure("no cgroup v2 is mounted: scripts/setup cgroup")
 
 
-def _make_user() -> bool:
-    try:
-        pwd.getpwnam(USER)
-    except KeyError:
-        command = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", USER]
-        subprocess.run(command, check=True, capture_output=True)
-        return True
-    return False
-
-
-def free_space_warning(folder: Path) -> str | None:
-    """A word about a disk that is nearly full."""
-    free = shutil.disk_usage(folder).free
-    return f"{folder} has only {free >> 20} MiB left" if free < (1 << 30) else None
+def _make_user(name: str) -> pwd.struct_passwd:
+    command = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", name]
+    subprocess.run(command, check=True, capture_output=True)
+    return pwd.getpwnam(name)

@@ -31,19 +31,8 @@ class Postgres:
         folder.mkdir()
         (folder / "password").write_text(self.passwords["postgres"])
         subprocess.run(["chown", "-R", "postgres", str(folder)], check=True)
-        init = [
-            self.bin / "initdb",
-            "-D",
-            folder / "data",
-            "-A",
-            "scram-sha-256",
-            "-U",
-            "postgres",
-            "-N",
-            "--pwfile",
-            folder / "password",
-        ]
-        machine.run("initdb", init, user="postgres")
+        init = f"initdb -D {folder}/data -A scram-sha-256 -U postgres -N --pwfile {folder}/password"
+        machine.run("initdb", self._command(init), user="postgres")
         options = [
             f"-p{POSTGRES}",
             "-clisten_addresses=127.0.0.1",
@@ -61,29 +50,17 @@ class Postgres:
 
     def query(self, sql: str, database: str = "postgres") -> list[list[str]]:
         """Straight to the server, past the mesh: what is asked here is the other side's word."""
-        command = [
-            self.bin / "psql",
-            "-h",
-            "127.0.0.1",
-            "-p",
-            str(POSTGRES),
-            "-U",
-            "postgres",
-            "-d",
-            database,
-            "-v",
-            "ON_ERROR_STOP=1",
-            "--csv",
-            "-t",
-            "-q",
-            "-c",
-            sql,
-        ]
+        words = f"psql -h 127.0.0.1 -p {POSTGRES} -U postgres -d {database} -v ON_ERROR_STOP=1 --csv -t -q -c"
+        command = [*self._command(words), sql]
         env = {"PATH": PATH, "PGPASSWORD": self.passwords["postgres"]}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
         if done.returncode != 0:
             raise RuntimeError(f"{sql}: {done.stderr}")
         return list(csv.reader(io.StringIO(done.stdout)))
+
+    def _command(self, words: str) -> list[str]:
+        """A program of the server's own version."""
+        return [f"{self.bin}/{word}" if at == 0 else word for at, word in enumerate(words.split())]
 
     def fresh(self) -> None:
         """Empties both databases for the next deployment."""
@@ -100,7 +77,18 @@ class Redis:
         folder = machine.scratch / "redis"
         folder.mkdir()
         os.chown(folder, machine.user.pw_uid, machine.user.pw_gid)
-        options = ["--port", str(REDIS), "--bind", "127.0.0.1", "--save", "", "--dir", folder, "--requirepass", self.password]
+        options = [
+            "--port",
+            str(REDIS),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--dir",
+            str(folder),
+            "--requirepass",
+            self.password,
+        ]
         self.process = machine.start("redis", ["redis-server", *options], user=machine.user.pw_name)
         wait("Redis is ready", 10, lambda: "PONG" in self._cli("ping"))
 

@@ -182,6 +182,13 @@ def _attribution(deployment: Deployment, report: Report) -> None:
         "; ".join(wrong[:5]) or f"tiers {tiers}",
     )
     unknown = [line for line in ours if line["caller"]["tier"] == "unidentified"]
+    audits = [line for line in unknown if deployment.release == "2" and _is_audit(line)]
+    if audits:
+        unknown = [line for line in unknown if line not in audits]
+        report.note(
+            f"{len(audits)} connections of supervisors to the database were denied as unidentified: Airflow 2 writes its audit "
+            "line `cli_task_run` before any listener hears of the task, so it cannot be registered by then; Airflow goes on"
+        )
     report.check(
         f"nothing is unidentified among {len(ours)} connections of the host", not unknown, "; ".join(map(_brief, unknown[:5]))
     )
@@ -236,6 +243,12 @@ def _open(deployment: Deployment) -> int:
     metrics = deployment.tasks.ask("/metrics").body
     found = re.findall(r"^ringfence_connections_active\{[^}]*\} (\S+)$", metrics, re.M)
     return int(sum(map(float, found)))
+
+
+def _is_audit(line: dict[str, Any]) -> bool:
+    """Whether this is a supervisor of Airflow 2 that has not said yet which task it runs."""
+    is_supervisor = line["caller"].get("command", "").startswith("airflow task supervisor: ")
+    return is_supervisor and line["upstream"] == "postgres" and line["reason"] == "caller_denied"
 
 
 def _count(lines: list[dict[str, Any]], key: str) -> dict[str, int]:

@@ -10,7 +10,7 @@ import time
 from itertools import pairwise
 
 from e2e.airflow import Deployment
-from e2e.machine import wait
+from e2e.machine import Failure, wait
 from e2e.report import Report
 
 DAG = "payroll_steady"
@@ -31,7 +31,9 @@ def rotation(deployment: Deployment, report: Report) -> None:
     sidecar, identity = deployment.tasks, "airflow-payroll"
     before = sidecar.serial_of(identity)
     deployment.consul.rotate_ca()
-    took = wait(f"{identity} has a certificate of the new root", ROTATION_SECONDS, lambda: sidecar.serial_of(identity) != before)
+    took = wait(
+        f"{identity} has a certificate of the new root", ROTATION_SECONDS, lambda: sidecar.serial_of(identity) != before
+    )
     _end(deployment, "rotation")
     _no_task_failed(deployment, report, "rotation", f"the CA rotates (new leaf after {took:.0f} s)")
 
@@ -56,7 +58,7 @@ def upgrade(deployment: Deployment, report: Report) -> None:
 
 
 def restart(deployment: Deployment, report: Report) -> None:
-    """`systemctl restart`: SIGTERM, and the new process when the old one has ended. With a short drain time, and as the unit has it."""
+    """`systemctl restart`: SIGTERM, and a new process when the old one has ended; with a short drain time, and the unit's."""
     for run, flags in (("restart-short", ["-drain-time", "1s"]), ("restart", [])):
         _restart(deployment, report, run, flags)
 
@@ -78,15 +80,18 @@ def _restart(deployment: Deployment, report: Report, run: str, flags: list[str])
     sidecar.wait_ready()
     gap = time.monotonic() - down
     _end(deployment, run)
-    state = deployment.wait_run(DAG, run, RECOVERY_SECONDS, revive=True)
+    try:
+        state = deployment.wait_run(DAG, run, RECOVERY_SECONDS, revive=True)
+    except Failure as failure:
+        state = str(failure)
     tasks = deployment.tasks_of(DAG, run)
     name = f"restart by SIGTERM and a new process ({' '.join(flags) or 'drain time as in the unit'})"
     report.check(f"{name}: the run succeeds in the end", state == "success", f"{state} {tasks}" if state != "success" else "")
     retried = [f"{task.name} needed try {task.try_number}" for task in tasks if task.try_number > 1]
     died = [f"{role} ended and was started again, as Restart= of its unit does" for role in deployment.take_revived()]
     report.note(
-        f"{name}: the old process ended after {stopped:.1f} s and the new one was ready after {gap:.1f} s; meanwhile new connections "
-        f"are refused, and established ones end with the process. {'; '.join(retried + died) or 'No task noticed'}; "
+        f"{name}: the old process ended after {stopped:.1f} s and the new one was ready after {gap:.1f} s; meanwhile "
+        f"new connections are refused, and established ones end with it. {'; '.join(retried + died) or 'No task noticed'}; "
         f"longest pause of new connections {_longest_pause(deployment, run):.1f} s"
     )
 

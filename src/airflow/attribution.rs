@@ -116,6 +116,11 @@ impl Attributor {
         }
     }
 
+    /// Forgets which processes were believed to be parts of Airflow.
+    pub(crate) fn forget_roots(&mut self) {
+        self.roots.forget();
+    }
+
     /// The one whom all holders speak for.
     fn speaker(&mut self, scene: Scene<'_>, chains: &[Chain]) -> Result<Speaker, Unattributed> {
         let mut speakers = chains.iter().map(|chain| self.speaks_for(scene, chain));
@@ -166,6 +171,7 @@ impl Attributor {
     /// The processes that hold the socket, with their parents.
     fn holders(&mut self, scene: Scene<'_>, origin: &Origin, now: Instant) -> Result<Vec<Chain>, Unattributed> {
         if let Some(pid) = origin.pid {
+            self.pay(origin, 1.0, now)?;
             // The number was the client's when it connected; another user's process has only been given it since.
             let chain = scene.host.chain(pid)?.filter(|chain| chain.own().uid == origin.uid);
             return chain.map(|chain| vec![chain]).ok_or(Unattributed::Gone);
@@ -173,29 +179,33 @@ impl Attributor {
         if origin.inode == 0 {
             return Err(Unattributed::Gone);
         }
+        self.pay(origin, 1.0, now)?;
         let likely = self.likely(scene, origin);
-        let chains = self.search(scene, origin, &likely, 1.0, now)?;
+        // What could not all be searched may still be found among all of the user's.
+        let chains = match self.search(scene, origin, &likely) {
+            Err(Unattributed::TooLarge) => Vec::new(),
+            found => found?,
+        };
         if !chains.is_empty() {
             return Ok(chains);
         }
+        self.pay(origin, WIDE_SEARCH_COST, now)?;
         let mut others = scene.host.of_user(origin.uid)?;
         others.retain(|pid| !likely.contains(pid));
-        let chains = self.search(scene, origin, &others, WIDE_SEARCH_COST, now)?;
+        let chains = self.search(scene, origin, &others)?;
         if chains.is_empty() { Err(Unattributed::Gone) } else { Ok(chains) }
     }
 
-    fn search(
-        &mut self,
-        scene: Scene<'_>,
-        origin: &Origin,
-        candidates: &[u32],
-        cost: f64,
-        now: Instant,
-    ) -> Result<Vec<Chain>, Unattributed> {
+    /// Takes what a search costs, before any of it is done.
+    fn pay(&mut self, origin: &Origin, cost: f64, now: Instant) -> Result<(), Unattributed> {
         if !self.searches.take(origin.uid, cost, now) {
             return Err(Unattributed::TooMany);
         }
         self.spent += cost;
+        Ok(())
+    }
+
+    fn search(&self, scene: Scene<'_>, origin: &Origin, candidates: &[u32]) -> Result<Vec<Chain>, Unattributed> {
         let holders = scene.host.holders(origin.inode, candidates);
         let mut chains = Vec::new();
         for holder in &holders.found {

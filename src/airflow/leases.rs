@@ -10,8 +10,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
+use serde::{Deserialize, Serialize};
 
 use super::process::Process;
+use super::registry::Claim;
 use crate::mesh::caller::{Caller, Lease, Task};
 
 /// Leases at once.
@@ -35,6 +37,16 @@ pub(super) struct Holder {
 pub(super) struct Leases {
     by_holder: HashMap<Holder, IpAddr>,
     by_address: HashMap<IpAddr, Entry>,
+}
+
+/// A lease on disk.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    address: IpAddr,
+    process: Process,
+    uid: u32,
+    upstream: String,
+    claim: Claim,
 }
 
 #[derive(Debug)]
@@ -86,6 +98,43 @@ impl Leases {
     /// The callers, to keep their certificates warm.
     pub(super) fn callers(&self) -> impl Iterator<Item = &Arc<Caller>> {
         self.by_address.values().map(|entry| &entry.caller)
+    }
+
+    /// All of them, for a successor.
+    pub(super) fn kept(&self) -> Vec<u8> {
+        let kept = self.by_address.iter().map(|(address, entry)| Kept {
+            address: *address,
+            process: entry.holder.process,
+            uid: entry.holder.uid,
+            upstream: entry.holder.upstream.to_string(),
+            claim: Claim::of(&entry.holder.task),
+        });
+        serde_json::to_vec(&kept.collect::<Vec<_>>()).unwrap_or_default()
+    }
+
+    /// Takes up what a predecessor kept, as far as `alive` holds of its process and nobody has the address.
+    pub(super) fn take_up(
+        &mut self,
+        text: &[u8],
+        now: Instant,
+        alive: impl Fn(Process) -> bool,
+        mut judge: impl FnMut(&Holder) -> Arc<Caller>,
+    ) -> Vec<Process> {
+        let mut processes = Vec::new();
+        for kept in serde_json::from_slice::<Vec<Kept>>(text).unwrap_or_default() {
+            let Ok(task) = kept.claim.check() else { continue };
+            let holder =
+                Holder { process: kept.process, uid: kept.uid, task: Arc::new(task), upstream: kept.upstream.as_str().into() };
+            let free = !self.by_holder.contains_key(&holder) && !self.by_address.contains_key(&kept.address);
+            if !free || self.by_address.len() >= LEASES_MAX || !kept.address.is_loopback() || !alive(holder.process) {
+                continue;
+            }
+            let caller = judge(&holder);
+            processes.push(holder.process);
+            self.by_holder.insert(holder.clone(), kept.address);
+            self.by_address.insert(kept.address, Entry { holder, caller, asked: now });
+        }
+        processes
     }
 
     /// For the workers.
@@ -144,5 +193,17 @@ mod tests {
         assert!(lease(LEASES_MAX, later).is_some(), "the first was idle");
         assert!(lease(0, later).is_none(), "and has none any more");
         assert_eq!((leases.by_holder.len(), leases.by_address.len()), (LEASES_MAX, LEASES_MAX));
+    }
+
+    #[test]
+    fn a_successor_takes_up_what_lives() {
+        let (mut old, now) = (Leases::default(), Instant::now());
+        let addresses = [1, 2].map(|pid| old.lease(holder(pid, "a", "db"), caller(), now).expect("an address"));
+        let mut new = Leases::default();
+        let processes = new.take_up(&old.kept(), now, |process| process.pid == 1, |_| caller());
+        assert_eq!(processes, [Process { pid: 1, start_ticks: 1 }]);
+        assert_eq!(new.lease(holder(1, "a", "db"), caller(), now), Some(addresses[0]));
+        assert_eq!(new.table().len(), 1);
+        assert!(Leases::default().take_up(b"garbage", now, |_| true, |_| caller()).is_empty());
     }
 }

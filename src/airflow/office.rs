@@ -8,9 +8,9 @@ mod answers;
 mod files;
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,9 +18,9 @@ use std::time::{Duration, Instant};
 use super::attribution::{Attributed, Attributor, Scene, Unattributed};
 use super::catalog::Catalog;
 use super::cgroup::{self, Cgroup, Hierarchy, Place, Setting};
-use super::leases::Leases;
+use super::leases::{self, Leases};
 use super::process::{Host, Process, ProcessFacts, Watch};
-use super::registry::{Part, Registration, Registry};
+use super::registry::{self, Membership, Part, Registration, Registry};
 use super::rules::{self, CgroupChoice, Component, Facts, Names};
 use super::{Settings, Wish};
 use crate::mesh::Snapshot;
@@ -35,6 +35,11 @@ const WARM_INTERVAL: Duration = Duration::from_secs(20);
 
 /// How soon a cgroup that could not be watched, or was joined again, is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
+/// What is remembered, beside the registration socket.
+const TASKS: &str = "tasks.json";
+const LEASES: &str = "leases.json";
+/// Questions of a worker that are answered before anything else has its turn.
+const ANSWERS_IN_A_ROW_MAX: usize = 64;
 /// What to do about a caller whom nobody knows.
 const NOBODY_REMEDY: &str = "for a task: install airflow-provider-ringfence where Airflow runs (`airflow mesh doctor` says what is \
                              missing); for a part of Airflow: add a [[component]] that matches it to the rules";
@@ -45,6 +50,11 @@ pub(super) struct Office {
     catalog: Loaded<Catalog>,
     names: Names,
     host: Host,
+    /// What is remembered of tasks and leases lies beside it.
+    socket: PathBuf,
+    /// Another process still has the tasks: what is remembered is read and not written.
+    waits: bool,
+    leases_changed: bool,
     registry: Registry,
     attributor: Attributor,
     hierarchy: Option<Hierarchy>,
@@ -68,7 +78,7 @@ pub(super) struct Office {
 impl Office {
     /// Opens it, with the tasks that an earlier run left.
     pub(super) fn open(context: Opening) -> Rc<RefCell<Self>> {
-        let Opening { settings, publisher, viewer, admin, wish } = context;
+        let Opening { settings, publisher, viewer, admin, wish, waits } = context;
         let Settings { path, file } = settings;
         let stamp = Stamp::of(&path);
         for warning in &file.warnings {
@@ -81,7 +91,12 @@ impl Office {
         });
         let place = place(&file.settings.cgroup, &host, hierarchy.as_ref());
         let mut registry = Registry::new(place, hierarchy.clone());
-        recover(&mut registry, &host, &file.settings.socket);
+        let socket = file.settings.socket.clone();
+        if waits {
+            preview(&mut registry, &host, &socket);
+        } else {
+            recover(&mut registry, &host, &socket);
+        }
         let lease_port = file.settings.lease_port;
         let catalog = Loaded { path: file.settings.catalog.clone(), stamp: None, value: Catalog::default() };
         let rules = InForce { path, stamp, settings: file.settings, components: file.components, rules: file.rules };
@@ -90,6 +105,9 @@ impl Office {
             catalog,
             names: Names::default(),
             host,
+            socket,
+            waits,
+            leases_changed: false,
             registry,
             attributor: Attributor::new(hierarchy.clone()),
             hierarchy,
@@ -112,20 +130,29 @@ impl Office {
         open.judge_all();
         let alive: Vec<_> = open.registry.registrations().cloned().collect();
         alive.into_iter().for_each(|registration| open.follow(registration));
+        open.take_up_leases();
         drop(open);
         office
+    }
+
+    /// The registered task that a process belongs to.
+    pub(super) fn task_of(&self, pid: u32) -> Option<Process> {
+        match self.registry.member(&self.host.chain(pid).ok()??) {
+            Membership::Of(registration) => Some(registration.process),
+            Membership::Forgotten(process) => Some(process),
+            Membership::None => None,
+        }
     }
 
     /// What the rules in force say of a registered task.
     fn judge(&mut self, registration: &Registration) -> Arc<Caller> {
         let task = &registration.task;
-        let user = user_name(registration.uid);
         let facts = Facts {
             dag: &task.dag,
             task: &task.task,
             run: Some(&task.run),
             uid: Some(registration.uid),
-            user: user.as_deref(),
+            user: None,
             queues: &self.rules.settings.queues,
             catalog: self.catalog.value.get(&task.dag),
         };
@@ -205,10 +232,13 @@ impl Office {
         metrics::gauge!("ringfence_airflow_tasks").set(f64::from(u32::try_from(self.registry.len()).unwrap_or(u32::MAX)));
     }
 
-    /// Answers what the workers ask.
-    pub(super) fn answer(&mut self, desks: &mut [Desk]) {
+    /// Answers what the workers ask, a bounded number in a row. Says whether there may be more.
+    pub(super) fn answer(&mut self, desks: &mut [Desk]) -> bool {
+        let mut more = false;
         for desk in desks {
-            while let Some(question) = desk.question() {
+            for answered in 1..=ANSWERS_IN_A_ROW_MAX {
+                let Some(question) = desk.question() else { break };
+                more |= answered == ANSWERS_IN_A_ROW_MAX;
                 match question {
                     Question::Warm(identity) => (self.wish)(&identity),
                     Question::Who { slot, generation, origin, .. } => {
@@ -218,6 +248,7 @@ impl Office {
                 }
             }
         }
+        more
     }
 
     /// Who is behind a connection that the table did not know.
@@ -235,6 +266,9 @@ impl Office {
         };
         let Attributed { who, tier, registration, why } = self.attributor.attribute(scene, origin, Instant::now());
         drop(parts);
+        if self.waits && matches!(who, Who::Stranger(_)) && self.preview_again() {
+            return self.attribute(Some(origin));
+        }
         match (who, registration) {
             (Who::Task(_), Some(registration)) => match self.callers.get(&registration.process) {
                 Some(known) if known.tier == tier => Arc::clone(known),
@@ -253,18 +287,25 @@ impl Office {
 
     /// What the rules say of a task that is not registered: one that a title names, or one with a lease.
     fn judge_as(&mut self, task: Arc<Task>, uid: u32, tier: Tier) -> Arc<Caller> {
-        let user = user_name(uid);
         let facts = Facts {
             dag: &task.dag,
             task: &task.task,
             run: Some(&task.run),
             uid: Some(uid),
-            user: user.as_deref(),
+            user: None,
             queues: &self.rules.settings.queues,
             catalog: self.catalog.value.get(&task.dag),
         };
         let verdict = self.rules.rules.decide(&facts, &mut self.names);
         Arc::new(Caller { who: Who::Task(task), tier, verdict })
+    }
+
+    /// Looks whether the process that still has the tasks has got new ones.
+    fn preview_again(&mut self) -> bool {
+        let before = self.registry.len();
+        preview(&mut self.registry, &self.host, &self.socket);
+        self.adopt_new();
+        self.registry.len() > before
     }
 
     fn component(&mut self, name: Arc<str>) -> Arc<Caller> {
@@ -288,8 +329,55 @@ impl Office {
         self.units = units.flat_map(|unit| hierarchy.of_unit(unit)).collect();
     }
 
+    /// The process that had the tasks has left them to this one.
+    pub(super) fn take_over(&mut self) {
+        if !std::mem::replace(&mut self.waits, false) {
+            return;
+        }
+        recover(&mut self.registry, &self.host, &self.socket);
+        self.adopt_new();
+        self.take_up_leases();
+    }
+
+    /// Judges and follows the tasks that were not known before.
+    fn adopt_new(&mut self) {
+        let new: Vec<_> = self.registry.registrations().filter(|one| !self.callers.contains_key(&one.process)).cloned().collect();
+        for registration in new {
+            let caller = self.judge(&registration);
+            self.callers.insert(registration.process, caller);
+            self.follow(registration);
+        }
+        self.publish();
+    }
+
+    fn take_up_leases(&mut self) {
+        let text = match registry::own_text(&self.socket.with_file_name(LEASES)) {
+            Ok(Some(text)) => text,
+            Ok(None) => return,
+            Err(error) => return tracing::warn!(%error, "the leases of an earlier run are lost"),
+        };
+        let (host, mut leases) = (self.host.clone(), std::mem::take(&mut self.leases));
+        let alive = |process| host.is_alive(process).unwrap_or(false);
+        let judge = |holder: &leases::Holder| self.judge_as(Arc::clone(&holder.task), holder.uid, Tier::Lease);
+        let processes: HashSet<Process> = leases.take_up(&text, Instant::now(), alive, judge).into_iter().collect();
+        self.leases = leases;
+        processes.into_iter().for_each(|process| self.follow_lessee(process));
+        self.publish();
+    }
+
+    /// Keeps the leases for whoever comes next.
+    pub(super) fn keep_leases(&mut self) {
+        if self.waits || !std::mem::replace(&mut self.leases_changed, false) {
+            return;
+        }
+        if let Err(error) = registry::write_own(&self.socket.with_file_name(LEASES), &self.leases.kept()) {
+            tracing::warn!(%error, "leases cannot be kept for a restart");
+        }
+    }
+
     /// Looks at files and clocks.
     pub(super) fn tick(&mut self) {
+        self.keep_leases();
         self.look_up();
         if self.reload_rules() | self.reload_catalog() {
             self.judge_all();
@@ -297,11 +385,10 @@ impl Office {
         let now = Instant::now();
         if now >= self.warm_at {
             self.warm_at = now + WARM_INTERVAL;
-            for caller in self.callers.values().chain(self.components.values()).chain(self.leases.callers()) {
-                if let Ok(grant) = &caller.verdict {
-                    (self.wish)(grant.identity());
-                }
-            }
+            let callers = self.callers.values().chain(self.components.values()).chain(self.leases.callers());
+            let identities: BTreeSet<&Arc<str>> =
+                callers.filter_map(|caller| caller.verdict.as_ref().ok()).map(Grant::identity).collect();
+            identities.into_iter().for_each(|identity| (self.wish)(identity));
         }
     }
 }
@@ -313,17 +400,13 @@ pub(super) struct Opening {
     pub(super) viewer: Viewer<Snapshot>,
     pub(super) admin: SocketAddr,
     pub(super) wish: Wish,
+    /// A predecessor still has the tasks.
+    pub(super) waits: bool,
 }
 
 fn nobody(stranger: Stranger, why: &str, remedy: &str) -> Caller {
     let refusal = Refusal { rule: "default".into(), why: why.into(), remedy: remedy.into() };
     Caller { who: Who::Stranger(stranger), tier: Tier::Unidentified, verdict: Err(refusal) }
-}
-
-/// The name of a user, for rules and logs.
-fn user_name(uid: u32) -> Option<String> {
-    let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid)).ok()??;
-    Some(user.name)
 }
 
 /// Which part of Airflow a process is, by the rules.
@@ -353,9 +436,16 @@ fn place(choice: &CgroupChoice, host: &Host, hierarchy: Option<&Hierarchy>) -> O
     }
 }
 
+/// The tasks of a predecessor that still has them.
+fn preview(registry: &mut Registry, host: &Host, socket: &Path) {
+    if let Err(error) = registry.preview(host, &socket.with_file_name(TASKS)) {
+        tracing::warn!(%error, "the tasks of the process before are not known yet");
+    }
+}
+
 /// The tasks that lived when ringfence ended, so that a restart takes no identity away.
 fn recover(registry: &mut Registry, host: &Host, socket: &Path) {
-    let path = socket.with_file_name("tasks.json");
+    let path = socket.with_file_name(TASKS);
     match registry.recover(host, &path) {
         Ok(recovered) if recovered.alive > 0 => tracing::info!(?recovered, "tasks of the last run go on"),
         Ok(recovered) => tracing::debug!(?recovered, "no task of an earlier run lives"),

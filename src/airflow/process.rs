@@ -13,6 +13,7 @@ mod watch;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -185,6 +186,14 @@ impl Host {
     pub(crate) fn is_alive(&self, process: Process) -> Result<bool, HostError> {
         let stat = self.stat(process.pid)?;
         Ok(stat.is_some_and(|stat| stat.start_ticks == process.start_ticks && !stat.has_ended()))
+    }
+
+    /// How long ago it began; `None` when the host does not tell.
+    pub(crate) fn age(&self, process: Process) -> Option<Duration> {
+        let text = read(&self.proc.join("uptime"), FILE_MAX).ok()??;
+        let uptime: f64 = std::str::from_utf8(&text).ok()?.split(' ').next()?.parse().ok()?;
+        let start = process.start_ticks as f64 / rustix::param::clock_ticks_per_second() as f64;
+        Some(Duration::try_from_secs_f64(uptime - start).unwrap_or_default())
     }
 
     /// All that is to be seen of the process which has this pid, and of no other.

@@ -3,7 +3,7 @@
 //! Invariant: who asks is whom the kernel names (SO_PEERCRED), never what the text says. Lines, time and connections are
 //! bounded, for each user and in all; a peer that breaks a bound loses its connection and nobody else's.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -13,10 +13,11 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use super::Phase;
 use super::office::Office;
+use super::process::Process;
 use super::registry::{Claim, Peer};
 
 /// Longest line accepted.
@@ -25,9 +26,13 @@ const LINE_BYTES_MAX: u64 = 16 << 10;
 const REQUEST_TIME: Duration = Duration::from_secs(1);
 /// Requests on one connection.
 const REQUESTS_MAX: usize = 64;
-/// Connections at once: of one user, and in all. A storm of tasks waits in the listener's backlog meanwhile.
+/// Connections that are talked with at once: of one user, and of one registered task, which has registered and needs few.
 const CONNECTIONS_OF_USER_MAX: usize = 64;
-const CONNECTIONS_MAX: usize = 128;
+const CONNECTIONS_OF_TASK_MAX: usize = 4;
+/// How long one waits for its turn; the plugin itself gives up after a second.
+const SEAT_TIME: Duration = Duration::from_secs(1);
+/// Connections that talk or wait, in all.
+const CONNECTIONS_MAX: usize = 2_048;
 /// How long a failed accept waits before the next.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 /// The one version of the protocol.
@@ -90,8 +95,11 @@ pub(super) fn listener(socket: OwnedFd) -> io::Result<UnixListener> {
 
 /// Serves until aborted, while `phase` says so.
 pub(super) async fn serve(listener: UnixListener, office: Rc<RefCell<Office>>, mut phase: watch::Receiver<Phase>) {
-    let open = Rc::new(RefCell::new(HashMap::<u32, usize>::new()));
+    let waiting = Rc::new(Cell::new(0));
+    let seats = RefCell::new(HashMap::<Whose, Rc<Semaphore>>::new());
     loop {
+        // Nobody's any more: nothing but this table has them.
+        seats.borrow_mut().retain(|_, seats| Rc::strong_count(seats) > 1);
         if phase.wait_for(|phase| *phase == Phase::Serve).await.is_err() {
             return;
         }
@@ -108,50 +116,56 @@ pub(super) async fn serve(listener: UnixListener, office: Rc<RefCell<Office>>, m
             }
         };
         let Some(peer) = peer(&stream) else { continue };
-        let Some(seat) = Seat::take(&open, peer.uid) else {
-            tracing::warn!(uid = peer.uid, pid = peer.pid, "too many registration connections at once; one is closed");
+        let Some(place) = Place::take(&waiting) else {
+            tracing::debug!(uid = peer.uid, pid = peer.pid, "too many registration connections wait; one is closed");
             continue;
         };
+        // Whoever is registered already must not keep those waiting who are not yet.
+        let whose = office.borrow().task_of(peer.pid).map_or(Whose::User(peer.uid), Whose::Task);
+        let seats = Rc::clone(seats.borrow_mut().entry(whose).or_insert_with(|| {
+            let most = if matches!(whose, Whose::User(_)) { CONNECTIONS_OF_USER_MAX } else { CONNECTIONS_OF_TASK_MAX };
+            Rc::new(Semaphore::new(most))
+        }));
         let office = Rc::clone(&office);
         tokio::task::spawn_local(async move {
-            let _seat = seat;
-            talk(stream, peer, &office).await;
+            let _place = place;
+            if let Ok(Ok(_seat)) = tokio::time::timeout(SEAT_TIME, seats.acquire()).await {
+                talk(stream, peer, &office).await;
+            }
         });
+        // Those who talk must get on before the backlog is taken whole.
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Among whose connections one counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Whose {
+    User(u32),
+    Task(Process),
+}
+
+/// A place among all connections; given back when dropped.
+struct Place(Rc<Cell<usize>>);
+
+impl Place {
+    fn take(waiting: &Rc<Cell<usize>>) -> Option<Self> {
+        (waiting.get() < CONNECTIONS_MAX).then(|| {
+            waiting.set(waiting.get() + 1);
+            Self(Rc::clone(waiting))
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
     }
 }
 
 fn peer(stream: &UnixStream) -> Option<Peer> {
     let credentials = stream.peer_cred().ok()?;
     Some(Peer { pid: u32::try_from(credentials.pid()?).ok()?, uid: credentials.uid() })
-}
-
-/// A place among the connections of a user; given back when dropped.
-struct Seat {
-    open: Rc<RefCell<HashMap<u32, usize>>>,
-    uid: u32,
-}
-
-impl Seat {
-    fn take(open: &Rc<RefCell<HashMap<u32, usize>>>, uid: u32) -> Option<Self> {
-        let mut seats = open.borrow_mut();
-        if seats.values().sum::<usize>() >= CONNECTIONS_MAX || seats.get(&uid).copied().unwrap_or(0) >= CONNECTIONS_OF_USER_MAX {
-            return None;
-        }
-        *seats.entry(uid).or_default() += 1;
-        Some(Self { open: Rc::clone(open), uid })
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        let mut seats = self.open.borrow_mut();
-        if let Some(count) = seats.get_mut(&self.uid) {
-            *count -= 1;
-            if *count == 0 {
-                seats.remove(&self.uid);
-            }
-        }
-    }
 }
 
 async fn talk(stream: UnixStream, peer: Peer, office: &Rc<RefCell<Office>>) {
@@ -230,13 +244,11 @@ mod tests {
     }
 
     #[test]
-    fn one_user_cannot_take_every_seat() {
-        let open = Rc::new(RefCell::new(HashMap::new()));
-        let mine: Vec<_> = (0..CONNECTIONS_OF_USER_MAX).map(|_| Seat::take(&open, 1_000).expect("a seat")).collect();
-        assert!(Seat::take(&open, 1_000).is_none());
-        let other = Seat::take(&open, 1_001);
-        assert!(other.is_some());
-        drop(mine);
-        assert!(Seat::take(&open, 1_000).is_some());
+    fn there_is_a_bound_and_places_come_back() {
+        let waiting = Rc::new(Cell::new(0));
+        let places: Vec<_> = (0..CONNECTIONS_MAX).map(|_| Place::take(&waiting).expect("a place")).collect();
+        assert!(Place::take(&waiting).is_none());
+        drop(places);
+        assert!(Place::take(&waiting).is_some());
     }
 }

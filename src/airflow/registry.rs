@@ -25,6 +25,8 @@ use super::process::{Chain, Host, HostError, Process};
 use crate::mesh::caller::{Task, Tier};
 use state::{Remembered, State};
 
+pub(super) use state::{own_text, write_own};
+
 pub(crate) use claim::{Claim, Supervisor};
 pub(super) use rates::Rates;
 pub(crate) use refusal::RegisterError;
@@ -155,17 +157,19 @@ impl Registry {
         claim: &Claim,
         now: Instant,
     ) -> Result<Registered, RegisterError> {
-        if !self.rates.take(peer.uid, 1.0, now) {
-            return Err(RegisterError::TooFast { uid: peer.uid });
-        }
         let task = claim.check()?;
         let chain = host.chain(peer.pid)?.ok_or(RegisterError::Gone { pid: peer.pid })?;
         verify::peer(&chain, peer)?;
+        // Before the bound on its user: what a registered task asks for must not cost the tasks that are yet to register.
         match self.member(&chain) {
             Membership::Of(known) => return self.again(&known, &chain, &task),
             Membership::Forgotten(process) => return Err(RegisterError::Forgotten { pid: peer.pid, process }),
-            Membership::None => verify::lineage(host, parts, &mut self.roots, &chain, claim, &task)?,
+            Membership::None => {}
         }
+        if !self.rates.take(peer.uid, 1.0, now) {
+            return Err(RegisterError::TooFast { uid: peer.uid });
+        }
+        verify::lineage(host, parts, &mut self.roots, &chain, claim, &task)?;
         if self.by_process.len() >= REGISTRATIONS_MAX {
             return Err(RegisterError::Full);
         }
@@ -249,6 +253,11 @@ impl Registry {
         Some(registration)
     }
 
+    /// Forgets which processes were believed to be parts of Airflow: the rules say anew which could be.
+    pub(crate) fn forget_roots(&mut self) {
+        self.roots.forget();
+    }
+
     /// The task in whose cgroup a socket was made.
     pub(crate) fn by_cgroup(&self, cgroup: u64) -> Option<&Arc<Registration>> {
         self.by_process.get(self.by_cgroup.get(&cgroup)?)
@@ -258,6 +267,11 @@ impl Registry {
     #[cfg(test)]
     pub(crate) fn by_process(&self, process: Process) -> Option<&Arc<Registration>> {
         self.by_process.get(&process)
+    }
+
+    /// Whether this very process registered.
+    pub(crate) fn is_registered(&self, process: Process) -> bool {
+        self.by_process.contains_key(&process)
     }
 
     /// To which task a process belongs: itself registered, in a task's cgroup, or below such a process; the nearest counts.
@@ -280,6 +294,14 @@ impl Registry {
     /// How many there are.
     pub(crate) fn len(&self) -> usize {
         self.by_process.len()
+    }
+
+    /// Knows the tasks that a run which still goes on has in its state file, and changes nothing there.
+    pub(crate) fn preview(&mut self, host: &Host, path: &Path) -> Result<(), HostError> {
+        for task in State::load(path, &host.boot()?)? {
+            self.take_up(host, &task)?;
+        }
+        Ok(())
     }
 
     /// Takes up the tasks that an earlier run left in the state file, and keeps that file from now on.

@@ -20,6 +20,9 @@ use crate::store::{self, Publisher, Viewer};
 use crate::sys::EventFd;
 use crate::sys::handover::Inherited;
 
+/// Places in the control plane's queue that wishes leave free.
+const ORDERS_ROOM: usize = 8;
+
 /// Read and bound, with no thread yet.
 pub(super) struct Prepared {
     settings: airflow::Settings,
@@ -84,7 +87,12 @@ impl Prepared {
             viewer,
             admin,
             // A full queue loses a wish, which the next question or the next tick repeats.
-            wish: Box::new(move |identity| drop(commands.try_send(Command::Warm(Arc::clone(identity))))),
+            wish: Box::new(move |identity| {
+                // Room for what the process itself orders.
+                if commands.capacity() > ORDERS_ROOM {
+                    drop(commands.try_send(Command::Warm(Arc::clone(identity))));
+                }
+            }),
         })
     }
 }

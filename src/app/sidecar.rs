@@ -24,8 +24,8 @@ use crate::telemetry::log::{ConnectionLog, Destination, Reopener};
 
 /// Wishes of the admin port that may wait.
 const ACTIONS_MAX: usize = 16;
-/// Commands to the control plane that may wait; a reload that finds no room is one of many.
-const COMMANDS_MAX: usize = 16;
+/// Commands to the control plane that may wait; a reload that finds no room is one of many. Wishes for certificates come in bursts.
+const COMMANDS_MAX: usize = 512;
 /// Reasons of ended threads that may wait: one a thread.
 const ENDED_MAX: usize = 3;
 /// How long a thread that was told to end is waited for. Covers a token logout at the agent.
@@ -92,7 +92,8 @@ impl Sidecar {
         let (actions_sender, actions) = mpsc::channel(ACTIONS_MAX);
         let (admin_shutdown, shutdown_receiver) = watch::channel(false);
         let (admin_closing, closing_receiver) = watch::channel(false);
-        let (airflow_phase, phase_receiver) = watch::channel(airflow::Phase::Serve);
+        let phase = if inherited.has_predecessor() { airflow::Phase::Wait } else { airflow::Phase::Serve };
+        let (airflow_phase, phase_receiver) = watch::channel(phase);
         let (ended_sender, ended) = mpsc::channel(ENDED_MAX);
         let viewer = publisher.viewer();
         let context = admin::Context {
@@ -241,9 +242,13 @@ impl Sidecar {
         self.inherited.tell_ready();
     }
 
-    /// Leaves registrations to a successor that is starting; `false` takes them up again.
-    pub(super) fn await_successor(&self, waits: bool) {
-        self.airflow_phase.send_replace(if waits { airflow::Phase::Wait } else { airflow::Phase::Serve });
+    /// Takes everything over as soon as a predecessor has left it.
+    pub(super) fn take_over_if_released(&mut self) {
+        if self.inherited.is_released() {
+            self.workers.take_charge();
+            self.airflow_phase.send_replace(airflow::Phase::Serve);
+            tracing::info!("the process before has left everything to this one");
+        }
     }
 
     /// A successor serves with the same sockets: this process only finishes what it has begun.
@@ -283,9 +288,9 @@ impl Sidecar {
         // Last, so that the log lines of the connections just closed are written.
         self.admin_closing.send_replace(true);
         self.admin_shutdown.send_replace(true);
-        if *self.airflow_phase.borrow() != airflow::Phase::HandOver {
-            self.airflow_phase.send_replace(airflow::Phase::End);
-        }
+        // One that was never left the sockets must not take their files away from the process that has them.
+        let ending = if self.inherited.has_predecessor() { airflow::Phase::Leave } else { airflow::Phase::End };
+        self.airflow_phase.send_replace(ending);
         let admin_ended = wait(|| self.admin.is_finished(), JOIN_TIMEOUT).await;
         let airflow_ended = wait(|| self.airflow.as_ref().is_none_or(JoinHandle::is_finished), JOIN_TIMEOUT).await;
         let threads =

@@ -77,6 +77,8 @@ struct Supervision {
     drain_deadline: Option<Instant>,
     /// The process that is to take over, and until when it must be ready.
     successor: Option<(Successor, Instant)>,
+    /// The process that has taken over and is to be told, a tick later, that this one's threads have left everything.
+    leaving: Option<Successor>,
     /// The last STATUS= sent.
     told: String,
 }
@@ -90,7 +92,15 @@ enum Next {
 
 impl Supervision {
     fn new(drain_time: Duration) -> Self {
-        Self { drain_time, ready: false, listeners_drained: false, drain_deadline: None, successor: None, told: String::new() }
+        Self {
+            drain_time,
+            ready: false,
+            listeners_drained: false,
+            drain_deadline: None,
+            successor: None,
+            leaving: None,
+            told: String::new(),
+        }
     }
 
     async fn run(&mut self, sidecar: &mut Sidecar, signals: &mut Signals) -> Result<(), AppError> {
@@ -122,12 +132,13 @@ impl Supervision {
                     Next::GoOn
                 }
                 Wake::Upgrade => {
-                    self.upgrade(sidecar);
+                    self.upgrade();
                     Next::GoOn
                 }
                 Wake::Tick => self.tick(sidecar)?,
             };
             if next == Next::End {
+                self.drop_successor();
                 notify::stopping("closing");
                 return Ok(());
             }
@@ -140,6 +151,7 @@ impl Supervision {
             tracing::info!("ending at once");
             return Next::End;
         }
+        self.drop_successor();
         tracing::info!(drain_time = ?self.drain_time, "draining: no new connections; a second signal ends at once");
         notify::stopping("draining");
         sidecar.drain();
@@ -159,40 +171,47 @@ impl Supervision {
         }
     }
 
-    fn upgrade(&mut self, sidecar: &Sidecar) {
+    fn upgrade(&mut self) {
         if self.successor.is_some() || self.drain_deadline.is_some() || !self.ready {
             tracing::warn!("not upgrading: this process is not ready yet, is ending, or is being replaced already");
             return;
         }
-        // Before the successor reads which tasks live: who registers meanwhile waits for it.
-        sidecar.await_successor(true);
         match handover::start_successor(std::env::args_os()) {
             Ok(successor) => {
                 tracing::info!(pid = successor.pid(), "started the program anew; it takes over when it is ready");
                 self.successor = Some((successor, Instant::now() + config::HANDOVER_TIMEOUT));
             }
             Err(error) => {
-                sidecar.await_successor(false);
                 tracing::error!(%error, "the program cannot be started anew; this process goes on");
             }
         }
     }
 
+    /// A process that has not taken over yet must not, once this one is told to end.
+    fn drop_successor(&mut self) {
+        if let Some((successor, _)) = self.successor.take() {
+            tracing::warn!(pid = successor.pid(), "ending the new process too: it was not ready yet");
+            successor.kill();
+        }
+    }
+
     /// Looks after a process that is to take over.
     fn watch_successor(&mut self, sidecar: &Sidecar) {
+        if let Some(mut successor) = self.leaving.take() {
+            successor.release();
+        }
         let Some((mut successor, deadline)) = self.successor.take() else { return };
         if successor.is_ready() {
             tracing::info!(pid = successor.pid(), "the new process serves; this one finishes what it has begun");
             notify::successor(successor.pid());
             sidecar.hand_over();
+            self.leaving = Some(successor);
             self.drain_deadline = Some(Instant::now() + config::HANDOVER_DRAIN);
         } else if let Some(status) = successor.ended() {
             tracing::error!(%status, "the new process ended before it was ready; this one goes on");
-            sidecar.await_successor(false);
         } else if Instant::now() >= deadline {
             tracing::error!(timeout = ?config::HANDOVER_TIMEOUT, "the new process is not ready in time and is ended; this one goes on");
             successor.kill();
-            sidecar.await_successor(false);
         } else {
             self.successor = Some((successor, deadline));
         }
@@ -200,6 +219,7 @@ impl Supervision {
 
     fn tick(&mut self, sidecar: &mut Sidecar) -> Result<Next, AppError> {
         self.watch_successor(sidecar);
+        sidecar.take_over_if_released();
         if let Some(error) = sidecar.take_failure() {
             return Err(error);
         }

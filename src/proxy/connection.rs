@@ -153,6 +153,8 @@ pub(super) struct Connection {
     pub(super) replying: Option<Box<Replying>>,
     /// The local client was told why it is denied: it gets a FIN.
     pub(super) told: bool,
+    /// It is counted among its listener's connections no more.
+    pub(super) left_gate: bool,
     reset: bool,
 }
 
@@ -212,6 +214,7 @@ impl Connection {
             identity: None,
             replying: None,
             told: false,
+            left_gate: false,
             reset: false,
         }
     }

@@ -17,6 +17,13 @@ const HEADER_BYTES: usize = 16;
 const REQUEST_BYTES: usize = HEADER_BYTES + 56;
 /// `struct inet_diag_msg`.
 const MESSAGE_BYTES: usize = 72;
+/// `idiag_state`: what the kernel gives when it finds no connection is whoever listens at the client's address.
+const STATE_AT: usize = 1;
+const STATE_LISTEN: u8 = 10;
+/// `struct inet_diag_sockid` up to the interface: both ports, both addresses. In the answer, and in the request.
+const ADDRESSES_AT: usize = 4;
+const REQUEST_ADDRESSES_AT: usize = HEADER_BYTES + 8;
+const ADDRESSES_BYTES: usize = 36;
 const UID_AT: usize = 64;
 const INODE_AT: usize = 68;
 /// `INET_DIAG_CGROUP_ID`: the cgroup v2 in which the socket was made, since Linux 5.8.
@@ -54,7 +61,21 @@ impl SocketDiag {
         // Both are answered from memory within the call: netlink has no peer to wait for.
         (&self.0).write_all(&request).ok()?;
         let length = (&self.0).read(&mut answer).ok()?;
-        parse(answer.get(..length)?)
+        parse(answer.get(..length)?, &request)
+    }
+}
+
+impl SocketDiag {
+    /// The owner of the socket that listens at `address`, or on all addresses at its port.
+    pub fn listener(&mut self, address: SocketAddr) -> Option<SocketOwner> {
+        let anybody = SocketAddr::new(if address.is_ipv4() { IpAddr::from([0; 4]) } else { IpAddr::from([0_u16; 8]) }, 0);
+        let request = request(address, anybody)?;
+        let mut answer = [0; ANSWER_BYTES_MAX];
+        (&self.0).write_all(&request).ok()?;
+        let length = (&self.0).read(&mut answer).ok()?;
+        let answer = answer.get(..length)?;
+        let listens = *message(answer)?.get(STATE_AT)? == STATE_LISTEN;
+        listens.then(|| owner(message(answer)?)).flatten()
     }
 }
 
@@ -93,14 +114,28 @@ fn put_ip(bytes: &mut [u8], at: usize, ip: IpAddr) {
     }
 }
 
-/// An answer, or `None` for an error message or anything that is too short.
-fn parse(answer: &[u8]) -> Option<SocketOwner> {
+/// An answer to this very question, or `None` for an error message, another connection, a listener, or anything that is too
+/// short.
+fn parse(answer: &[u8], request: &[u8; REQUEST_BYTES]) -> Option<SocketOwner> {
+    let message = message(answer)?;
+    let asked = &request[REQUEST_ADDRESSES_AT..REQUEST_ADDRESSES_AT + ADDRESSES_BYTES];
+    if *message.get(STATE_AT)? == STATE_LISTEN || message.get(ADDRESSES_AT..ADDRESSES_AT + ADDRESSES_BYTES)? != asked {
+        return None;
+    }
+    owner(message)
+}
+
+/// What follows the header of an answer.
+fn message(answer: &[u8]) -> Option<&[u8]> {
     let length = usize::try_from(u32_at(answer, 0)?).ok()?;
     let answer = answer.get(..length)?;
     if u16_at(answer, 4)? != SOCK_DIAG_BY_FAMILY {
         return None;
     }
-    let message = answer.get(HEADER_BYTES..)?;
+    answer.get(HEADER_BYTES..)
+}
+
+fn owner(message: &[u8]) -> Option<SocketOwner> {
     let owner = SocketOwner { uid: u32_at(message, UID_AT)?, inode: u32_at(message, INODE_AT)?.into(), cgroup: 0, pid: None };
     Some(SocketOwner { cgroup: cgroup(message.get(MESSAGE_BYTES..)?).unwrap_or(0), ..owner })
 }
@@ -162,15 +197,26 @@ mod tests {
         assert_eq!(diag.owner(address("127.0.0.1:1"), address("[::1]:2")), None, "of two families");
     }
 
+    #[test]
+    fn a_listener_at_the_clients_address_is_not_the_client() {
+        for bind in ["127.0.0.1:0", "0.0.0.0:0"] {
+            let listener = TcpListener::bind(bind).expect("a listener");
+            let client = (std::net::Ipv4Addr::LOCALHOST, listener.local_addr().expect("its address").port()).into();
+            let mut diag = SocketDiag::open().expect("netlink");
+            assert_eq!(diag.owner(client, "127.0.0.1:9".parse().expect("address")), None, "{bind}");
+        }
+    }
+
     proptest! {
         #[test]
         fn no_answer_panics(bytes in proptest::collection::vec(any::<u8>(), 0..256)) {
-            let _ = parse(&bytes);
+            let request = request(([127, 0, 0, 1], 1).into(), ([127, 0, 0, 1], 2).into()).expect("one family");
+            let _ = parse(&bytes, &request);
             let mut framed = bytes.clone();
             if framed.len() >= 6 {
                 put(&mut framed, 0, &u32::try_from(bytes.len()).expect("short").to_ne_bytes());
                 put(&mut framed, 4, &SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-                let _ = parse(&framed);
+                let _ = parse(&framed, &request);
             }
         }
     }

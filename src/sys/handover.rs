@@ -33,6 +33,7 @@ pub enum Place {
 #[derive(Debug, Serialize, Deserialize)]
 struct Message {
     ready: RawFd,
+    go: RawFd,
     sockets: Vec<(RawFd, Place)>,
 }
 
@@ -41,6 +42,7 @@ struct Message {
 pub struct Successor {
     child: Child,
     ready: PipeReader,
+    go: PipeWriter,
 }
 
 /// What a parent left.
@@ -48,6 +50,7 @@ pub struct Successor {
 pub struct Inherited {
     sockets: VecDeque<(Place, OwnedFd)>,
     ready: Option<PipeWriter>,
+    go: Option<PipeReader>,
     /// What was said and does not hold.
     pub wrong: Vec<String>,
 }
@@ -57,16 +60,19 @@ pub struct Inherited {
 pub fn start_successor(arguments: impl Iterator<Item = OsString>) -> io::Result<Successor> {
     let (ready, writer) = io::pipe()?;
     let ready_fd = inheritable(writer.as_raw_fd())?;
+    let (reader, go) = io::pipe()?;
+    let go_fd = inheritable(reader.as_raw_fd())?;
     let kept: Vec<(OwnedFd, Place)> = listening()?;
     let sockets = kept.iter().map(|(fd, place)| (fd.as_raw_fd(), place.clone())).collect();
-    let message = serde_json::to_string(&Message { ready: ready_fd.as_raw_fd(), sockets }).map_err(io::Error::other)?;
+    let message = serde_json::to_string(&Message { ready: ready_fd.as_raw_fd(), go: go_fd.as_raw_fd(), sockets })
+        .map_err(io::Error::other)?;
     let program = std::env::current_exe()?;
     // A file that was replaced is gone under its old name: the new one has the name.
     let program =
         program.to_str().and_then(|text| text.strip_suffix(" (deleted)")).map_or_else(|| program.clone(), PathBuf::from);
     let child = Command::new(program).args(arguments.skip(1)).env(VARIABLE, message).spawn()?;
     sys_nonblocking(ready.as_raw_fd())?;
-    Ok(Successor { child, ready })
+    Ok(Successor { child, ready, go })
 }
 
 impl Successor {
@@ -78,6 +84,12 @@ impl Successor {
     /// Whether it has said that it serves.
     pub fn is_ready(&mut self) -> bool {
         matches!(self.ready.read(&mut [0]), Ok(1))
+    }
+
+    /// Tells it that everything is its own now.
+    pub fn release(&mut self) {
+        // Its end of the pipe is gone only when it is.
+        let _ = self.go.write_all(&[READY]);
     }
 
     /// How it ended, if it has.
@@ -116,12 +128,25 @@ impl Inherited {
             }
         }
         inherited.ready = adopt(message.ready).map(PipeWriter::from);
+        inherited.go = adopt(message.go).filter(|go| sys_nonblocking(go.as_raw_fd()).is_ok()).map(PipeReader::from);
         inherited
     }
 
-    /// Whether there was a parent.
+    /// Whether a parent still has what it will hand over.
     pub fn has_predecessor(&self) -> bool {
-        self.ready.is_some()
+        self.go.is_some()
+    }
+
+    /// Whether the parent has left everything to this process, by word or by its end: true once.
+    pub fn is_released(&mut self) -> bool {
+        let released = self.go.as_mut().is_some_and(|go| match go.read(&mut [0]) {
+            Ok(_) => true,
+            Err(error) => error.kind() != io::ErrorKind::WouldBlock,
+        });
+        if released {
+            self.go = None;
+        }
+        released
     }
 
     /// The next socket that listens at `place`.
@@ -216,7 +241,7 @@ mod tests {
         let (copy, _) = listening().expect("our sockets").into_iter().find(|(_, found)| *found == place).expect("among them");
         drop(listener);
         let fd = std::os::fd::IntoRawFd::into_raw_fd(copy);
-        let mut inherited = Inherited::of(Message { ready: -1, sockets: vec![(fd, place.clone())] });
+        let mut inherited = Inherited::of(Message { ready: -1, go: -1, sockets: vec![(fd, place.clone())] });
         assert!(inherited.wrong.is_empty() && !inherited.has_predecessor());
         let socket = inherited.take_socket(&place).expect("handed over");
         assert!(inherited.take_socket(&place).is_none());
@@ -230,7 +255,7 @@ mod tests {
     fn what_is_no_such_socket_is_refused() {
         let file = std::os::fd::IntoRawFd::into_raw_fd(OwnedFd::from(tempfile::tempfile().expect("a file")));
         let place = Place::Unix("/run/x.sock".into());
-        let inherited = Inherited::of(Message { ready: -1, sockets: vec![(file, place.clone()), (9_999, place)] });
+        let inherited = Inherited::of(Message { ready: -1, go: -1, sockets: vec![(file, place.clone()), (9_999, place)] });
         assert_eq!(inherited.wrong.len(), 2, "{:?}", inherited.wrong);
         assert!(inherited.sockets.is_empty());
     }

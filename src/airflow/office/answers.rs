@@ -3,19 +3,23 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::super::leases::Holder;
 use super::super::process::{Process, Watch};
 use super::super::registration::{Explain, Lease, Request};
-use super::super::registry::{Claim, Peer};
+use super::super::registry::{Claim, Peer, Supervisor};
 use super::super::rules::Facts;
 use super::{Office, parts};
 use crate::mesh::Bind;
 use crate::mesh::caller::{Grant, Refusal, Tier, Who};
 use crate::store::desk::Origin;
+
+/// How old a process may be that says for the first time which task it is.
+const CLAIM_AGE_MAX: Duration = Duration::from_secs(15);
+const CLAIM_AGE_MAX_OF_SUPERVISOR: Duration = Duration::from_secs(60);
 
 impl Office {
     /// One request of the registration socket.
@@ -33,6 +37,9 @@ impl Office {
     }
 
     fn register(&mut self, peer: Peer, claim: &Claim) -> Value {
+        if let Some(refusal) = self.too_late(peer, claim) {
+            return refusal;
+        }
         let parts = parts(&self.rules.components);
         let registered = match self.registry.register(&self.host, &parts, peer, claim, Instant::now()) {
             Ok(registered) => registered,
@@ -52,6 +59,26 @@ impl Office {
         let (identity, denied, remedy) = verdict(&caller.verdict);
         tracing::debug!(dag = &*registration.task.dag, task = &*registration.task.task, process = %registration.process, identity, rule = &**caller.rule(), "registered");
         json!({ "ok": true, "identity": identity, "rule": &**caller.rule(), "tier": registration.tier().as_str(), "denied": denied, "remedy": remedy })
+    }
+
+    /// A process registers before it runs any code of an author. One that lives for long without, whose first try was lost or
+    /// prevented, may be running such code by now: it stays unidentified.
+    fn too_late(&self, peer: Peer, claim: &Claim) -> Option<Value> {
+        let process = self.host.process(peer.pid).ok()??;
+        let age_max = match claim.supervisor {
+            Supervisor::Task => CLAIM_AGE_MAX,
+            // It imports all of Airflow first.
+            Supervisor::Itself => CLAIM_AGE_MAX_OF_SUPERVISOR,
+        };
+        let age = self.host.age(process)?;
+        if age <= age_max || self.registry.is_registered(process) {
+            return None;
+        }
+        tracing::warn!(pid = peer.pid, uid = peer.uid, ?age, "a process registers too late to be believed");
+        let error = format!("process {} is {} s old: a task registers at its start", peer.pid, age.as_secs());
+        Some(
+            json!({ "ok": false, "error": error, "remedy": "start the task again; the plugin's first try was lost, see the worker's log" }),
+        )
     }
 
     /// An address of its own for a task that runs in a component's process.
@@ -87,6 +114,7 @@ impl Office {
         let Some(address) = self.leases.lease(holder, Arc::clone(&caller), Instant::now()) else {
             return refused("too many addresses are leased", "restart the triggerer, whose leases end with it");
         };
+        self.leases_changed = true;
         self.publish();
         if is_new {
             self.follow_lessee(process);
@@ -95,7 +123,7 @@ impl Office {
     }
 
     /// Takes the addresses back when the process ends.
-    fn follow_lessee(&self, process: Process) {
+    pub(super) fn follow_lessee(&self, process: Process) {
         let (office, host) = (self.myself.clone(), self.host.clone());
         tokio::task::spawn_local(async move {
             if let Ok(Some(watch)) = Watch::open(&host, process) {
@@ -104,6 +132,7 @@ impl Office {
             let Some(open) = office.upgrade() else { return };
             let mut open = open.borrow_mut();
             if open.leases.end(process) {
+                open.leases_changed = true;
                 open.publish();
             }
         });

@@ -79,6 +79,10 @@ impl Office {
         self.rules.settings = file.settings;
         self.rules.components = file.components;
         self.rules.rules = file.rules;
+        // What was reserved and believed was so by the rules before.
+        self.look_up();
+        self.registry.forget_roots();
+        self.attributor.forget_roots();
         true
     }
 

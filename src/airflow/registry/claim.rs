@@ -59,6 +59,20 @@ fn unmapped() -> i32 {
 }
 
 impl Claim {
+    /// What such a task would say.
+    pub(crate) fn of(task: &Task) -> Self {
+        Self {
+            airflow: String::new(),
+            instance: task.instance.to_string(),
+            dag: task.dag.to_string(),
+            task: task.task.to_string(),
+            run: task.run.to_string(),
+            try_number: task.try_number,
+            map_index: task.map_index,
+            supervisor: Supervisor::Task,
+        }
+    }
+
     /// The task that it names, if every part of it is within its bounds. The uuid is brought to one way of writing it.
     pub(crate) fn check(&self) -> Result<Task, RegisterError> {
         for (field, value) in [("dag", &self.dag), ("task", &self.task), ("run", &self.run)] {

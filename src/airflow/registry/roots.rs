@@ -50,13 +50,18 @@ pub(crate) fn highest<'a>(processes: &'a [ProcessFacts], parts: &Parts<'_>, fits
 pub(crate) struct Roots {
     hierarchy: Option<Hierarchy>,
     /// By root and by what its chain ends in: the elder, for those not believed.
-    verdicts: HashMap<(Process, Process), Option<Process>>,
+    verdicts: HashMap<(Process, Process, Arc<str>), Option<Process>>,
 }
 
 impl Roots {
     /// `None` without cgroup v2.
     pub(crate) fn new(hierarchy: Option<Hierarchy>) -> Self {
         Self { hierarchy, verdicts: HashMap::new() }
+    }
+
+    /// Begins anew.
+    pub(crate) fn forget(&mut self) {
+        self.verdicts.clear();
     }
 
     /// The process whose place this root of the chain took, if it did that.
@@ -69,7 +74,7 @@ impl Roots {
     ) -> Result<Option<Process>, HostError> {
         // What the root descends from is as old as its claim: a shell that started two workers vouches for both.
         let claim = chain.top().process;
-        let key = (root.facts.process, claim);
+        let key = (root.facts.process, claim, Arc::clone(&root.part.name));
         if let Some(verdict) = self.verdicts.get(&key) {
             // The elder may have ended since: then the younger one is on its own.
             match *verdict {

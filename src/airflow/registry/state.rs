@@ -57,20 +57,7 @@ enum Line {
 impl State {
     /// The registrations that the file ends with; none when it is from another boot, or not there.
     pub(super) fn load(path: &Path, boot: &str) -> Result<Vec<Remembered>, HostError> {
-        let unreadable = |source| HostError::Unreadable { path: path.to_owned(), source };
-        let file = match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(source) => return Err(unreadable(source)),
-        };
-        let metadata = file.metadata().map_err(unreadable)?;
-        let own = rustix::process::geteuid().as_raw();
-        if !metadata.is_file() || metadata.uid() != own || metadata.mode() & 0o077 != 0 {
-            return Err(HostError::Untrusted { path: path.to_owned() });
-        }
-        let mut text = Vec::new();
-        file.take(STATE_MAX).read_to_end(&mut text).map_err(unreadable)?;
-        Ok(tasks(&text, boot))
+        Ok(own_text(path)?.map(|text| tasks(&text, boot)).unwrap_or_default())
     }
 
     /// Writes the file anew with these registrations.
@@ -123,6 +110,31 @@ impl State {
         self.lines += 1;
         written.map_err(|source| HostError::Unwritable { path: self.path.clone(), source })
     }
+}
+
+/// What a file holds that is this user's own and nobody else's; `None` when it is not there.
+pub(in crate::airflow) fn own_text(path: &Path) -> Result<Option<Vec<u8>>, HostError> {
+    let unreadable = |source| HostError::Unreadable { path: path.to_owned(), source };
+    let file = match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(unreadable(source)),
+    };
+    let metadata = file.metadata().map_err(unreadable)?;
+    let own = rustix::process::geteuid().as_raw();
+    if !metadata.is_file() || metadata.uid() != own || metadata.mode() & 0o077 != 0 {
+        return Err(HostError::Untrusted { path: path.to_owned() });
+    }
+    let mut text = Vec::new();
+    file.take(STATE_MAX).read_to_end(&mut text).map_err(unreadable)?;
+    Ok(Some(text))
+}
+
+/// Replaces such a file in one step.
+pub(in crate::airflow) fn write_own(path: &Path, text: &[u8]) -> Result<(), HostError> {
+    let new = path.with_extension("json.new");
+    let written = write_new(&new, text).and_then(|_| fs::rename(&new, path));
+    written.map_err(|source| HostError::Unwritable { path: new, source })
 }
 
 impl From<&Registration> for Remembered {

@@ -3,7 +3,7 @@
 //! Invariant: a plan can be loaded. Each redirected network has a listener of its address family, none lies on loopback, and
 //! nobody whose traffic is redirected serves such a listener. Reads no file; asks the kernel who serves the listeners.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 
 use super::cgroup::Cgroup;
 use super::network::{Allow, Network};
@@ -94,9 +94,7 @@ impl Plan {
         let mut diag = SocketDiag::open().ok();
         let mut unserved = Vec::new();
         for listener in self.listeners() {
-            let anybody = if listener.is_ipv4() { IpAddr::from(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
-            // A listening socket has no other end.
-            match diag.as_mut().and_then(|diag| diag.owner(listener, SocketAddr::new(anybody, 0))) {
+            match diag.as_mut().and_then(|diag| diag.listener(listener)) {
                 Some(owner) => self.selection.refuse_server(listener, &owner)?,
                 None => unserved.push(listener),
             }

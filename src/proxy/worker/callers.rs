@@ -87,10 +87,13 @@ impl<R: Ring> Worker<R> {
     /// The lease of the address that a connection came in at, for the user who has it.
     pub(super) fn lease_of(&mut self, socket: Socket) -> Option<Lease> {
         let address = self.ring.local_address(socket)?.ip();
-        let owner = self.ring.owner(socket, None)?;
+        // Of a client that has closed, the kernel may not know the user any more.
+        let owner = self.ring.owner(socket, None).filter(|owner| owner.inode != 0)?;
         self.refresh_callers();
-        let lease = self.attribution.as_ref()?.callers.current().leases.get(&address)?;
-        (lease.uid == owner.uid).then(|| lease.clone())
+        let callers = self.attribution.as_ref()?.callers.current();
+        let lease = callers.leases.get(&address)?;
+        // Whom the kernel names as another task is not this one, whatever address it learned.
+        (lease.uid == owner.uid && !callers.by_cgroup.contains_key(&owner.cgroup)).then(|| lease.clone())
     }
 
     /// Where redirected connections lead.
@@ -138,6 +141,10 @@ impl<R: Ring> Worker<R> {
         let remedy = denial::remedy(&connection.facts).unwrap_or_default();
         let message = format!("mesh: {reason}, id={id}");
         let reply = Reply::new(protocol, &message, &format!("{remedy}; see: ringfence explain {id}"));
+        if !std::mem::replace(&mut connection.left_gate, true) {
+            // Whoever is denied must not hold a place of those who are not.
+            self.listener(connection).gate.leave();
+        }
         self.with_io(connection, |connection, io| connection.turn_away(io, why, reply))
     }
 

@@ -108,8 +108,9 @@ impl<R: Ring> Worker<R> {
 
     /// The listener of an upstream by its name.
     fn listener_of(&self, upstream: &str) -> Option<u32> {
+        let handed_over = self.orders.handed_over.load(Ordering::Acquire);
         let leads_there = |listener: &Listener| match &listener.role {
-            Role::Upstream(balancer) => *balancer.upstream().name == *upstream && !listener.removed,
+            Role::Upstream(balancer) => *balancer.upstream().name == *upstream && (!listener.removed || handed_over),
             Role::Public(_) | Role::Redirect | Role::Lease => false,
         };
         self.listeners.iter().position(|listener| listener.as_ref().is_some_and(leads_there)).map(slot_of)
@@ -228,8 +229,11 @@ impl<R: Ring> Worker<R> {
     fn arm(&mut self, index: usize) {
         let Some(listener) = &mut self.listeners[index] else { return };
         let waits = self.orders.successor
-            && listener.service.identity.is_none()
-            && !matches!(listener.role, Role::Redirect | Role::Lease);
+            && match listener.role {
+                Role::Public(_) | Role::Upstream(_) => listener.service.identity.is_none(),
+                // Routes lead to upstreams of any service, and leases are the predecessor's until then.
+                Role::Redirect | Role::Lease => !self.orders.in_charge.load(Ordering::Acquire),
+            };
         if waits {
             // The predecessor still serves this address: what it could answer must not wait here for a certificate.
             let at = self.ring.now() + BIND_FOLLOW;
@@ -277,7 +281,7 @@ impl<R: Ring> Worker<R> {
         }
         if let Some(socket) = listener.socket.take() {
             let path = match &listener.bind {
-                Bind::Unix { path, .. } if !self.orders.handed_over.load(Ordering::Acquire) => Some(path.as_path()),
+                Bind::Unix { path, .. } if self.orders.in_charge.load(Ordering::Acquire) => Some(path.as_path()),
                 Bind::Unix { .. } | Bind::Tcp(_) => None,
             };
             self.ring.close_listener(socket, path);

@@ -241,11 +241,13 @@ impl<R: Ring> Worker<R> {
         if connection.facts.reason == CloseReason::DeniedByPeer && connection.facts.denial.is_none() {
             connection.facts.denial = Some(self.next_denial());
         }
-        let Connection { slot, listener: index, accepted, endpoint, mut facts, .. } = *connection;
+        let Connection { slot, listener: index, accepted, endpoint, mut facts, left_gate, .. } = *connection;
         facts.total = self.ring.now() - accepted;
         if let Some(listener) = &mut self.listeners[index as usize] {
             listener.live -= 1;
-            listener.gate.leave();
+            if !left_gate {
+                listener.gate.leave();
+            }
             listener.cells.active.sub(1);
             listener.cells.closed[facts.reason as usize].add(1);
             if let (Some(address), Role::Upstream(balancer)) = (endpoint, &mut listener.role) {
