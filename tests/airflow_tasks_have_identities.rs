@@ -207,6 +207,19 @@ in_daemon(\"say(echo(os.environ['PORT']))\"); say(echo(os.environ['PORT']))",
 }
 
 #[test]
+fn a_component_speaks_as_the_service_that_the_same_process_fronts() {
+    let rules = "[[component]]\nname = \"airflow-worker\"\nuser = \"root\"\ntitle = \"airflow scheduler*\"\n";
+    let worker = Worker::start_with("close", rules);
+    worker.mesh.allow("airflow-worker", "warehouse");
+    wait_for("the intention lets it in", PATIENCE, || {
+        let said = worker.host.component(worker.upstream, "say(echo(os.environ['PORT']))");
+        if said[0] == "hello" { Ok(()) } else { Err(said[0].to_string()) }
+    });
+    let line = worker.sidecar.wait_closed("complete");
+    assert_eq!((&line["caller"]["component"], &line["caller"]["tier"]), (&json!("airflow-worker"), &json!("component")));
+}
+
+#[test]
 fn a_triggerer_speaks_for_each_of_its_tasks_at_an_address_of_its_own() {
     let port = ports::free();
     let triggerer =

@@ -152,7 +152,10 @@ impl Feeder {
             tracing::warn!(identity, "no certificate for this identity: too many others are in use; raise identities_max");
         }
         self.reconcile();
-        Urgency::None
+        // One that a service of this process has already brings no event: it is only missing in what the workers see.
+        let published = self.publisher.current();
+        let lacks_it = !published.identities.contains_key(identity) && self.state.has_certificate(identity);
+        if lacks_it { Urgency::Now } else { Urgency::None }
     }
 
     fn tick(&mut self) -> Urgency {

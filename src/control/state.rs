@@ -259,6 +259,12 @@ impl State {
         self.granted.wish(Name { service: identity.to_owned(), namespace, partition }, now)
     }
 
+    /// Whether there is a certificate for a caller's identity.
+    pub(crate) fn has_certificate(&self, identity: &str) -> bool {
+        let (namespace, partition) = self.scope.clone();
+        self.identities.current(&Name { service: identity.to_owned(), namespace, partition }).is_some()
+    }
+
     /// Looks at the clocks. Returns what must be asked for again at once, and whether something changed.
     pub(crate) fn tick(&mut self, now: Instant, wall: SystemTime) -> (Vec<Name>, Urgency) {
         let mut changed = false;

@@ -78,6 +78,11 @@ impl Host {
         self.task_at(Some(upstream), code)
     }
 
+    /// Runs `code` in the scheduler itself; with `PORT` set.
+    pub fn component(&self, upstream: SocketAddr, code: &str) -> Vec<Value> {
+        said(self.command(Some(upstream), code).env("STAGE", "task"))
+    }
+
     /// Runs `code` in a triggerer, which runs many tasks in its one process; with `PORT` set.
     pub fn triggerer(&self, upstream: SocketAddr, code: &str) -> Vec<Value> {
         let mut command = self.command(Some(upstream), code);

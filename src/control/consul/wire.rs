@@ -209,6 +209,13 @@ pub(crate) struct Authorized {
     pub(crate) reason: String,
 }
 
+/// `/v1/connect/intentions/check`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct Checked {
+    pub(crate) allowed: bool,
+}
+
 /// `/v1/discovery-chain/:service`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "PascalCase")]

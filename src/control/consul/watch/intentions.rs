@@ -20,6 +20,8 @@ const LEGACY_WAIT: Duration = Duration::from_secs(60);
 const UNKNOWN_WAIT: Duration = Duration::from_secs(1);
 /// The probe's source: a service that nobody registers, of a trust domain that no cluster has.
 const PROBE: &str = "spiffe://11111111-2222-3333-4444-555555555555.consul/ns/default/dc/probe/svc/ringfence-default-policy-probe";
+/// Its name alone.
+const PROBE_NAME: &str = "ringfence-default-policy-probe";
 
 pub(super) async fn watch(cx: &Context, name: &Name) {
     let request = name
@@ -122,6 +124,14 @@ async fn learn_default(cx: &Context, name: &Name, response: &Response, default: 
             Some(false) => DefaultPolicy::Deny,
             None => DefaultPolicy::Unknown,
         },
+        // A service that others front: its sidecars may authorize for it, a caller may only ask.
+        Err(AgentError::Forbidden { .. }) => match check(&cx.client, name, response).await {
+            Ok(policy) => policy,
+            Err(error) => {
+                tracing::debug!(service = %name.service, %error, "the default policy could not be asked for");
+                return;
+            }
+        },
         Err(error) => {
             tracing::debug!(service = %name.service, %error, "the default policy could not be asked for");
             return;
@@ -138,6 +148,19 @@ async fn probe(client: &Client, name: &Name) -> Result<Option<DefaultPolicy>, Ag
     let request = name.scope(Request::post(Endpoint::Authorize, &["agent", "connect", "authorize"], body));
     let answer: wire::Authorized = client.call(&request).await?.json(Endpoint::Authorize)?;
     Ok(default_of(&answer))
+}
+
+/// What the probe's source may do, for a token that may only read the service.
+async fn check(client: &Client, name: &Name, response: &Response) -> Result<DefaultPolicy, AgentError> {
+    // As above: where a wildcard covers everything, the answer would be the wildcard's.
+    if decode(response, name)?.iter().any(|intention| intention.source == "*") {
+        return Ok(DefaultPolicy::Deny);
+    }
+    let request = Request::get(Endpoint::Match, &["connect", "intentions", "check"])
+        .with("source", PROBE_NAME)
+        .with("destination", &name.service);
+    let answer: wire::Checked = client.call(&name.scope(request)).await?.json(Endpoint::Match)?;
+    Ok(if answer.allowed { DefaultPolicy::Allow } else { DefaultPolicy::Deny })
 }
 
 fn default_of(answer: &wire::Authorized) -> Option<DefaultPolicy> {
