@@ -9,6 +9,7 @@
 
 mod diag;
 pub mod handover;
+mod text;
 
 use std::fs::File;
 use std::io;
@@ -20,6 +21,7 @@ use std::time::Duration;
 
 pub use diag::{SocketDiag, SocketOwner};
 use socket2::{Domain, SockAddr, SockRef, Socket, TcpKeepalive, Type};
+pub use text::let_go_of_code;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 

@@ -227,18 +227,22 @@ impl Gate {
 pub(super) struct Gates(ArcSwap<HashMap<Key, Arc<Gate>>>);
 
 impl Gates {
+    /// The one gate of `key`, which whoever asks for it holds from before it is in the map: so nobody's clearing up can take it
+    /// away between the two.
     pub(super) fn gate(&self, key: &Key) -> Arc<Gate> {
-        if let Some(gate) = self.0.load().get(key) {
-            return Arc::clone(gate);
+        let fresh = Arc::<Gate>::default();
+        loop {
+            if let Some(gate) = self.0.load().get(key) {
+                return Arc::clone(gate);
+            }
+            self.0.rcu(|gates| {
+                let mut gates = HashMap::clone(gates);
+                // Held by the old map and this clone alone: no listener has it any more.
+                gates.retain(|_, gate| Arc::strong_count(gate) > 2);
+                gates.entry(key.clone()).or_insert_with(|| Arc::clone(&fresh));
+                gates
+            });
         }
-        self.0.rcu(|gates| {
-            let mut gates = HashMap::clone(gates);
-            // Held by the old map and this clone alone: no listener has it any more.
-            gates.retain(|_, gate| Arc::strong_count(gate) > 2);
-            gates.entry(key.clone()).or_default();
-            gates
-        });
-        self.0.load().get(key).map_or_else(Arc::default, Arc::clone)
     }
 }
 
@@ -269,5 +273,24 @@ mod tests {
         let gates = Gates::default();
         let key = Key { bind: Bind::Tcp("127.0.0.1:1".parse().expect("address")), proxy_id: "p".into(), upstream: None };
         assert!(Arc::ptr_eq(&gates.gate(&key), &gates.gate(&key)));
+    }
+
+    #[test]
+    fn workers_that_come_at_the_same_time_find_the_same_gates() {
+        let key = |port: u16| Key { bind: Bind::Tcp(([127, 0, 0, 1], port).into()), proxy_id: "p".into(), upstream: None };
+        for _ in 0..200 {
+            let (gates, start) = (Gates::default(), std::sync::Barrier::new(4));
+            let found: Vec<Vec<Arc<Gate>>> = std::thread::scope(|scope| {
+                let worker = || {
+                    start.wait();
+                    (1..=4).map(|port| gates.gate(&key(port))).collect()
+                };
+                let workers: Vec<_> = (0..4).map(|_| scope.spawn(worker)).collect();
+                workers.into_iter().map(|worker| worker.join().expect("thread")).collect()
+            });
+            for (of_one, of_other) in found.iter().flat_map(|one| one.iter().zip(&found[0])) {
+                assert!(Arc::ptr_eq(of_one, of_other));
+            }
+        }
     }
 }
