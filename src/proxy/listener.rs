@@ -279,10 +279,13 @@ mod tests {
     fn workers_that_come_at_the_same_time_find_the_same_gates() {
         let key = |port: u16| Key { bind: Bind::Tcp(([127, 0, 0, 1], port).into()), proxy_id: "p".into(), upstream: None };
         for _ in 0..200 {
-            let (gates, start) = (Gates::default(), std::sync::Barrier::new(4));
+            let (gates, arrived) = (Gates::default(), AtomicU32::new(0));
             let found: Vec<Vec<Arc<Gate>>> = std::thread::scope(|scope| {
                 let worker = || {
-                    start.wait();
+                    arrived.fetch_add(1, Ordering::AcqRel);
+                    while arrived.load(Ordering::Acquire) < 4 {
+                        std::hint::spin_loop();
+                    }
                     (1..=4).map(|port| gates.gate(&key(port))).collect()
                 };
                 let workers: Vec<_> = (0..4).map(|_| scope.spawn(worker)).collect();
