@@ -21,6 +21,10 @@ pub fn prepare() -> Result<(), AppError> {
         Ok((before, now)) => tracing::debug!(before, now, "descriptor limit"),
         Err(error) => tracing::warn!(%error, "the descriptor limit cannot be raised"),
     }
+    // Before the first thread: what a connection will need is not there yet, and would only be read twice.
+    if let Err(error) = sys::let_go_of_code() {
+        tracing::debug!(%error, "code of the command line stays in memory");
+    }
     let probe = ring::probe().map_err(|error| AppError::Unavailable(error.to_string()))?;
     tracing::debug!(kernel = probe.kernel, no_iowait = probe.no_iowait, "io_uring has all that is needed");
     Ok(())

@@ -10,7 +10,6 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::{AppError, Sidecar, notify, process};
 use crate::admin::Action;
 use crate::config;
-use crate::sys;
 use crate::sys::handover::{self, Inherited, Successor};
 
 /// How often readiness, ended threads and the drain's progress are looked at.
@@ -255,9 +254,6 @@ impl Supervision {
             sidecar.tell_predecessor();
             notify::ready(&text);
             tracing::info!("ready: {text}");
-            if let Err(error) = sys::let_go_of_code() {
-                tracing::debug!(%error, "code that only started this process stays in memory");
-            }
         } else if text != self.told {
             notify::status(&text);
             tracing::info!("{text}");

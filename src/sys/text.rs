@@ -1,4 +1,4 @@
-//! Code that only ran once: the command line, reading of settings, the first certificates.
+//! Code that only ran once: the command line and the reading of settings.
 //!
 //! Invariant: only executable mappings of files are let go of. They are never written to, so what is needed again comes from the
 //! page cache, 64 KiB with a fault; nothing else of the process is touched.
@@ -6,8 +6,8 @@
 use std::fs;
 use std::io;
 
-/// Takes the pages of code out of the process, and gives the bytes of the mappings that it looked at. A megabyte and a half of
-/// it is never run again; the rest comes back as it is used.
+/// Takes the pages of code out of the process, and gives the bytes of the mappings that it looked at. What is used again comes
+/// back as it is used.
 pub fn let_go_of_code() -> io::Result<usize> {
     let maps = fs::read_to_string("/proc/self/maps")?;
     let mut bytes = 0;
