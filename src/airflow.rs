@@ -7,8 +7,8 @@
 //!
 //! Tasks register over a unix socket before their DAG's code runs (`registration`), are remembered with their process
 //! (`registry`) in a cgroup of their own where the host allows (`cgroup`), and are told to the workers as an immutable table.
-//! What the table does not answer, the workers ask (`attribution`). `rules` turns facts into identities, `catalog` holds
-//! what the deployment says of each DAG. Protocol facts and their tests on Airflow 2.11 and 3.3: `docs` of each module.
+//! What the table does not answer, the workers ask (`attribution`). `leases` are for processes that run many tasks. `rules`
+//! turns facts into identities, `catalog` holds what the deployment says of each DAG; `office` puts all of it together.
 //!
 //! Knows no proxy, no ring and no Consul: it wishes for certificates by name, and whoever runs it passes the wish on.
 
@@ -176,7 +176,6 @@ pub async fn run(context: Context, socket: OwnedFd, mut phase: watch::Receiver<P
     let mut now = *phase.borrow_and_update();
     let office = Office::open(Opening { settings, publisher, viewer, admin, wish, waits: now == Phase::Wait });
     let serving = tokio::task::spawn_local(registration::serve(listener, Rc::clone(&office), phase.clone()));
-    let mut handed_over = false;
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while !matches!(now, Phase::Leave | Phase::End) {
@@ -187,7 +186,6 @@ pub async fn run(context: Context, socket: OwnedFd, mut phase: watch::Receiver<P
                 match now {
                     Phase::Serve => office.borrow_mut().take_over(),
                     Phase::HandOver => {
-                        handed_over = true;
                         serving.abort();
                         office.borrow_mut().keep_leases();
                     }
@@ -214,7 +212,7 @@ pub async fn run(context: Context, socket: OwnedFd, mut phase: watch::Receiver<P
     }
     serving.abort();
     office.borrow_mut().keep_leases();
-    if !handed_over && now == Phase::End {
+    if now == Phase::End {
         // Whoever comes next binds it again; a file that stays would only say "refused" more slowly.
         let _ = std::fs::remove_file(socket_path);
     }

@@ -7,6 +7,7 @@
 
 mod close;
 mod connection;
+mod leg;
 mod limits;
 mod listener;
 mod refusal;

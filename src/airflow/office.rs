@@ -146,13 +146,16 @@ impl Office {
 
     /// What the rules in force say of a registered task.
     fn judge(&mut self, registration: &Registration) -> Arc<Caller> {
-        let task = &registration.task;
+        self.judge_as(Arc::clone(&registration.task), registration.uid, registration.tier())
+    }
+
+    /// What the rules in force say of a task that runs as this user, however it is known. Its certificate is wished for.
+    fn judge_as(&mut self, task: Arc<Task>, uid: u32, tier: Tier) -> Arc<Caller> {
         let facts = Facts {
             dag: &task.dag,
             task: &task.task,
             run: Some(&task.run),
-            uid: Some(registration.uid),
-            user: None,
+            uid: Some(uid),
             queues: &self.rules.settings.queues,
             catalog: self.catalog.value.get(&task.dag),
         };
@@ -160,7 +163,7 @@ impl Office {
         if let Ok(grant) = &verdict {
             (self.wish)(grant.identity());
         }
-        Arc::new(Caller { who: Who::Task(Arc::clone(task)), tier: registration.tier(), verdict })
+        Arc::new(Caller { who: Who::Task(task), tier, verdict })
     }
 
     /// Judges every living task again: the rules or what they rest on have changed.
@@ -285,21 +288,6 @@ impl Office {
         }
     }
 
-    /// What the rules say of a task that is not registered: one that a title names, or one with a lease.
-    fn judge_as(&mut self, task: Arc<Task>, uid: u32, tier: Tier) -> Arc<Caller> {
-        let facts = Facts {
-            dag: &task.dag,
-            task: &task.task,
-            run: Some(&task.run),
-            uid: Some(uid),
-            user: None,
-            queues: &self.rules.settings.queues,
-            catalog: self.catalog.value.get(&task.dag),
-        };
-        let verdict = self.rules.rules.decide(&facts, &mut self.names);
-        Arc::new(Caller { who: Who::Task(task), tier, verdict })
-    }
-
     /// Looks whether the process that still has the tasks has got new ones.
     fn preview_again(&mut self) -> bool {
         let before = self.registry.len();
@@ -342,6 +330,9 @@ impl Office {
     /// Judges and follows the tasks that were not known before.
     fn adopt_new(&mut self) {
         let new: Vec<_> = self.registry.registrations().filter(|one| !self.callers.contains_key(&one.process)).cloned().collect();
+        if new.is_empty() {
+            return;
+        }
         for registration in new {
             let caller = self.judge(&registration);
             self.callers.insert(registration.process, caller);

@@ -288,8 +288,9 @@ impl Sidecar {
         // Last, so that the log lines of the connections just closed are written.
         self.admin_closing.send_replace(true);
         self.admin_shutdown.send_replace(true);
-        // One that was never left the sockets must not take their files away from the process that has them.
-        let ending = if self.inherited.has_predecessor() { airflow::Phase::Leave } else { airflow::Phase::End };
+        // A socket's file is only its to remove who has the socket: not one that was not left it yet, or has left it.
+        let left = *self.airflow_phase.borrow() == airflow::Phase::HandOver;
+        let ending = if left || self.inherited.has_predecessor() { airflow::Phase::Leave } else { airflow::Phase::End };
         self.airflow_phase.send_replace(ending);
         let admin_ended = wait(|| self.admin.is_finished(), JOIN_TIMEOUT).await;
         let airflow_ended = wait(|| self.airflow.as_ref().is_none_or(JoinHandle::is_finished), JOIN_TIMEOUT).await;

@@ -3,7 +3,6 @@
 //! Invariant: one worker and one answering thread; a question names a connection by slot and generation, so an answer that
 //! comes too late meets nobody. A full ring refuses, and the caller is then nobody known.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use super::Wake;
@@ -34,8 +33,6 @@ pub enum Question {
         slot: u32,
         /// The slot's life.
         generation: u32,
-        /// The client's address; `None` on unix sockets.
-        client: Option<SocketAddr>,
         /// What the kernel says; `None` when it knows the connection no more.
         origin: Option<Origin>,
     },
@@ -139,7 +136,7 @@ mod tests {
     #[test]
     fn an_answer_reaches_the_worker_that_asked() {
         let (mut inquirers, mut desks) = open(2);
-        assert!(inquirers[1].ask(Question::Who { slot: 7, generation: 3, client: None, origin: None }));
+        assert!(inquirers[1].ask(Question::Who { slot: 7, generation: 3, origin: None }));
         assert!(desks[0].question().is_none());
         let Some(Question::Who { slot, generation, .. }) = desks[1].question() else { panic!("asked") };
         let refusal = Refusal { rule: "default".into(), why: "nobody".into(), remedy: "register".into() };

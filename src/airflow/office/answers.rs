@@ -105,9 +105,6 @@ impl Office {
         };
         let Ok(Some(process)) = self.host.process(peer.pid) else { return refused("the asking process has ended", "none") };
         let caller = self.judge_as(Arc::clone(&task), peer.uid, Tier::Lease);
-        if let Ok(grant) = &caller.verdict {
-            (self.wish)(grant.identity());
-        }
         let (identity, denied, remedy) = verdict(&caller.verdict);
         let is_new = !self.leases.has(process);
         let holder = Holder { process, uid: peer.uid, task, upstream: Arc::clone(upstream) };
@@ -183,7 +180,6 @@ impl Office {
             task: &question.task,
             run: (!question.run.is_empty()).then_some(&*question.run),
             uid: None,
-            user: None,
             queues: &self.rules.settings.queues,
             catalog: self.catalog.value.get(&question.dag),
         };

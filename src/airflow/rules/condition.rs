@@ -39,8 +39,6 @@ pub(crate) struct Facts<'f> {
     pub(crate) run: Option<&'f str>,
     /// Effective user of the registered process; none when somebody only asks.
     pub(crate) uid: Option<u32>,
-    /// The user's name, for messages; decides nothing.
-    pub(crate) user: Option<&'f str>,
     /// The queues that this host serves.
     pub(crate) queues: &'f [Arc<str>],
     /// What the catalog says of the DAG; none when it lacks the DAG.
@@ -205,7 +203,8 @@ impl Key {
             Self::Queue => Had::Many(facts.queues),
             Self::RunType => facts.run.map_or(Had::Unknown(NO_RUN), |run| Had::One(run_type(run))),
             Self::RunAsUser if facts.uid.is_none() => Had::Unknown(NO_USER),
-            Self::RunAsUser => facts.user.map_or(Had::Many(&[]), Had::One),
+            // The number is told by `had_text`.
+            Self::RunAsUser => Had::Many(&[]),
             // Which permission is the condition's to say.
             Self::Role => list(dag.and_then(|dag| dag.roles.as_ref()).map(|_| -> &'f [Arc<str>] { &[] })),
             Self::Tag => list(dag.and_then(|dag| dag.tags.as_deref())),
@@ -319,7 +318,6 @@ impl Condition {
     pub(super) fn had_text(&self, facts: &Facts<'_>) -> String {
         match (self.had(facts), facts.uid) {
             (Had::Unknown(what), _) => format!("unknown: {what}"),
-            (Had::One(user), Some(uid)) if self.key == Key::RunAsUser => format!("{} ({uid})", quoted(user)),
             (_, Some(uid)) if self.key == Key::RunAsUser => uid.to_string(),
             (Had::Many([]), _) => "none".to_owned(),
             (had, _) => had.values().map(quoted).collect::<Vec<_>>().join(", "),

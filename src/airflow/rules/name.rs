@@ -270,7 +270,7 @@ mod tests {
     use super::*;
 
     fn facts<'f>(dag: &'f str, task: &'f str) -> Facts<'f> {
-        Facts { dag, task, run: None, uid: None, user: None, queues: &[], catalog: None }
+        Facts { dag, task, run: None, uid: None, queues: &[], catalog: None }
     }
 
     fn fill(template: &str, dag: &str, task: &str) -> String {

@@ -49,7 +49,6 @@ impl Asked<'_> {
             task: self.task,
             run: Some(self.run),
             uid: Some(self.uid),
-            user: Some("root"),
             queues: &queues,
             catalog: catalog.get(self.dag),
         })

@@ -64,12 +64,7 @@ impl<R: Ring> Worker<R> {
             return Some(Arc::clone(caller));
         }
         connection.asked = true;
-        let question = Question::Who {
-            slot: connection.slot,
-            generation: connection.generation,
-            client: connection.facts.downstream,
-            origin: owner.map(origin),
-        };
+        let question = Question::Who { slot: connection.slot, generation: connection.generation, origin: owner.map(origin) };
         if attribution.inquirer.ask(question) {
             return None;
         }
