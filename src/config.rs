@@ -2,6 +2,8 @@
 //!
 //! Invariant: every default of the product lives here, with its source. Knows no room above it.
 
+pub mod envoy;
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -49,14 +51,22 @@ pub const STOP_GRACE: Duration = Duration::from_secs(5);
 /// One sidecar process, whole.
 #[derive(Debug, Clone, Default)]
 pub struct Sidecar {
-    /// The feeder.
+    /// Consul's HTTP agent API, from which the mesh is learned.
     pub consul: Consul,
+    /// Consul's xDS server, from which it is learned instead when this process stands in for Envoy.
+    pub xds: Option<envoy::Xds>,
     /// The workers.
     pub plane: DataPlane,
     /// The admin port.
     pub admin: Admin,
     /// Where each connection's line goes.
     pub connection_log: LogTarget,
+    /// Access logs in Envoy's formats, besides the connection log.
+    pub access_logs: Vec<envoy::AccessLog>,
+    /// How stats are named and sent.
+    pub stats: envoy::Stats,
+    /// Listeners for some of the admin pages.
+    pub pages: Vec<envoy::PageListener>,
     /// `-airflow`: the rules that tell local callers apart; `None` has every caller speak as its listener's service.
     pub airflow: Option<PathBuf>,
 }

@@ -12,6 +12,11 @@ mod opaque;
 mod report;
 mod rotation;
 mod state;
+#[cfg(feature = "xds")]
+mod xds;
+
+#[cfg(feature = "xds")]
+pub use xds::run as run_xds;
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -83,6 +88,20 @@ pub async fn run(
 ) -> Result<(), ControlError> {
     feeder::Feeder::new(settings, workers, publisher, status)?.run(commands).await;
     Ok(())
+}
+
+/// [`run`], fed by Consul's xDS server.
+#[cfg(not(feature = "xds"))]
+pub async fn run_xds(
+    _: config::envoy::Xds,
+    _: usize,
+    _: Publisher<Snapshot>,
+    _: watch::Sender<Status>,
+    _: tokio::sync::mpsc::Receiver<Command>,
+) -> Result<(), ControlError> {
+    Err(ControlError::Config(
+        "this ringfence was built without xDS: run `ringfence connect`, or build it with the feature xds".into(),
+    ))
 }
 
 /// The `response` of a captured answer of Consul 1.10.

@@ -69,13 +69,18 @@ impl Sidecar {
         for wrong in &inherited.wrong {
             tracing::warn!("not taken over: {wrong}");
         }
-        let config::Sidecar { mut consul, mut plane, admin: admin_settings, connection_log, airflow } = settings;
+        let config::Sidecar { mut consul, xds, mut plane, admin: admin_settings, connection_log, airflow, .. } = settings;
         let (listener, admin_address) = threads::bind_admin(admin_settings.bind, &mut inherited)?;
         let (prepared, attributions) =
             match airflow.map(|rules| callers::prepare(&rules, plane.workers, &mut inherited)).transpose()? {
                 Some((prepared, attributions)) => (Some(prepared), attributions),
                 None => (None, Vec::new()),
             };
+        if xds.is_some() && prepared.is_some() {
+            let why = "-airflow needs a certificate for each task, which Consul's xDS stream does not carry: \
+                       run `ringfence connect -airflow` instead";
+            return Err(AppError::Config(why.to_owned()));
+        }
         consul.caller_identities_max = prepared.as_ref().map_or(0, callers::Prepared::identities_max);
         plane.redirects = prepared.as_ref().map(callers::Prepared::redirects).unwrap_or_default();
         plane.lease_port = prepared.as_ref().and_then(callers::Prepared::lease_port);
@@ -113,7 +118,7 @@ impl Sidecar {
         }
         let started = threads::admin(listener, context, shutdown_receiver, ended_sender.clone()).and_then(|admin| {
             let ended = ended_sender.clone();
-            let rotation = threads::rotation(consul, plane.workers, publisher, status_sender, commands_receiver, ended)?;
+            let rotation = threads::rotation((consul, xds), plane.workers, publisher, status_sender, commands_receiver, ended)?;
             let airflow = prepared.map(|prepared| {
                 prepared.start(&workers, viewer.clone(), admin_address, commands.clone(), phase_receiver, ended_sender)
             });

@@ -20,7 +20,7 @@ pub(super) type Ended = mpsc::Sender<AppError>;
 
 /// Starts the rotation thread.
 pub(super) fn rotation(
-    settings: config::Consul,
+    (consul, xds): (config::Consul, Option<config::envoy::Xds>),
     workers: usize,
     publisher: Publisher<Snapshot>,
     status: watch::Sender<Status>,
@@ -28,7 +28,11 @@ pub(super) fn rotation(
     ended: Ended,
 ) -> Result<JoinHandle<()>, AppError> {
     spawn("rotation", move |runtime| {
-        if let Err(error) = runtime.block_on(control::run(settings, workers, publisher, status, commands)) {
+        let ran = match xds {
+            None => runtime.block_on(control::run(consul, workers, publisher, status, commands)),
+            Some(xds) => runtime.block_on(control::run_xds(xds, workers, publisher, status, commands)),
+        };
+        if let Err(error) = ran {
             // Nobody listens any more when the sidecar is already going.
             let _ = ended.try_send(AppError::Config(error.to_string()));
         }

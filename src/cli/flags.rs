@@ -187,6 +187,7 @@ impl Sidecar {
                 admin: config::Admin { bind: self.process.admin_bind, access_log },
                 connection_log: self.process.connection_log.clone(),
                 airflow: self.process.airflow.clone(),
+                ..config::Sidecar::default()
             },
             logging: config::Logging { level: self.process.log_level, json: self.process.log_json },
             warnings,

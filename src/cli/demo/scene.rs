@@ -200,7 +200,7 @@ fn settings(workers: usize, agent: SocketAddr, service: &str, admin: SocketAddr,
         plane: config::DataPlane { workers, pin: false, ..config::DataPlane::default() },
         admin: config::Admin { bind: admin, access_log: None },
         connection_log: LogTarget::File(log),
-        airflow: None,
+        ..config::Sidecar::default()
     }
 }
 

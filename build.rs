@@ -1,0 +1,98 @@
+//! With the feature `xds`: compiles Envoy's protobufs, which the crate `envoy-types` ships, into one descriptor set for
+//! `prost-reflect`. So the JSON of a bootstrap or of `/config_dump` and the prost types are of one version.
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=Cargo.lock");
+    #[cfg(feature = "xds")]
+    descriptors::write();
+}
+
+#[cfg(feature = "xds")]
+mod descriptors {
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+
+    /// The roots of imports under `envoy-types`' folder `proto`.
+    const ROOTS: [&str; 7] =
+        ["data-plane-api", "xds", "protoc-gen-validate", "googleapis", "cel-spec", "client_model", "opentelemetry-proto"];
+    /// What a bootstrap, Consul's resources and the admin port are made of, under `data-plane-api/envoy`; what they import
+    /// comes along.
+    const PACKAGES: [&str; 32] = [
+        "admin/v3",
+        "config/bootstrap/v3",
+        "config/cluster/v3",
+        "config/endpoint/v3",
+        "config/listener/v3",
+        "config/route/v3",
+        "extensions/access_loggers/file",
+        "extensions/access_loggers/stream",
+        "extensions/clusters/aggregate",
+        "extensions/clusters/dns",
+        "extensions/filters/http/router",
+        "extensions/filters/http/health_check",
+        "extensions/filters/http/rbac",
+        "extensions/filters/http/grpc_stats",
+        "extensions/filters/http/lua",
+        "extensions/filters/http/ext_authz",
+        "extensions/filters/http/wasm",
+        "extensions/filters/listener/http_inspector",
+        "extensions/filters/listener/original_dst",
+        "extensions/filters/listener/proxy_protocol",
+        "extensions/filters/listener/tls_inspector",
+        "extensions/filters/network/connection_limit",
+        "extensions/filters/network/ext_authz",
+        "extensions/filters/network/http_connection_manager",
+        "extensions/filters/network/local_ratelimit",
+        "extensions/filters/network/rbac",
+        "extensions/filters/network/sni_cluster",
+        "extensions/filters/network/tcp_proxy",
+        "extensions/filters/network/wasm",
+        "extensions/transport_sockets",
+        "extensions/upstreams/http",
+        "service/discovery/v3",
+    ];
+
+    pub(super) fn write() {
+        let proto = source_of("envoy-types").join("proto");
+        let roots: Vec<PathBuf> = ROOTS.iter().map(|root| proto.join(root)).collect();
+        let api = proto.join("data-plane-api");
+        let mut files = Vec::new();
+        for package in PACKAGES {
+            collect(&api.join("envoy").join(package), &mut files);
+        }
+        files.sort();
+        let mut compiler = protox::Compiler::new(roots).expect("the folders of Envoy's protobufs can be read");
+        compiler.include_imports(true).open_files(files).expect("Envoy's protobufs compile");
+        let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("envoy.binpb");
+        std::fs::write(&out, compiler.encode_file_descriptor_set()).expect("the build folder can be written to");
+    }
+
+    fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display())) {
+            let path = entry.expect("the folder can be listed").path();
+            if path.is_dir() {
+                collect(&path, files);
+            } else if path.extension().is_some_and(|extension| extension == "proto") {
+                files.push(path);
+            }
+        }
+    }
+
+    /// Where cargo keeps a dependency's source: vendored, in its registry, wherever.
+    fn source_of(name: &str) -> PathBuf {
+        let cargo = std::env::var_os("CARGO").expect("cargo sets CARGO");
+        let told = Command::new(cargo)
+            .args(["metadata", "--format-version", "1", "--locked", "--offline"])
+            .output()
+            .expect("cargo can be run");
+        assert!(told.status.success(), "cargo metadata: {}", String::from_utf8_lossy(&told.stderr));
+        let metadata: serde_json::Value = serde_json::from_slice(&told.stdout).expect("cargo metadata is JSON");
+        let packages = metadata["packages"].as_array().into_iter().flatten();
+        let manifest = packages
+            .filter(|package| package["name"] == name)
+            .find_map(|package| package["manifest_path"].as_str())
+            .unwrap_or_else(|| panic!("cargo metadata knows no {name}"));
+        Path::new(manifest).parent().expect("a manifest lies in a folder").to_owned()
+    }
+}

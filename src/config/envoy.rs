@@ -1,0 +1,211 @@
+//! What Envoy's bootstrap says, typed: where the xDS stream goes, which small listeners this process has of its own, how
+//! stats are named and sent. Filled by `cli::envoy` from a bootstrap, or from `consul connect envoy`'s settings.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use zeroize::Zeroizing;
+
+/// Envoy's default between two flushes of stats to sinks.
+pub const STATS_FLUSH_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Consul's xDS server, and who this proxy is to it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Xds {
+    /// `node.id`: the proxy's service id.
+    pub node_id: String,
+    /// `node.cluster`: the service.
+    pub node_cluster: String,
+    /// `node.metadata`, as JSON.
+    pub node_metadata: serde_json::Map<String, serde_json::Value>,
+    /// The cluster that `ads_config` names (`local_agent`).
+    pub server: GrpcServer,
+    /// `initial_metadata`: `x-consul-token` is among it.
+    pub initial_metadata: Vec<(String, Zeroizing<String>)>,
+}
+
+/// Where a gRPC server is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GrpcServer {
+    /// Tried in turn; a host name is resolved at each connect.
+    pub addresses: Vec<GrpcAddress>,
+    /// TLS to it, when the cluster has a transport socket.
+    pub tls: Option<GrpcTls>,
+    /// The cluster's `connect_timeout`.
+    pub connect_timeout: Duration,
+}
+
+/// One address of a gRPC server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GrpcAddress {
+    /// Host name or IP address, and port.
+    Tcp(String, u16),
+    /// A unix stream socket.
+    Unix(PathBuf),
+}
+
+/// How a gRPC server is verified.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GrpcTls {
+    /// PEM of the CAs that are trusted.
+    pub ca_pem: String,
+    /// Server name to send and to verify; the address where absent.
+    pub server_name: Option<String>,
+    /// Certificate chain and key in PEM, when the server wants them.
+    pub client: Option<(String, Zeroizing<String>)>,
+}
+
+/// A listener that serves some of this process's own admin pages, as Consul adds them to a bootstrap for Prometheus, stats
+/// and readiness.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PageListener {
+    /// Its name, for logs.
+    pub name: String,
+    /// Where.
+    pub bind: SocketAddr,
+    /// First match wins; nothing matches: 404.
+    pub routes: Vec<PageRoute>,
+    /// Where TLS is asked for: certificate chain and key files in PEM, and the CA file that clients are verified against.
+    pub tls: Option<PageTls>,
+}
+
+/// One route of a [`PageListener`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PageRoute {
+    /// What is matched.
+    pub path: PathMatch,
+    /// The answer.
+    pub answer: PageAnswer,
+}
+
+/// How a path is matched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PathMatch {
+    /// The whole path, without the query.
+    Exact(String),
+    /// Its beginning.
+    Prefix(String),
+}
+
+/// What a [`PageRoute`] leads to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PageAnswer {
+    /// This process's admin port, with the matched part of the path replaced where `rewrite` is given.
+    Admin {
+        /// `prefix_rewrite`.
+        rewrite: Option<String>,
+    },
+    /// Another local HTTP server (`-prometheus-backend-port`).
+    Backend {
+        /// Where.
+        address: SocketAddr,
+        /// `prefix_rewrite`.
+        rewrite: Option<String>,
+    },
+    /// A fixed status without a body.
+    Status(u16),
+}
+
+/// TLS of a [`PageListener`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PageTls {
+    /// Certificate chain, PEM file.
+    pub cert_file: PathBuf,
+    /// Key, PEM file.
+    pub key_file: PathBuf,
+    /// CAs of clients, PEM file or folder; none asks for no certificate.
+    pub ca: Option<PathBuf>,
+}
+
+/// How stats are tagged and where they are sent.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Stats {
+    /// `stats_config.stats_tags`, in order.
+    pub tags: Vec<StatTag>,
+    /// `use_all_default_tags`: Envoy's own tags besides.
+    pub default_tags: bool,
+    /// `stats_sinks`.
+    pub sinks: Vec<StatSink>,
+    /// `stats_flush_interval`.
+    pub flush_interval: Duration,
+    /// Series that stayed zero are left out of Prometheus' format, as with `?usedonly`.
+    pub omit_unused: bool,
+}
+
+impl Default for Stats {
+    fn default() -> Self {
+        Self { tags: Vec::new(), default_tags: true, sinks: Vec::new(), flush_interval: STATS_FLUSH_INTERVAL, omit_unused: false }
+    }
+}
+
+/// One entry of `stats_tags`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StatTag {
+    /// `tag_name`.
+    pub name: String,
+    /// Where its value comes from.
+    pub value: StatTagValue,
+}
+
+/// Where a tag's value comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StatTagValue {
+    /// `fixed_value`.
+    Fixed(String),
+    /// `regex`: the first group is cut out of the name, the second (or the first) is the value.
+    Regex(String),
+}
+
+/// Where stats are sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StatSink {
+    /// Statsd's lines, or with tags as DogStatsD has them.
+    pub dialect: StatDialect,
+    /// Where.
+    pub address: StatAddress,
+    /// `prefix`; Envoy's default is `envoy`.
+    pub prefix: String,
+}
+
+/// How a sink writes its lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StatDialect {
+    /// `name:value|type`.
+    Statsd,
+    /// With `|#tag:value`.
+    DogStatsd,
+}
+
+/// How a sink is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StatAddress {
+    /// Datagrams.
+    Udp(SocketAddr),
+    /// Datagrams to a unix socket.
+    Unix(PathBuf),
+    /// A stream (`tcp_cluster_name`).
+    Tcp(SocketAddr),
+}
+
+/// One access log, as `accessLogs` of Consul's proxy-defaults or a listener's `access_log` sets it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AccessLog {
+    /// Where lines go.
+    pub target: super::LogTarget,
+    /// How a line looks.
+    pub format: AccessLogFormat,
+    /// Only connections that no listener wanted (Consul's `listenerLogs`, filter on the flag NR).
+    pub unmatched_only: bool,
+}
+
+/// The shape of access log lines; operators are Envoy's (`%START_TIME%`, `%RESPONSE_FLAGS%`, ...).
+#[derive(Debug, Clone, PartialEq)]
+pub enum AccessLogFormat {
+    /// Envoy's default text format.
+    Default,
+    /// `text_format`.
+    Text(String),
+    /// `json_format`: strings may hold operators.
+    Json(serde_json::Map<String, serde_json::Value>),
+}
