@@ -6,6 +6,7 @@
 //! Knows no Consul, no HTTP and no ring: the HTTP feeder and the xDS feeder both end here.
 
 pub mod caller;
+pub mod router;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -13,6 +14,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use self::router::Router;
 use crate::identity::{SpiffeId, Svid, TrustBundle};
 use crate::policy::Intentions;
 use crate::tls::WorkerTls;
@@ -24,6 +26,8 @@ pub struct Snapshot {
     pub generation: u64,
     /// Every local service that this process fronts.
     pub services: Vec<Arc<Service>>,
+    /// Listeners whose connections are told apart first: gateways, transparent proxying, permissive mode.
+    pub routers: Vec<Arc<Router>>,
     /// Identities that local callers may be granted, by Consul service name; those with a valid leaf only.
     pub identities: Arc<HashMap<Arc<str>, Arc<Identity>>>,
 }
@@ -32,6 +36,17 @@ pub struct Snapshot {
 pub trait Generation {
     /// Stores the generation that the publisher gave it.
     fn set_generation(&mut self, generation: u64);
+}
+
+impl Snapshot {
+    /// Every address that it has workers listen on.
+    pub fn binds(&self) -> impl Iterator<Item = &Bind> {
+        let of_services = self.services.iter().flat_map(|service| {
+            let public = service.public.iter().map(|listener| &listener.bind);
+            public.chain(service.upstreams.iter().map(|upstream| &upstream.bind))
+        });
+        of_services.chain(self.routers.iter().map(|router| &router.settings().bind))
+    }
 }
 
 impl Generation for Snapshot {

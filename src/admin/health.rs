@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::{Lifecycle, Shared};
 use crate::control::Status;
-use crate::mesh::{Bind, Snapshot};
+use crate::mesh::Snapshot;
 use crate::telemetry::hub::{Hub, Unbound};
 
 /// Readiness in Envoy's words.
@@ -95,13 +95,5 @@ fn status_problems(status: &Status) -> Vec<Problem> {
 }
 
 fn unbound(snapshot: &Snapshot, hub: &Hub) -> Vec<Unbound> {
-    hub.listeners().unbound(binds(snapshot))
-}
-
-/// Every listener that the snapshot wants.
-fn binds(snapshot: &Snapshot) -> impl Iterator<Item = &Bind> {
-    snapshot.services.iter().flat_map(|service| {
-        let public = service.public.iter().map(|listener| &listener.bind);
-        public.chain(service.upstreams.iter().map(|upstream| &upstream.bind))
-    })
+    hub.listeners().unbound(snapshot.binds())
 }

@@ -328,11 +328,8 @@ fn access_log(path: Option<PathBuf>) -> Destination {
 
 /// Sockets that the workers hold when all is bound: TCP listeners on each worker, unix sockets on one.
 fn listeners_wanted(snapshot: &Snapshot, workers: usize, redirects: usize) -> u64 {
-    let binds = snapshot.services.iter().flat_map(|service| {
-        service.public.iter().map(|public| &public.bind).chain(service.upstreams.iter().map(|upstream| &upstream.bind))
-    });
-    let of_services: u64 = binds.map(|bind| if matches!(bind, Bind::Tcp(_)) { workers as u64 } else { 1 }).sum();
-    of_services + (redirects * workers) as u64
+    let of_snapshot: u64 = snapshot.binds().map(|bind| if matches!(bind, Bind::Tcp(_)) { workers as u64 } else { 1 }).sum();
+    of_snapshot + (redirects * workers) as u64
 }
 
 /// Whether `done` came true within `timeout`.

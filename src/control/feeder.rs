@@ -222,7 +222,7 @@ impl Feeder {
         let services = build::services(&self.state, &current.services);
         let identities = build::identities(&self.state, &current.identities);
         if !build::same(&services, &current.services) || !Arc::ptr_eq(&identities, &current.identities) {
-            let generation = self.publisher.publish(Snapshot { generation: 0, services, identities });
+            let generation = self.publisher.publish(Snapshot { services, identities, ..Snapshot::default() });
             metrics::gauge!("ringfence_snapshot_generation").set(as_f64(generation));
             tracing::debug!(generation, "snapshot published");
         }
