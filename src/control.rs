@@ -13,7 +13,7 @@ mod report;
 mod rotation;
 mod state;
 #[cfg(feature = "xds")]
-mod xds;
+pub mod xds;
 
 #[cfg(feature = "xds")]
 pub use xds::run as run_xds;

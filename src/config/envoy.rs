@@ -19,10 +19,14 @@ pub struct Xds {
     pub node_cluster: String,
     /// `node.metadata`, as JSON.
     pub node_metadata: serde_json::Map<String, serde_json::Value>,
-    /// The cluster that `ads_config` names (`local_agent`).
-    pub server: GrpcServer,
+    /// The cluster that `ads_config` names (`local_agent`); none runs on the static resources alone.
+    pub server: Option<GrpcServer>,
     /// `initial_metadata`: `x-consul-token` is among it.
     pub initial_metadata: Vec<(String, Zeroizing<String>)>,
+    /// Listeners of the bootstrap that are not this process's own pages: each an encoded `envoy.config.listener.v3.Listener`.
+    pub static_listeners: Vec<Vec<u8>>,
+    /// Clusters of the bootstrap that traffic may go to: each an encoded `envoy.config.cluster.v3.Cluster`.
+    pub static_clusters: Vec<Vec<u8>>,
 }
 
 /// Where a gRPC server is reached.

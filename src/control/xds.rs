@@ -1,5 +1,7 @@
 //! Consul's delta ADS stream as a second feeder of [`Snapshot`].
 
+pub mod proto_json;
+
 use tokio::sync::{mpsc, watch};
 
 use super::{Command, ControlError, Status};
