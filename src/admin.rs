@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, mpsc, watch};
 
-use crate::control::Status;
+use crate::control::{Status, dump};
 use crate::mesh::Snapshot;
 use crate::store::Viewer;
 use crate::telemetry::hub::Hub;
@@ -84,6 +84,8 @@ pub struct Context {
     pub viewer: Viewer<Snapshot>,
     /// What the control plane says of itself.
     pub status: watch::Receiver<Status>,
+    /// What the xDS feeder has accepted; `None` has `/config_dump` made of the snapshot.
+    pub resources: dump::Receiver,
     /// What the process is doing.
     pub lifecycle: watch::Receiver<Lifecycle>,
     /// Where requests for the process go.
@@ -101,6 +103,8 @@ struct Shared {
     hub: Mutex<Hub>,
     viewer: Viewer<Snapshot>,
     status: watch::Receiver<Status>,
+    #[expect(dead_code, reason = "what reads it comes with the next change")]
+    resources: dump::Receiver,
     lifecycle: watch::Receiver<Lifecycle>,
     actions: mpsc::Sender<Action>,
     access: Mutex<access::AccessLog>,
@@ -128,11 +132,12 @@ pub async fn run(listener: TcpListener, mut context: Context, mut shutdown: watc
 
 impl Shared {
     fn new(context: Context) -> Self {
-        let Context { hub, viewer, status, lifecycle, actions, closing: _, settings } = context;
+        let Context { hub, viewer, status, resources, lifecycle, actions, closing: _, settings } = context;
         Self {
             hub: Mutex::new(hub),
             viewer,
             status,
+            resources,
             lifecycle,
             actions,
             access: Mutex::new(access::AccessLog::open(&settings.access_log, &settings.reopener)),

@@ -14,6 +14,8 @@ use zeroize::Zeroizing;
 pub const AGENT_ADDRESS: &str = "127.0.0.1:8500";
 /// Envoy's admin address under `consul connect envoy` (`-admin-bind`).
 pub const ADMIN_BIND: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 19_000);
+/// The version of Envoy that this process says it stands in for (`-envoy-version`).
+pub const ENVOY_VERSION: &str = "1.40.0";
 /// How long live connections go on after SIGTERM.
 pub const DRAIN_TIME: Duration = Duration::from_secs(30);
 /// How long connections may go on in a process whose sockets another one has taken over: a task runs for hours.
@@ -78,11 +80,13 @@ pub struct Admin {
     pub bind: SocketAddr,
     /// `-admin-access-log-path`; `None` (and `/dev/null`, Consul's default) writes none.
     pub access_log: Option<PathBuf>,
+    /// `-envoy-version`: what `/server_info` and `/config_dump` say, `X.Y.Z`.
+    pub envoy_version: String,
 }
 
 impl Default for Admin {
     fn default() -> Self {
-        Self { bind: ADMIN_BIND, access_log: None }
+        Self { bind: ADMIN_BIND, access_log: None, envoy_version: ENVOY_VERSION.to_owned() }
     }
 }
 

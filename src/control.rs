@@ -6,6 +6,7 @@ mod backoff;
 mod build;
 pub(crate) mod consul;
 mod definition;
+pub mod dump;
 mod feeder;
 mod granted;
 mod opaque;
@@ -98,6 +99,7 @@ pub async fn run_xds(
     _: Publisher<Snapshot>,
     _: watch::Sender<Status>,
     _: tokio::sync::mpsc::Receiver<Command>,
+    _: dump::Sender,
 ) -> Result<(), ControlError> {
     Err(ControlError::Config(
         "this ringfence was built without xDS: run `ringfence connect`, or build it with the feature xds".into(),

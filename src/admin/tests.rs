@@ -57,6 +57,7 @@ async fn port_with(connection_log: Destination, settings: Settings) -> Port {
         hub: Hub::new(vec![receiver], log),
         viewer: publisher.viewer(),
         status: status_seen,
+        resources: dump::channel().1,
         lifecycle: lifecycle_seen,
         actions: actions_sent,
         closing: shutdown_seen.clone(),

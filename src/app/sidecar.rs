@@ -12,7 +12,7 @@ use super::{AppError, callers, threads};
 use crate::admin::{self, Action, Lifecycle};
 use crate::airflow;
 use crate::config;
-use crate::control::{Command, Status};
+use crate::control::{Command, Status, dump};
 use crate::mesh::{Bind, Snapshot};
 use crate::proxy::{self, Workers};
 use crate::store::{self, Viewer};
@@ -92,6 +92,7 @@ impl Sidecar {
         let (senders, receivers): (Vec<_>, Vec<_>) = (0..plane.workers).map(|_| channel::pair()).unzip();
         let cells = receivers.iter().map(|receiver| Arc::clone(&receiver.cells)).collect();
         let (status_sender, status) = watch::channel(Status::default());
+        let (resources_sender, resources) = dump::channel();
         let (lifecycle, lifecycle_receiver) = watch::channel(Lifecycle::Starting);
         let (commands, commands_receiver) = mpsc::channel(COMMANDS_MAX);
         let (actions_sender, actions) = mpsc::channel(ACTIONS_MAX);
@@ -105,6 +106,7 @@ impl Sidecar {
             hub: Hub::new(receivers, log),
             viewer: viewer.clone(),
             status: status.clone(),
+            resources,
             lifecycle: lifecycle_receiver,
             actions: actions_sender,
             closing: closing_receiver,
@@ -117,8 +119,8 @@ impl Sidecar {
             publisher.add_wake(wake);
         }
         let started = threads::admin(listener, context, shutdown_receiver, ended_sender.clone()).and_then(|admin| {
-            let ended = ended_sender.clone();
-            let rotation = threads::rotation((consul, xds), plane.workers, publisher, status_sender, commands_receiver, ended)?;
+            let (ended, told) = (ended_sender.clone(), (status_sender, resources_sender));
+            let rotation = threads::rotation((consul, xds), plane.workers, publisher, told, commands_receiver, ended)?;
             let airflow = prepared.map(|prepared| {
                 prepared.start(&workers, viewer.clone(), admin_address, commands.clone(), phase_receiver, ended_sender)
             });

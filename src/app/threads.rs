@@ -23,14 +23,14 @@ pub(super) fn rotation(
     (consul, xds): (config::Consul, Option<config::envoy::Xds>),
     workers: usize,
     publisher: Publisher<Snapshot>,
-    status: watch::Sender<Status>,
+    (status, resources): (watch::Sender<Status>, control::dump::Sender),
     commands: mpsc::Receiver<Command>,
     ended: Ended,
 ) -> Result<JoinHandle<()>, AppError> {
     spawn("rotation", move |runtime| {
         let ran = match xds {
             None => runtime.block_on(control::run(consul, workers, publisher, status, commands)),
-            Some(xds) => runtime.block_on(control::run_xds(xds, workers, publisher, status, commands)),
+            Some(xds) => runtime.block_on(control::run_xds(xds, workers, publisher, status, commands, resources)),
         };
         if let Err(error) = ran {
             // Nobody listens any more when the sidecar is already going.

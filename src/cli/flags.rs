@@ -184,7 +184,7 @@ impl Sidecar {
             sidecar: config::Sidecar {
                 consul,
                 plane,
-                admin: config::Admin { bind: self.process.admin_bind, access_log },
+                admin: config::Admin { bind: self.process.admin_bind, access_log, ..config::Admin::default() },
                 connection_log: self.process.connection_log.clone(),
                 airflow: self.process.airflow.clone(),
                 ..config::Sidecar::default()

@@ -4,7 +4,7 @@ pub mod proto_json;
 
 use tokio::sync::{mpsc, watch};
 
-use super::{Command, ControlError, Status};
+use super::{Command, ControlError, Status, dump};
 use crate::config::envoy::Xds;
 use crate::mesh::Snapshot;
 use crate::store::Publisher;
@@ -16,6 +16,7 @@ pub async fn run(
     _publisher: Publisher<Snapshot>,
     _status: watch::Sender<Status>,
     _commands: mpsc::Receiver<Command>,
+    _resources: dump::Sender,
 ) -> Result<(), ControlError> {
     Err(ControlError::Config("the xDS feeder is not there yet".to_owned()))
 }

@@ -57,7 +57,8 @@ impl Port {
                 let settings = admin::Settings::default();
                 let hub = Hub::new(vec![receiver], log);
                 let closing = shutdown_seen.clone();
-                let context = admin::Context { hub, viewer, status, lifecycle, actions, closing, settings };
+                let resources = ringfence::control::dump::channel().1;
+                let context = admin::Context { hub, viewer, status, resources, lifecycle, actions, closing, settings };
                 let listener = tokio::net::TcpListener::from_std(listener).expect("listens");
                 admin::run(listener, context, shutdown_seen).await;
             });

@@ -198,7 +198,7 @@ fn settings(workers: usize, agent: SocketAddr, service: &str, admin: SocketAddr,
         },
         // Two sidecars, a database and a client share the cores: pinning would put workers on top of each other.
         plane: config::DataPlane { workers, pin: false, ..config::DataPlane::default() },
-        admin: config::Admin { bind: admin, access_log: None },
+        admin: config::Admin { bind: admin, ..config::Admin::default() },
         connection_log: LogTarget::File(log),
         ..config::Sidecar::default()
     }
