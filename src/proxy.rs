@@ -7,8 +7,10 @@
 
 mod close;
 mod connection;
+mod inspect;
 mod leg;
 mod limits;
+mod linger;
 mod listener;
 mod refusal;
 mod relay;

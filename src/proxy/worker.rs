@@ -3,11 +3,12 @@
 //! Invariant: a completion is acted on only when its token names a connection that lives; every accepted connection ends in
 //! exactly one record; nothing here waits but [`Ring::turn`].
 //!
-//! `listeners` holds what is accepted, `callers` who is behind it, `steps` what a connection asks of its worker, `adoption` what a new snapshot changes.
+//! `listeners` holds what is accepted, `routing` where it is handed on to, `callers` who is behind it, `steps` what a connection asks of its worker, `adoption` what a new snapshot changes.
 
 mod adoption;
 pub(super) mod callers;
 mod listeners;
+mod routing;
 mod steps;
 
 use std::sync::Arc;
@@ -282,12 +283,13 @@ impl<R: Ring> Worker<R> {
     /// Steps a connection with everything it may use, and keeps the count of handshakes.
     fn with_io<T>(&mut self, connection: &mut Connection, step: impl FnOnce(&mut Connection, &mut Io<'_, R>) -> T) -> T {
         let now = self.ring.now();
-        let before = connection.stage == Stage::Handshake;
+        let awaited = |stage| matches!(stage, Stage::Inspect | Stage::Handshake);
+        let before = awaited(connection.stage);
         let cells = self.listeners[connection.listener as usize].as_ref().map(|listener| Arc::as_ref(&listener.cells));
         let cells = cells.expect("a listener's place is kept while its connections live");
         let mut io = Io { ring: &mut self.ring, pool: &mut self.pool, worker: &self.telemetry.cells, cells, now };
         let result = step(connection, &mut io);
-        match (before, connection.stage == Stage::Handshake) {
+        match (before, awaited(connection.stage)) {
             (false, true) => self.handshakes += 1,
             (true, false) => self.handshakes -= 1,
             _ => {}

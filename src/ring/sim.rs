@@ -195,12 +195,12 @@ impl Ring for Sim {
         None
     }
 
-    fn local_address(&mut self, _socket: Socket) -> Option<SocketAddr> {
-        None
+    fn local_address(&mut self, socket: Socket) -> Option<SocketAddr> {
+        self.network.local(socket.0)
     }
 
-    fn original_destination(&mut self, _socket: Socket) -> Option<SocketAddr> {
-        None
+    fn original_destination(&mut self, socket: Socket) -> Option<SocketAddr> {
+        self.network.original(socket.0)
     }
 
     fn owner(&mut self, _socket: Socket, _original: Option<SocketAddr>) -> Option<SocketOwner> {
