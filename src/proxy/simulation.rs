@@ -32,6 +32,7 @@ const LISTEN: SocketAddr = address(9_191);
 const PUBLIC: SocketAddr = address(21_000);
 const APP: SocketAddr = address(5_432);
 const TURNS_MAX: usize = 60_000;
+const DRAIN_MS: u64 = 5_000;
 
 const fn address(port: u16) -> SocketAddr {
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), port)
@@ -62,7 +63,7 @@ impl Side {
     fn new(network: &Network) -> Self {
         let (publisher, mut readers) = store::new(Snapshot::default(), 1);
         let (telemetry, events) = channel::pair();
-        let orders = Arc::new(Orders::default());
+        let orders = Arc::new(Orders { drain_ms: DRAIN_MS.into(), ..Orders::default() });
         let mut pool = Pool::new(32 << 20).expect("pool");
         let ring = Sim::new(network, &mut pool);
         let worker = Worker::new(Parts {
@@ -72,7 +73,7 @@ impl Side {
             reader: readers.remove(0),
             telemetry,
             attribution: None,
-            plane: DataPlane { workers: 1, drain_time: Duration::from_secs(5), ..DataPlane::default() },
+            plane: DataPlane { workers: 1, drain_time: Duration::from_millis(DRAIN_MS), ..DataPlane::default() },
             orders: Arc::clone(&orders),
             gates: Arc::new(Gates::default()),
         });

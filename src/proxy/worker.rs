@@ -21,7 +21,7 @@ use super::listener::{Gates, Listener};
 use super::timer::{Owner, Wheel};
 use super::{Attribution, Order, Orders, ProxyError};
 use crate::buffer::{Class, Pool};
-use crate::config::{self, DataPlane};
+use crate::config::DataPlane;
 use crate::mesh::{Service, Snapshot};
 use crate::policy::Intentions;
 use crate::ring::{Completion, Op, Ring, SHARED_BUFFERS};
@@ -66,6 +66,8 @@ pub(super) struct Worker<R: Ring> {
     held: usize,
     handshakes: u32,
     order: Order,
+    /// What was left and no listener wanted is closed.
+    settled: bool,
     drain_deadline: Option<Instant>,
     teardown_deadline: Option<Instant>,
     next_region_sweep: Instant,
@@ -104,6 +106,7 @@ impl<R: Ring> Worker<R> {
             held: 0,
             handshakes: 0,
             order: Order::Run,
+            settled: false,
             drain_deadline: None,
             teardown_deadline: None,
             next_region_sweep: now,
@@ -224,13 +227,14 @@ impl<R: Ring> Worker<R> {
             self.remove_all_listeners();
             match order {
                 Order::Run => {}
-                Order::Drain => {
-                    let handed_over = self.orders.handed_over.load(Ordering::Acquire);
-                    let drain_time = if handed_over { config::HANDOVER_DRAIN } else { self.plane.drain_time };
-                    self.drain_deadline = Some(self.now() + drain_time);
-                }
+                Order::Drain => self.drain_deadline = Some(self.now() + self.orders.drain_time()),
                 Order::Stop => self.close_all(CloseReason::Shutdown),
             }
+        }
+        if !self.settled && self.orders.settled.load(Ordering::Relaxed) {
+            self.settled = true;
+            self.ring.close_left();
+            self.telemetry.cells.listener_changes.add(1);
         }
         if self.drain_deadline.is_some_and(|deadline| deadline <= self.now()) {
             self.drain_deadline = None;

@@ -271,6 +271,12 @@ impl Ring for Sim {
         self.close(listener, false);
     }
 
+    fn accept_left(&mut self, _local: &Local) -> Option<Socket> {
+        None
+    }
+
+    fn close_left(&mut self) {}
+
     fn shared(&self, buffer: u16) -> &Lease {
         &self.leases[usize::from(buffer)]
     }

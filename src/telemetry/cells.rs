@@ -134,4 +134,6 @@ pub struct WorkerCells {
     pub generation: Cell,
     /// Listeners bound now (gauge).
     pub listeners: Cell,
+    /// Times that a listening socket came or went.
+    pub listener_changes: Cell,
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::{Worker, slot_of};
 use crate::mesh::Bind;
 use crate::proxy::connection::Connection;
-use crate::proxy::limits::{ACCEPT_BACKOFF, BIND_FOLLOW, BIND_RETRY};
+use crate::proxy::limits::{ACCEPT_BACKOFF, BIND_FOLLOW, BIND_RETRY, LEFT_WAITING_MAX};
 use crate::proxy::listener::{Listener, Role, Routing};
 use crate::ring::{Completion, Errno, Op, Ring, Socket, Token};
 use crate::telemetry::close::CloseReason;
@@ -205,6 +205,7 @@ impl<R: Ring> Worker<R> {
                 }
                 listener.failure_told = false;
                 self.listeners_bound += 1;
+                self.telemetry.cells.listener_changes.add(1);
             }
             Err(error) => {
                 listener.retry_at = Some(now + BIND_RETRY);
@@ -250,6 +251,16 @@ impl<R: Ring> Worker<R> {
             listener.accepting = true;
             let token = Token::new(Op::Accept, 0, slot_of(index), listener.generation);
             self.ring.accept(socket, token);
+            self.accept_left(index);
+        }
+    }
+
+    /// Takes what waits at sockets that were left for the same address and close now: those of workers that are no more.
+    fn accept_left(&mut self, index: usize) {
+        let Some(local) = self.listeners[index].as_ref().and_then(|listener| listener.local(self.index)) else { return };
+        for _ in 0..LEFT_WAITING_MAX {
+            let Some(socket) = self.ring.accept_left(&local) else { return };
+            self.on_accepted(slot_of(index), socket);
         }
     }
 
@@ -290,6 +301,7 @@ impl<R: Ring> Worker<R> {
                 Bind::Unix { .. } | Bind::Tcp(_) => None,
             };
             self.ring.close_listener(socket, path);
+            self.telemetry.cells.listener_changes.add(1);
             listener.gate.holders.fetch_sub(1, Ordering::AcqRel);
             self.listeners_bound -= 1;
             let bind = listener.bind.clone();
