@@ -10,7 +10,6 @@ mod callers;
 mod logs;
 mod notify;
 mod process;
-mod shelf;
 mod sidecar;
 mod supervise;
 mod threads;

@@ -25,6 +25,7 @@ use std::time::SystemTime;
 use tokio::sync::watch;
 
 use crate::config;
+use crate::config::envoy::AccessLog;
 use crate::mesh::Snapshot;
 use crate::store::Publisher;
 
@@ -37,6 +38,8 @@ pub struct Status {
     pub agent_reachable: bool,
     /// One a proxy.
     pub services: Vec<ServiceStatus>,
+    /// The access logs that Consul asks for, over all proxies.
+    pub access_logs: Vec<AccessLog>,
 }
 
 /// One proxy's state.

@@ -51,7 +51,6 @@ async fn port_with(connection_log: Destination, settings: Settings) -> Port {
     let (publisher, readers) = crate::store::new(Snapshot::default(), 1);
     let (status, status_seen) = watch::channel(Status::default());
     let (lifecycle, lifecycle_seen) = watch::channel(Lifecycle::default());
-    let (_, upgrade) = watch::channel(Upgrade::default());
     let (actions_sent, actions) = mpsc::channel(1);
     let (shutdown, shutdown_seen) = watch::channel(false);
     let context = Context {
@@ -60,7 +59,6 @@ async fn port_with(connection_log: Destination, settings: Settings) -> Port {
         status: status_seen,
         resources: dump::channel().1,
         lifecycle: lifecycle_seen,
-        upgrade,
         actions: actions_sent,
         closing: shutdown_seen.clone(),
         settings,
@@ -178,7 +176,7 @@ async fn ready_goes_through_envoys_states_and_stays_until_drain() {
     port.lifecycle.send_replace(Lifecycle::Live);
     is(&port, 503, "INITIALIZING\n").await;
     port.publisher.publish(snapshot());
-    port.status.send_replace(Status { ready: true, agent_reachable: true, services: Vec::new() });
+    port.status.send_replace(Status { ready: true, agent_reachable: true, services: Vec::new(), ..Status::default() });
     is(&port, 503, "INITIALIZING\n").await;
     let _public = port.listener_up(21_000);
     is(&port, 503, "INITIALIZING\n").await;
@@ -217,7 +215,7 @@ async fn healthz_names_what_is_not_well() {
         rotations: 0,
         problem: Some("token has no service:write for db".into()),
     };
-    port.status.send_replace(Status { ready: false, agent_reachable: false, services: vec![service] });
+    port.status.send_replace(Status { ready: false, agent_reachable: false, services: vec![service], ..Status::default() });
     let _public = port.listener_up(21_000);
     let error = std::io::Error::from_raw_os_error(libc::EADDRINUSE);
     port.worker.send(Event::BindFailed { bind: tcp(9_191), error });

@@ -12,6 +12,7 @@ use zeroize::Zeroizing;
 
 use super::environment::Environment;
 use super::{UsageError, argv, values};
+use crate::config::envoy::{AccessLog, AccessLogFormat};
 use crate::config::{self, LogLevel, LogTarget, TokenSource, UpstreamFlag};
 
 /// Everything that makes a sidecar.
@@ -113,9 +114,9 @@ struct Process {
     /// Worker threads, each with its own io_uring [default: the cores this process may use]
     #[arg(long, value_name = "N", value_parser = values::workers)]
     workers: Option<usize>,
-    /// How long live connections go on after SIGTERM [default: 30s; 3s where systemd keeps the listening sockets, so that new connections wait]
-    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
-    drain_time: Option<Duration>,
+    /// How long live connections go on after SIGTERM
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = values::duration)]
+    drain_time: Duration,
     /// TCP keepalive on both legs; 0 switches it off
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = values::duration)]
     keepalive: Duration,
@@ -131,6 +132,12 @@ struct Process {
     /// One JSON line a connection: stdout, stderr, none or a file, which SIGHUP opens again
     #[arg(long, value_name = "TARGET", default_value = "stdout", value_parser = values::log_target)]
     connection_log: LogTarget,
+    /// Envoy's access log besides: stdout, stderr, none or a file, which SIGHUP opens again [default: what Consul's proxy-defaults say]
+    #[arg(long, value_name = "TARGET", value_parser = values::log_target)]
+    access_log: Option<LogTarget>,
+    /// Its format: default (Envoy's), json (Consul's), or a text with Envoy's operators and %RINGFENCE(field)%
+    #[arg(long, value_name = "FORMAT", default_value = "json", value_parser = values::access_log_format)]
+    access_log_format: AccessLogFormat,
     /// trace, debug, info, warn or error
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = log_level)]
     log_level: LogLevel,
@@ -149,11 +156,6 @@ pub(super) struct Settings {
 }
 
 impl Sidecar {
-    /// `-admin-bind`.
-    pub(super) fn admin_bind(&self) -> SocketAddr {
-        self.process.admin_bind
-    }
-
     pub(super) fn settings(&self, environment: &Environment, ignored: &[String]) -> Result<Settings, UsageError> {
         let mut warnings = Vec::new();
         if !ignored.is_empty() {
@@ -178,8 +180,7 @@ impl Sidecar {
         let defaults = config::DataPlane::default();
         let plane = config::DataPlane {
             workers: self.process.workers.unwrap_or(defaults.workers),
-            drain_time: self.process.drain_time.unwrap_or(defaults.drain_time),
-            restart_drain_time: self.process.drain_time.unwrap_or(defaults.restart_drain_time),
+            drain_time: self.process.drain_time,
             keepalive: self.process.keepalive,
             hold_time: self.process.hold_time,
             ..defaults
@@ -192,12 +193,25 @@ impl Sidecar {
                 plane,
                 admin: config::Admin { bind: self.process.admin_bind, access_log, ..config::Admin::default() },
                 connection_log: self.process.connection_log.clone(),
+                access_logs: self.process.access_logs(),
                 airflow: self.process.airflow.clone(),
                 ..config::Sidecar::default()
             },
             logging: config::Logging { level: self.process.log_level, json: self.process.log_json },
             warnings,
         })
+    }
+}
+
+impl Process {
+    /// One log of connections, and one of those that no listener wanted, as Consul has Envoy write them.
+    fn access_logs(&self) -> Vec<AccessLog> {
+        let of = |target: &LogTarget, unmatched_only| AccessLog {
+            target: target.clone(),
+            format: self.access_log_format.clone(),
+            unmatched_only,
+        };
+        self.access_log.iter().flat_map(|target| [of(target, false), of(target, true)]).collect()
     }
 }
 

@@ -7,7 +7,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::config::envoy::AccessLogFormat;
 use crate::config::{AgentAddress, LogTarget, UpstreamFlag};
+use crate::telemetry::log::check_access_log;
 
 /// The longest duration that a flag may set: beyond it a typing error is likelier than a wish.
 const DURATION_MAX: Duration = Duration::from_secs(366 * 24 * 3_600);
@@ -161,6 +163,18 @@ pub(super) fn log_target(text: &str) -> Result<LogTarget, String> {
         "none" | "/dev/null" => LogTarget::None,
         path => LogTarget::File(PathBuf::from(path)),
     })
+}
+
+/// `-access-log-format`.
+pub(super) fn access_log_format(text: &str) -> Result<AccessLogFormat, String> {
+    let format = match text {
+        "" => return Err("the access log's format is empty; write default, json or a text with operators".to_owned()),
+        "default" => AccessLogFormat::Default,
+        "json" => AccessLogFormat::consul(),
+        text => AccessLogFormat::Text(text.to_owned()),
+    };
+    check_access_log(&format).map_err(|error| error.to_string())?;
+    Ok(format)
 }
 
 fn split_host_port(text: &str) -> Result<(&str, Option<u16>), &'static str> {
@@ -321,6 +335,11 @@ mod tests {
         assert!(workers("0").is_err() && workers("-1").is_err() && workers("99999").is_err());
         assert_eq!(key_value("a=b=c"), Ok(("a".into(), "b=c".into())));
         assert!(key_value("=b").is_err() && key_value("a").is_err());
+        assert_eq!(access_log_format("default"), Ok(AccessLogFormat::Default));
+        assert_eq!(access_log_format("json"), Ok(AccessLogFormat::consul()));
+        assert_eq!(access_log_format("%DURATION%"), Ok(AccessLogFormat::Text("%DURATION%".into())));
+        assert!(access_log_format("").is_err());
+        assert!(access_log_format("%DURATON%").is_err_and(|error| error.contains("DURATON")));
         assert_eq!(log_target("none"), Ok(LogTarget::None));
         assert_eq!(log_target("/var/log/x"), Ok(LogTarget::File("/var/log/x".into())));
         assert!(log_target("").is_err());

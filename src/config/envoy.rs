@@ -193,18 +193,18 @@ pub enum StatAddress {
 }
 
 /// One access log, as `accessLogs` of Consul's proxy-defaults or a listener's `access_log` sets it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AccessLog {
     /// Where lines go.
     pub target: super::LogTarget,
     /// How a line looks.
     pub format: AccessLogFormat,
-    /// Only connections that no listener wanted (Consul's `listenerLogs`, filter on the flag NR).
+    /// Those connections that no listener wanted (Consul's `listenerLogs`, filter on the flag NR) instead of all others.
     pub unmatched_only: bool,
 }
 
 /// The shape of access log lines; operators are Envoy's (`%START_TIME%`, `%RESPONSE_FLAGS%`, ...).
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AccessLogFormat {
     /// Envoy's default text format.
     Default,
@@ -212,4 +212,37 @@ pub enum AccessLogFormat {
     Text(String),
     /// `json_format`: strings may hold operators.
     Json(serde_json::Map<String, serde_json::Value>),
+}
+
+impl AccessLogFormat {
+    /// Consul's JSON format where `accessLogs` gives none (`agent/xds/accesslogs`).
+    pub fn consul() -> Self {
+        let keys = [
+            ("start_time", "%START_TIME%"),
+            ("route_name", "%ROUTE_NAME%"),
+            ("method", "%REQ(:METHOD)%"),
+            ("path", "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%"),
+            ("protocol", "%PROTOCOL%"),
+            ("response_code", "%RESPONSE_CODE%"),
+            ("response_flags", "%RESPONSE_FLAGS%"),
+            ("response_code_details", "%RESPONSE_CODE_DETAILS%"),
+            ("connection_termination_details", "%CONNECTION_TERMINATION_DETAILS%"),
+            ("bytes_received", "%BYTES_RECEIVED%"),
+            ("bytes_sent", "%BYTES_SENT%"),
+            ("duration", "%DURATION%"),
+            ("upstream_service_time", "%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)%"),
+            ("x_forwarded_for", "%REQ(X-FORWARDED-FOR)%"),
+            ("user_agent", "%REQ(USER-AGENT)%"),
+            ("request_id", "%REQ(X-REQUEST-ID)%"),
+            ("authority", "%REQ(:AUTHORITY)%"),
+            ("upstream_host", "%UPSTREAM_HOST%"),
+            ("upstream_cluster", "%UPSTREAM_CLUSTER%"),
+            ("upstream_local_address", "%UPSTREAM_LOCAL_ADDRESS%"),
+            ("downstream_local_address", "%DOWNSTREAM_LOCAL_ADDRESS%"),
+            ("downstream_remote_address", "%DOWNSTREAM_REMOTE_ADDRESS%"),
+            ("requested_server_name", "%REQUESTED_SERVER_NAME%"),
+            ("upstream_transport_failure_reason", "%UPSTREAM_TRANSPORT_FAILURE_REASON%"),
+        ];
+        Self::Json(keys.into_iter().map(|(key, operator)| (key.to_owned(), operator.into())).collect())
+    }
 }

@@ -3,6 +3,7 @@
 //! Invariant: what changes security and cannot be honoured refuses the whole proxy; what merely has no effect is named once.
 //! Pure. Keys and defaults: Consul `agent/xds/config`, Envoy's where the built-in proxy differs (`config.rs`).
 
+mod access_logs;
 mod upstream;
 
 use std::collections::BTreeMap;
@@ -15,6 +16,7 @@ use super::consul::watch::chain::not_default;
 use super::consul::wire;
 use super::opaque::Opaque;
 use crate::config;
+use crate::config::envoy::AccessLog;
 use crate::mesh::{Bind, DenyReply, Outlier};
 
 use upstream::upstream;
@@ -32,6 +34,8 @@ pub(crate) struct Definition {
     pub(crate) datacenter: String,
     pub(crate) public: Option<Public>,
     pub(crate) upstreams: Vec<Upstream>,
+    /// Of proxy-defaults, merged into the registration since Consul 1.15.
+    pub(crate) access_logs: Vec<AccessLog>,
     /// What has no effect here or could not be read, for one line of log.
     pub(crate) warnings: Vec<String>,
 }
@@ -102,7 +106,16 @@ pub(crate) fn parse(service: &wire::Service) -> Result<Definition, String> {
         }
     }
     unique_binds(public.as_ref(), &upstreams)?;
-    Ok(Definition { proxy_id: service.id.clone(), name, datacenter: service.datacenter.clone(), public, upstreams, warnings })
+    let access_logs = lenient(access_logs::access_logs(&proxy.access_logs).map(Some), &mut warnings).unwrap_or_default();
+    Ok(Definition {
+        proxy_id: service.id.clone(),
+        name,
+        datacenter: service.datacenter.clone(),
+        public,
+        upstreams,
+        access_logs,
+        warnings,
+    })
 }
 
 /// A service that exists only on the command line.
@@ -143,7 +156,7 @@ pub(crate) fn from_flags(flags: &config::ServiceProxy, settings: &config::Consul
         .collect();
     unique_binds(public.as_ref(), &upstreams)?;
     let proxy_id = flags.name.clone();
-    Ok(Definition { proxy_id, name, datacenter: String::new(), public, upstreams, warnings: Vec::new() })
+    Ok(Definition { proxy_id, name, datacenter: String::new(), public, upstreams, access_logs: Vec::new(), warnings: Vec::new() })
 }
 
 fn app_address(text: &str) -> Result<App, String> {
@@ -235,9 +248,6 @@ fn note_ignored(proxy: &wire::Proxy, config: &Opaque<'_>, warnings: &mut Vec<Str
         warnings
             .push("expose has no effect: nothing is let in without mutual TLS, so rewritten HTTP checks will fail".to_owned());
     }
-    if proxy.access_logs.enabled {
-        warnings.push("access_logs has no effect: -connection-log says where connections are logged".to_owned());
-    }
     for extension in &proxy.envoy_extensions {
         warnings.push(format!("Envoy extension {} has no effect", extension.name.escape_default()));
     }
@@ -328,10 +338,9 @@ mod tests {
     fn what_has_no_effect_is_named() {
         let definition = parse(&service(|v| {
             v["Proxy"]["Expose"] = json!({"Checks": true});
-            v["Proxy"]["AccessLogs"] = json!({"Enabled": true});
         }))
         .expect("accepted");
-        for word in ["envoy_prometheus_bind_addr", "expose", "access_logs"] {
+        for word in ["envoy_prometheus_bind_addr", "expose"] {
             assert!(definition.warnings.iter().any(|warning| warning.contains(word)), "{word}: {:?}", definition.warnings);
         }
     }

@@ -7,6 +7,7 @@ use super::definition::{Definition, Destination};
 use super::state::{Proxy, State, chain_ask, health_key};
 use super::{ServiceStatus, Status};
 use crate::config;
+use crate::config::envoy::AccessLog;
 use crate::policy::DefaultPolicy;
 
 /// Problems of one proxy that are shown; the rest is counted.
@@ -19,7 +20,23 @@ pub(crate) fn status(state: &mut State, published: bool, agent_reachable: bool, 
         proxy.was_ready |= complete && published;
     }
     let services: Vec<ServiceStatus> = (0..state.proxies.len()).map(|index| service_status(state, index, wall)).collect();
-    Status { ready: state.proxies.iter().all(|proxy| proxy.was_ready), agent_reachable, services }
+    Status {
+        ready: state.proxies.iter().all(|proxy| proxy.was_ready),
+        agent_reachable,
+        services,
+        access_logs: access_logs(state),
+    }
+}
+
+/// What the registrations ask for, each log once.
+fn access_logs(state: &State) -> Vec<AccessLog> {
+    let mut logs: Vec<AccessLog> = Vec::new();
+    for log in state.proxies.iter().filter_map(|proxy| proxy.definition.as_ref()).flat_map(|definition| &definition.access_logs) {
+        if !logs.contains(log) {
+            logs.push(log.clone());
+        }
+    }
+    logs
 }
 
 fn is_complete(state: &State, proxy: &Proxy) -> bool {

@@ -1,5 +1,6 @@
 //! Consul's delta ADS stream as a second feeder of [`Snapshot`].
 
+pub mod access_log;
 pub mod proto_json;
 
 use tokio::sync::{mpsc, watch};

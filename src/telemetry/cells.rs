@@ -1,7 +1,7 @@
 //! Counters with one writer: a worker adds with a relaxed load and store, the admin thread reads whenever it likes.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::close::CloseReason;
 
@@ -27,6 +27,22 @@ impl Cell {
 
     /// The value now.
     pub fn value(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A wish of the admin thread, at which workers look without waiting.
+#[derive(Debug, Default)]
+pub struct Wish(AtomicBool);
+
+impl Wish {
+    /// Only the admin thread may call it.
+    pub fn set(&self, wanted: bool) {
+        self.0.store(wanted, Ordering::Relaxed);
+    }
+
+    /// Whether it is wanted now.
+    pub fn is_set(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 }
@@ -134,6 +150,6 @@ pub struct WorkerCells {
     pub generation: Cell,
     /// Listeners bound now (gauge).
     pub listeners: Cell,
-    /// Times that a listening socket came or went.
-    pub listener_changes: Cell,
+    /// Access logs are open: find out `record::AccessFacts` for them.
+    pub access_facts: Wish,
 }

@@ -22,8 +22,9 @@ use tokio::sync::watch;
 
 use super::channel::Receiver;
 use super::export::Exporter;
-use super::log::{self, ConnectionLog};
+use super::log::{self, AccessLogs, ConnectionLog};
 use super::record::{ConnectionRecord, Event};
+use crate::config::envoy::AccessLog;
 
 pub use callers::{Callers, Counts, Speaker};
 pub use denials::{DENIALS_MAX, Denial, Denials};
@@ -77,6 +78,7 @@ pub struct Hub {
     /// The receiver to begin with next time.
     first: usize,
     log: ConnectionLog,
+    access: Option<AccessLogs>,
     exporter: Exporter,
     listeners: Listeners,
     series: Series,
@@ -98,6 +100,7 @@ impl Hub {
             receivers,
             first: 0,
             log,
+            access: None,
             exporter: Exporter::new(),
             listeners: Listeners::new(workers),
             series: Series::default(),
@@ -109,6 +112,26 @@ impl Hub {
             drained: watch::Sender::new(false),
             sweep_at: None,
             since: SystemTime::now(),
+        }
+    }
+
+    /// Writes access logs besides the connection log. Call before the workers start, so that they miss no fact.
+    pub fn set_access_logs(&mut self, logs: AccessLogs) {
+        self.want_access_facts(logs.are_on());
+        self.access = Some(logs);
+    }
+
+    /// Takes the access logs that the control plane asks for, instead of those that it asked for before.
+    pub fn learn_access_logs(&mut self, settings: &[AccessLog]) {
+        let Some(logs) = &mut self.access else { return };
+        logs.learn(settings);
+        let are_on = logs.are_on();
+        self.want_access_facts(are_on);
+    }
+
+    fn want_access_facts(&self, wanted: bool) {
+        for receiver in &self.receivers {
+            receiver.cells.access_facts.set(wanted);
         }
     }
 
@@ -152,7 +175,6 @@ impl Hub {
                 self.series.add(&cells);
                 self.listeners.up(worker, bind, &cells);
             }
-            Event::RouteUp { cells } => self.series.add(&cells),
             Event::ListenerDown { bind } => self.listeners.down(worker, &bind),
             Event::BindFailed { bind, error } => self.listeners.bind_failed(worker, bind, &error),
             Event::AcceptFailed { bind, error } => self.listeners.accept_failed(bind, &error, now),
@@ -181,6 +203,9 @@ impl Hub {
             }
         }
         self.log.record(record, now);
+        if let Some(logs) = &mut self.access {
+            logs.record(record);
+        }
     }
 
     fn eject(&mut self, worker: usize, upstream: Arc<str>, endpoint: SocketAddr, until: Instant) {
@@ -192,6 +217,9 @@ impl Hub {
     /// What is due after each drain: lines handed to their writer, and from time to time a sweep.
     fn tell(&mut self, now: Instant) {
         self.log.flush(now);
+        if let Some(logs) = &mut self.access {
+            logs.flush();
+        }
         self.listeners.tell(now);
         if self.sweep_at.is_none_or(|at| at <= now) {
             self.sweep_at = Some(now + SWEEP_INTERVAL);
@@ -275,6 +303,11 @@ impl Hub {
     /// What became of the connection log's lines.
     pub fn log_counts(&self) -> log::Counts {
         self.log.counts()
+    }
+
+    /// What became of the access logs' lines.
+    pub fn access_log_counts(&self) -> log::Counts {
+        self.access.as_ref().map(AccessLogs::counts).unwrap_or_default()
     }
 
     /// For what only the admin room knows.

@@ -6,6 +6,7 @@
 //!
 //! Knows no worker: the hub hands the records over on the admin thread.
 
+mod access;
 mod line;
 mod spool;
 
@@ -19,6 +20,7 @@ use super::record::ConnectionRecord;
 use crate::identity::SpiffeId;
 use crate::mesh::caller::Who;
 
+pub use access::{AccessLogs, check as check_access_log};
 pub use line::Rfc3339;
 pub use spool::{BATCH_BYTES_MAX, BATCHES_MAX, Counts, Destination, Reopener, Spool};
 
@@ -39,6 +41,9 @@ pub enum LogError {
     /// No thread for the writer.
     #[error("no thread for the log's writer: {0}; raise TasksMax or RLIMIT_NPROC")]
     Thread(std::io::Error),
+    /// An access log's format cannot be read.
+    #[error("access log format: {0}")]
+    Format(String),
 }
 
 /// Writes connection records.

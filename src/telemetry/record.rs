@@ -24,11 +24,6 @@ pub enum Event {
         /// Its counters, which outlive it.
         cells: Arc<ListenerCells>,
     },
-    /// A bound listener tells connections apart, and these cells count those of one route.
-    RouteUp {
-        /// Its counters, which outlive it.
-        cells: Arc<ListenerCells>,
-    },
     /// A listener is closed.
     ListenerDown {
         /// Where it was.
@@ -86,8 +81,6 @@ pub struct ConnectionRecord {
     pub downstream: Option<SocketAddr>,
     /// Where it wanted to go, when it was redirected here (outbound).
     pub original: Option<SocketAddr>,
-    /// The server name that its ClientHello asked for, where that chose its route. Nobody proved it.
-    pub server_name: Option<Box<str>>,
     /// Whom we connected to (the app, or the upstream endpoint).
     pub endpoint: Option<Address>,
     /// SPIFFE ID of the calling side, once known.
@@ -122,6 +115,23 @@ pub struct ConnectionRecord {
     pub reason: CloseReason,
     /// What rustls or the system said, for failures.
     pub detail: Option<Box<str>>,
+    /// What only access logs tell, where there are any.
+    pub access: Option<Box<AccessFacts>>,
+}
+
+/// Facts that cost a system call or a copy, and that only access logs print.
+#[derive(Debug, Default)]
+pub struct AccessFacts {
+    /// Our end of the connection that was accepted.
+    pub downstream_local: Option<SocketAddr>,
+    /// Our end of the connection that was opened.
+    pub upstream_local: Option<SocketAddr>,
+    /// The SNI that a listener which routes by it has read; like Envoy's, a listener that only terminates TLS reads none.
+    pub server_name: Option<Box<str>>,
+    /// The SNI of the target (outbound), by which Consul names its cluster.
+    pub cluster: Option<Arc<str>>,
+    /// The peer's leaf, DER.
+    pub peer_certificate: Option<Box<[u8]>>,
 }
 
 impl ConnectionRecord {
@@ -134,7 +144,6 @@ impl ConnectionRecord {
             upstream: cells.upstream.clone(),
             downstream,
             original: None,
-            server_name: None,
             endpoint: None,
             source: None,
             destination: None,
@@ -152,6 +161,7 @@ impl ConnectionRecord {
             attempts: 0,
             reason: CloseReason::Limit,
             detail: None,
+            access: None,
         }
     }
 }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use rustls::HandshakeKind;
 use rustls::client::UnbufferedClientConnection;
-use rustls::pki_types::UnixTime;
+use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedStatus};
 
@@ -274,13 +274,23 @@ impl Handshake {
         Ok(Established { peer, version: version.into(), suite: suite.into(), resumed, session })
     }
 
-    fn peer(&self) -> Result<SpiffeId, Failure> {
-        let chain = match &self.rustls {
+    /// The leaf that the peer presented, DER. Only a finished handshake has verified it.
+    pub fn peer_certificate(&self) -> Option<&[u8]> {
+        self.peer_chain()?.first().map(AsRef::as_ref)
+    }
+
+    fn peer_chain(&self) -> Option<&[CertificateDer<'static>]> {
+        match &self.rustls {
             Rustls::Server(connection) => connection.peer_certificates(),
             Rustls::Client(connection) => connection.peer_certificates(),
-        };
-        let (leaf, intermediates) =
-            chain.and_then(<[_]>::split_first).ok_or_else(|| Failure::from_rustls(&rustls::Error::NoCertificatesPresented))?;
+        }
+    }
+
+    fn peer(&self) -> Result<SpiffeId, Failure> {
+        let (leaf, intermediates) = self
+            .peer_chain()
+            .and_then(<[_]>::split_first)
+            .ok_or_else(|| Failure::from_rustls(&rustls::Error::NoCertificatesPresented))?;
         let now = UnixTime::now();
         match &self.expected {
             Some(expected) => self.trust.expected_peer(leaf, intermediates, expected, now),

@@ -103,6 +103,15 @@ pub(crate) struct Expose {
 #[serde(rename_all = "PascalCase", default)]
 pub(crate) struct AccessLogs {
     pub(crate) enabled: bool,
+    pub(crate) disable_listener_logs: bool,
+    #[serde(rename = "Type", deserialize_with = "nullable")]
+    pub(crate) kind: String,
+    #[serde(deserialize_with = "nullable")]
+    pub(crate) path: String,
+    #[serde(rename = "JSONFormat", deserialize_with = "nullable")]
+    pub(crate) json_format: String,
+    #[serde(deserialize_with = "nullable")]
+    pub(crate) text_format: String,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]

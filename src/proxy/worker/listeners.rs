@@ -8,11 +8,11 @@ use std::time::Instant;
 use super::{Worker, slot_of};
 use crate::mesh::Bind;
 use crate::proxy::connection::Connection;
-use crate::proxy::limits::{ACCEPT_BACKOFF, BIND_FOLLOW, BIND_RETRY, LEFT_WAITING_MAX};
-use crate::proxy::listener::{Listener, Role, Routing};
+use crate::proxy::limits::{ACCEPT_BACKOFF, BIND_FOLLOW, BIND_RETRY};
+use crate::proxy::listener::{Listener, Role};
 use crate::ring::{Completion, Errno, Op, Ring, Socket, Token};
 use crate::telemetry::close::CloseReason;
-use crate::telemetry::record::{ConnectionRecord, Event};
+use crate::telemetry::record::{AccessFacts, ConnectionRecord, Event};
 
 impl<R: Ring> Worker<R> {
     pub(super) fn on_accept(&mut self, completion: Completion) {
@@ -74,7 +74,6 @@ impl<R: Ring> Worker<R> {
         match role {
             Some(Role::Redirect) => self.on_redirected(index, socket),
             Some(Role::Lease) => self.on_leased(index, socket),
-            Some(Role::Router(_)) => self.on_routed(index, socket),
             _ => self.admit(index, socket, |_| {}),
         }
     }
@@ -112,12 +111,12 @@ impl<R: Ring> Worker<R> {
         let handed_over = self.orders.handed_over.load(Ordering::Acquire);
         let leads_there = |listener: &Listener| match &listener.role {
             Role::Upstream(balancer) => *balancer.upstream().name == *upstream && (!listener.removed || handed_over),
-            Role::Public { .. } | Role::Router(_) | Role::Forward(_) | Role::Original(_) | Role::Redirect | Role::Lease => false,
+            Role::Public(_) | Role::Redirect | Role::Lease => false,
         };
         self.listeners.iter().position(|listener| listener.as_ref().is_some_and(leads_there)).map(slot_of)
     }
 
-    pub(super) fn refuse_unrouted(&mut self, index: u32, socket: Socket, original: Option<SocketAddr>, why: String) {
+    fn refuse_unrouted(&mut self, index: u32, socket: Socket, original: Option<SocketAddr>, why: String) {
         let downstream = self.ring.peer_address(socket);
         let Some(Some(listener)) = self.listeners.get_mut(index as usize) else { return };
         listener.cells.connections.add(1);
@@ -130,7 +129,7 @@ impl<R: Ring> Worker<R> {
         self.ring.close(socket, true);
     }
 
-    pub(super) fn admit(&mut self, index: u32, socket: Socket, know: impl FnOnce(&mut ConnectionRecord)) {
+    fn admit(&mut self, index: u32, socket: Socket, know: impl FnOnce(&mut ConnectionRecord)) {
         let now = self.now();
         let Some(Some(listener)) = self.listeners.get_mut(index as usize) else { return };
         let full = self.connections.live() >= self.plane.connections_max;
@@ -140,6 +139,14 @@ impl<R: Ring> Worker<R> {
         listener.cells.connections.add(1);
         let mut facts = Box::new(ConnectionRecord::new(&listener.cells, self.ring.peer_address(socket)));
         know(&mut facts);
+        if self.telemetry.cells.access_facts.is_set() {
+            let cluster = match &listener.role {
+                Role::Upstream(balancer) => balancer.upstream().targets.first().map(|target| Arc::clone(&target.sni)),
+                Role::Public(_) | Role::Redirect | Role::Lease => None,
+            };
+            let downstream_local = self.ring.local_address(socket);
+            facts.access = Some(Box::new(AccessFacts { downstream_local, cluster, ..AccessFacts::default() }));
+        }
         if !admitted {
             let (reason, detail) = match (listener.removed, full) {
                 (true, _) => (CloseReason::Drained, "the listener is closing"),
@@ -176,7 +183,6 @@ impl<R: Ring> Worker<R> {
                 self.bind(index, now);
             }
             self.announce(index, now);
-            self.announce_routes(index, now);
             self.arm(index);
         }
         self.listeners_due = self.listeners.iter().flatten().filter_map(|listener| listener.retry_at).min();
@@ -205,7 +211,6 @@ impl<R: Ring> Worker<R> {
                 }
                 listener.failure_told = false;
                 self.listeners_bound += 1;
-                self.telemetry.cells.listener_changes.add(1);
             }
             Err(error) => {
                 listener.retry_at = Some(now + BIND_RETRY);
@@ -233,10 +238,7 @@ impl<R: Ring> Worker<R> {
         let Some(listener) = &mut self.listeners[index] else { return };
         let waits = self.orders.successor
             && match listener.role {
-                Role::Public { .. } | Role::Upstream(_) => listener.service.identity.is_none(),
-                Role::Router(Routing { ref router, .. }) => router.lacks_identity(),
-                // Without a socket nothing is armed.
-                Role::Forward(_) | Role::Original(_) => false,
+                Role::Public(_) | Role::Upstream(_) => listener.service.identity.is_none(),
                 // Routes lead to upstreams of any service, and leases are the predecessor's until then.
                 Role::Redirect | Role::Lease => !self.orders.in_charge.load(Ordering::Acquire),
             };
@@ -251,16 +253,6 @@ impl<R: Ring> Worker<R> {
             listener.accepting = true;
             let token = Token::new(Op::Accept, 0, slot_of(index), listener.generation);
             self.ring.accept(socket, token);
-            self.accept_left(index);
-        }
-    }
-
-    /// Takes what waits at sockets that were left for the same address and close now: those of workers that are no more.
-    fn accept_left(&mut self, index: usize) {
-        let Some(local) = self.listeners[index].as_ref().and_then(|listener| listener.local(self.index)) else { return };
-        for _ in 0..LEFT_WAITING_MAX {
-            let Some(socket) = self.ring.accept_left(&local) else { return };
-            self.on_accepted(slot_of(index), socket);
         }
     }
 
@@ -301,15 +293,13 @@ impl<R: Ring> Worker<R> {
                 Bind::Unix { .. } | Bind::Tcp(_) => None,
             };
             self.ring.close_listener(socket, path);
-            self.telemetry.cells.listener_changes.add(1);
             listener.gate.holders.fetch_sub(1, Ordering::AcqRel);
             self.listeners_bound -= 1;
             let bind = listener.bind.clone();
             self.telemetry.send(Event::ListenerDown { bind });
         }
-        if listener.live == 0 && !self.may_yet_be_taken(index) {
-            self.listeners[index as usize] = None;
-            self.close_routes_of(index);
+        if listener.live == 0 {
+            *place = None;
         }
     }
 }

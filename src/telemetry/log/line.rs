@@ -2,8 +2,7 @@
 //!
 //! Invariant: the keys and their order never change within a major version; a value that is not known is `null`. Only
 //! `remedy`, `denial` and `why` are left out when nobody was denied, `caller` where local
-//! callers are not told apart, `original` unless it was redirected, `server_name` unless it chose the
-//! route. Text from peers is escaped by serde, so a line stays one line.
+//! callers are not told apart, `original` unless it was redirected. Text from peers is escaped by serde, so a line stays one line.
 
 use std::fmt::Display;
 use std::time::{Duration, SystemTime};
@@ -13,6 +12,48 @@ use serde::{Serialize, Serializer};
 use crate::mesh::caller;
 use crate::telemetry::denial::{self, DenialId};
 use crate::telemetry::record::ConnectionRecord;
+
+/// Every key of a line and of its caller, by which `%RINGFENCE(field)%` names them.
+pub(super) const FIELDS: [&str; 38] = [
+    "time",
+    "direction",
+    "service",
+    "upstream",
+    "source",
+    "destination",
+    "decision",
+    "by",
+    "remedy",
+    "bytes_from_mesh",
+    "bytes_to_mesh",
+    "connect_ms",
+    "handshake_ms",
+    "total_ms",
+    "tls_version",
+    "tls_suite",
+    "tls_resumed",
+    "downstream",
+    "endpoint",
+    "attempts",
+    "reason",
+    "detail",
+    "original",
+    "denial",
+    "why",
+    "dag",
+    "task",
+    "run",
+    "try",
+    "map_index",
+    "component",
+    "uid",
+    "pid",
+    "command",
+    "ancestry",
+    "identity",
+    "tier",
+    "rule",
+];
 
 /// The line's keys, in the order in which they are printed.
 #[derive(Serialize)]
@@ -42,8 +83,6 @@ pub(super) struct Line<'a> {
     detail: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     original: Option<Text<std::net::SocketAddr>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    server_name: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     caller: Option<Caller<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -77,7 +116,6 @@ impl<'a> From<&'a ConnectionRecord> for Line<'a> {
             tls_resumed: record.tls_resumed,
             downstream: record.downstream.map(Text),
             original: record.original.map(Text),
-            server_name: record.server_name.as_deref(),
             endpoint: record.endpoint.as_ref().map(Text),
             attempts: record.attempts,
             reason: record.reason.as_str(),
@@ -176,6 +214,16 @@ impl Display for Rfc3339 {
             clock.second(),
         )
     }
+}
+
+/// A TLS version number as its name.
+pub(super) fn tls_version(number: u16) -> String {
+    TlsVersion(number).to_string()
+}
+
+/// A cipher suite number as its registered name.
+pub(super) fn tls_suite(number: u16) -> String {
+    TlsSuite(number).to_string()
 }
 
 struct TlsVersion(u16);

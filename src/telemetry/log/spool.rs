@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::LogError;
+use crate::config::LogTarget;
 use crate::telemetry::limiter::Limiter;
 
 /// Bytes gathered before a batch is handed over; also the longest line.
@@ -56,6 +57,17 @@ impl From<&str> for Destination {
             "-" | "stdout" | "/dev/stdout" | "/dev/fd/1" => Self::Stdout,
             "stderr" | "/dev/stderr" | "/dev/fd/2" => Self::Stderr,
             path => Self::File(path.into()),
+        }
+    }
+}
+
+impl From<&LogTarget> for Destination {
+    fn from(target: &LogTarget) -> Self {
+        match target {
+            LogTarget::None => Self::None,
+            LogTarget::Stdout => Self::Stdout,
+            LogTarget::Stderr => Self::Stderr,
+            LogTarget::File(path) => Self::File(path.clone()),
         }
     }
 }
@@ -97,11 +109,29 @@ pub struct Counts {
     pub errors: u64,
 }
 
+impl std::ops::Add for Counts {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { written: self.written + other.written, dropped: self.dropped + other.dropped, errors: self.errors + other.errors }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Counters {
     written: AtomicU64,
     dropped: AtomicU64,
     errors: AtomicU64,
+}
+
+impl Counters {
+    fn counts(&self) -> Counts {
+        Counts {
+            written: self.written.load(Ordering::Relaxed),
+            dropped: self.dropped.load(Ordering::Relaxed),
+            errors: self.errors.load(Ordering::Relaxed),
+        }
+    }
 }
 
 /// The side that lines are pushed into.
@@ -122,7 +152,8 @@ struct Batch {
 
 #[derive(Debug)]
 struct Writer {
-    batches: mpsc::Sender<Batch>,
+    /// Gone when the writer was told to end.
+    batches: Option<mpsc::Sender<Batch>>,
     thread: JoinHandle<()>,
 }
 
@@ -155,7 +186,7 @@ impl Spool {
         };
         let thread =
             std::thread::Builder::new().name("log".into()).spawn(move || drain.run(receiver)).map_err(LogError::Thread)?;
-        Ok(Self::with_writer(Some(Writer { batches, thread }), reopener, counters))
+        Ok(Self::with_writer(Some(Writer { batches: Some(batches), thread }), reopener, counters))
     }
 
     fn with_writer(writer: Option<Writer>, reopener: &Reopener, counters: Arc<Counters>) -> Self {
@@ -187,13 +218,13 @@ impl Spool {
 
     /// Hands what was gathered to the writer. When its queue is full the lines stay here for the next call.
     pub fn flush(&mut self) {
-        let Some(writer) = &self.writer else { return };
+        let Some(batches) = self.writer.as_ref().and_then(|writer| writer.batches.as_ref()) else { return };
         let epoch = self.reopener.epoch();
         // An empty batch makes an idle writer look at the epoch.
         if self.pending.lines == 0 && epoch == self.epoch_sent {
             return;
         }
-        match writer.batches.try_send(std::mem::take(&mut self.pending)) {
+        match batches.try_send(std::mem::take(&mut self.pending)) {
             Ok(()) => self.epoch_sent = epoch,
             Err(TrySendError::Full(batch)) => self.pending = batch,
             Err(TrySendError::Closed(batch)) => {
@@ -202,13 +233,27 @@ impl Spool {
         }
     }
 
+    /// Ends the writer once it has what was gathered, without waiting for it; true when it has written all and ended.
+    /// Takes no line any more.
+    pub fn retire(&mut self) -> bool {
+        self.flush();
+        let Some(writer) = &mut self.writer else { return true };
+        if self.pending.lines == 0 {
+            writer.batches = None;
+        }
+        writer.thread.is_finished()
+    }
+
+    /// Ends it as dropping does, and tells what became of all its lines.
+    pub fn close(self) -> Counts {
+        let counters = Arc::clone(&self.counters);
+        drop(self);
+        counters.counts()
+    }
+
     /// What became of the lines so far.
     pub fn counts(&self) -> Counts {
-        Counts {
-            written: self.counters.written.load(Ordering::Relaxed),
-            dropped: self.counters.dropped.load(Ordering::Relaxed),
-            errors: self.counters.errors.load(Ordering::Relaxed),
-        }
+        self.counters.counts()
     }
 }
 

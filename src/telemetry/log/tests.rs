@@ -24,7 +24,6 @@ pub(crate) fn inbound(allowed: bool) -> ConnectionRecord {
         upstream: None,
         downstream: Some(([127, 0, 0, 1], 30_001).into()),
         original: None,
-        server_name: None,
         endpoint: allowed.then(|| Address::Tcp(([127, 0, 0, 1], 5_432).into())),
         source: Some(spiffe("web")),
         destination: Some(spiffe("db")),
@@ -42,6 +41,7 @@ pub(crate) fn inbound(allowed: bool) -> ConnectionRecord {
         attempts: 1,
         reason,
         detail: None,
+        access: None,
     }
 }
 
