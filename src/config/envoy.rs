@@ -11,7 +11,7 @@ use zeroize::Zeroizing;
 pub const STATS_FLUSH_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Consul's xDS server, and who this proxy is to it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Xds {
     /// `node.id`: the proxy's service id.
     pub node_id: String,
@@ -27,6 +27,16 @@ pub struct Xds {
     pub static_listeners: Vec<Vec<u8>>,
     /// Clusters of the bootstrap that traffic may go to: each an encoded `envoy.config.cluster.v3.Cluster`.
     pub static_clusters: Vec<Vec<u8>>,
+    /// The bootstrap as `/config_dump` may show it: canonical proto JSON without secrets.
+    pub bootstrap: serde_json::Value,
+}
+
+/// Without the token, and without the static resources, which may hold keys.
+impl std::fmt::Debug for Xds {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let server = self.server.as_ref().map(|server| &server.addresses);
+        f.debug_struct("Xds").field("node_id", &self.node_id).field("server", &server).finish_non_exhaustive()
+    }
 }
 
 /// Where a gRPC server is reached.
@@ -50,7 +60,7 @@ pub enum GrpcAddress {
 }
 
 /// How a gRPC server is verified.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct GrpcTls {
     /// PEM of the CAs that are trusted.
     pub ca_pem: String,
@@ -58,6 +68,13 @@ pub struct GrpcTls {
     pub server_name: Option<String>,
     /// Certificate chain and key in PEM, when the server wants them.
     pub client: Option<(String, Zeroizing<String>)>,
+}
+
+/// Without the key.
+impl std::fmt::Debug for GrpcTls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GrpcTls").field("server_name", &self.server_name).finish_non_exhaustive()
+    }
 }
 
 /// A listener that serves some of this process's own admin pages, as Consul adds them to a bootstrap for Prometheus, stats

@@ -1,6 +1,7 @@
 //! Consul's delta ADS stream as a second feeder of [`Snapshot`].
 
 pub mod access_log;
+pub mod bootstrap;
 pub mod proto_json;
 
 use tokio::sync::{mpsc, watch};

@@ -77,6 +77,8 @@ pub struct Protos {
     pool: DescriptorPool,
     /// Full names of fields whose content is not to be shown.
     sensitive: HashSet<String>,
+    /// Unknown fields are dropped instead of refused.
+    tolerant: bool,
 }
 
 impl Protos {
@@ -90,7 +92,12 @@ impl Protos {
                 && matches!(field.options().get_extension(&mark).as_ref(), Value::Bool(true))
         });
         let sensitive = marked.map(|field| field.full_name().to_owned()).chain([METADATA.to_owned()]).collect();
-        Self { pool, sensitive }
+        Self { pool, sensitive, tolerant: false }
+    }
+
+    /// Drops unknown fields instead of refusing them (`--allow-unknown-static-fields`).
+    pub fn tolerant(self) -> Self {
+        Self { tolerant: true, ..self }
     }
 
     /// Reads `json` as a `T`: proto JSON, with names in either spelling, and one value where a list is wanted, as Envoy does.
@@ -110,6 +117,11 @@ impl Protos {
         Ok(message.encode_to_vec())
     }
 
+    /// An encoded message as [`Self::render`] shows it, but with its secrets: for reading, never for showing.
+    pub(super) fn canonical(&self, name: &str, bytes: &[u8]) -> Result<Json, ProtoJsonError> {
+        to_json(name, &self.dynamic(name, bytes)?)
+    }
+
     /// A message in canonical proto JSON with names as in the protobufs, `Any`s expanded and secrets replaced.
     pub fn render<T: Message + Name>(&self, message: &T) -> Result<Json, ProtoJsonError> {
         self.render_bytes(&T::full_name(), &message.encode_to_vec())
@@ -117,13 +129,14 @@ impl Protos {
 
     /// [`Self::render`] for an encoded message: `name` is its full name or its type URL.
     pub fn render_bytes(&self, name: &str, bytes: &[u8]) -> Result<Json, ProtoJsonError> {
-        let descriptor = self.descriptor(name.rsplit('/').next().unwrap_or(name), "")?;
-        let mut message = DynamicMessage::decode(descriptor, bytes)
-            .map_err(|error| ProtoJsonError::Bytes { name: name.to_owned(), why: error.to_string() })?;
+        let mut message = self.dynamic(name, bytes)?;
         self.redact(&mut message, false, 0);
-        let options = SerializeOptions::new().use_proto_field_name(true);
-        message
-            .serialize_with_options(serde_json::value::Serializer, &options)
+        to_json(name, &message)
+    }
+
+    fn dynamic(&self, name: &str, bytes: &[u8]) -> Result<DynamicMessage, ProtoJsonError> {
+        let descriptor = self.descriptor(name.rsplit('/').next().unwrap_or(name), "")?;
+        DynamicMessage::decode(descriptor, bytes)
             .map_err(|error| ProtoJsonError::Bytes { name: name.to_owned(), why: error.to_string() })
     }
 
@@ -146,6 +159,9 @@ impl Protos {
         let mut fields = serde_json::Map::new();
         for (name, value) in given {
             let field = message.get_field_by_name(name).or_else(|| message.get_field_by_json_name(name));
+            if field.is_none() && self.tolerant {
+                continue;
+            }
             let field = field.ok_or_else(|| ProtoJsonError::UnknownField {
                 field: name.clone(),
                 message: message.full_name().to_owned(),
@@ -238,6 +254,13 @@ impl Protos {
         };
         any.transcode_from(&shown).expect("an Any is an Any");
     }
+}
+
+fn to_json(name: &str, message: &DynamicMessage) -> Result<Json, ProtoJsonError> {
+    let options = SerializeOptions::new().use_proto_field_name(true);
+    message
+        .serialize_with_options(serde_json::value::Serializer, &options)
+        .map_err(|error| ProtoJsonError::Bytes { name: name.to_owned(), why: error.to_string() })
 }
 
 /// A field's place inside `place`.
