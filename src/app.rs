@@ -14,7 +14,7 @@ mod sidecar;
 mod supervise;
 mod threads;
 
-pub use logs::init as init_logs;
+pub use logs::{init as init_logs, to_file as log_to_file};
 pub use process::{abort_on_panic, prepare as prepare_process};
 pub use sidecar::Sidecar;
 pub use supervise::run;

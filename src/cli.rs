@@ -12,6 +12,7 @@ mod check;
 mod connect;
 mod demo;
 mod environment;
+mod envoy;
 mod explain;
 mod flags;
 mod http;
@@ -20,7 +21,7 @@ mod terminal;
 mod top;
 mod values;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -60,13 +61,14 @@ impl From<Exit> for ExitCode {
 pub struct UsageError(pub(crate) String);
 
 const AFTER_HELP: &str = "\
-Flags are written as Consul's: -name value, -name=value or --name value.
+Flags are written as Consul's: -name value, -name=value or --name value. Under the name `envoy`, or with Envoy's -c,
+--config-path or --config-yaml, the whole line is Envoy's.
 
 Exit codes:
   0   ended as asked
   1   check: something failed; demo --once: a step did not hold; explain: would be denied, or no such denial;
       redirect-traffic -check: other rules are loaded, or none;
-      airflow init -apply: something was kept as somebody else decided it
+      airflow init -apply: something was kept as somebody else decided it; envoy: whatever is wrong
   64  the command line is wrong
   69  the kernel refuses io_uring or a feature of it; explain, top: the sidecar does not answer
   70  a fault of this program
@@ -75,6 +77,7 @@ Exit codes:
 Examples:
   ringfence demo
   ringfence connect -sidecar-for web
+  consul connect envoy -sidecar-for web -envoy-binary /usr/bin/ringfence
   ringfence check -sidecar-for web -token-file /etc/consul.d/web.token
   ringfence explain 5f3a9c0100000007
   ringfence top
@@ -99,6 +102,9 @@ enum Command {
     Explain(explain::Flags),
     /// Show which tasks and services talk now: connections, bytes, rates, denials
     Top(top::Flags),
+    /// Be Envoy: its flags, bootstrap, exit codes and admin port; `ringfence envoy --help` lists what is the same
+    #[command(disable_help_flag = true)]
+    Envoy(envoy::Flags),
     /// Set up the hosts of an Airflow deployment
     Airflow(airflow::Flags),
     /// Redirect the traffic of Airflow's tasks to the sidecar by nftables, lock the rest, or take that away
@@ -109,9 +115,9 @@ enum Command {
     Agent(agent::Flags),
 }
 
-/// Runs the command that `arguments` (without the program's name) ask for.
-pub fn run(arguments: impl Iterator<Item = OsString>, environment: &Environment) -> Exit {
-    let parsed = match parse(arguments) {
+/// Runs the command that `arguments` ask for, or the program's own name does.
+pub fn run(program: &OsStr, arguments: impl Iterator<Item = OsString>, environment: &Environment) -> Exit {
+    let parsed = match parse(program, arguments, environment) {
         Ok(parsed) => parsed,
         Err(Stop::Print(text)) => {
             print(&text);
@@ -124,6 +130,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>, environment: &Environment)
         Command::Check(flags) => check::run(&flags, environment, &parsed.ignored),
         Command::Explain(flags) => explain::run(&flags),
         Command::Top(flags) => top::run(&flags),
+        Command::Envoy(flags) => Ok(envoy::run(&flags, environment)),
         Command::Airflow(flags) => airflow::run(&flags, environment),
         Command::RedirectTraffic(flags) => redirect::run(&flags),
         Command::Demo(flags) => demo::run(&flags),
@@ -154,12 +161,19 @@ impl From<UsageError> for Stop {
     }
 }
 
-fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Parsed, Stop> {
+fn parse(program: &OsStr, arguments: impl Iterator<Item = OsString>, environment: &Environment) -> Result<Parsed, Stop> {
     let arguments: Vec<String> = arguments
         .map(|argument| {
             argument.into_string().map_err(|raw| UsageError(format!("argument {} is no UTF-8", raw.to_string_lossy())))
         })
         .collect::<Result<_, _>>()?;
+    if let Some(flags) = envoy::called(program, &arguments) {
+        return Ok(Parsed { command: Command::Envoy(flags), ignored: Vec::new() });
+    }
+    // What `consul connect envoy` asks its -envoy-binary first, whatever the name of that is.
+    if arguments.first().is_some_and(|first| first == "--version") {
+        return Err(Stop::Print(envoy::version(&program.to_string_lossy(), environment)));
+    }
     let (command, rest) = split_command(&arguments)?;
     let (nested, rest) = split_nested(command, rest)?;
     let (envoy, known) = (matches!(command, "connect" | "check"), known(command, nested));
@@ -295,6 +309,10 @@ mod tests {
         line.split_whitespace().map(OsString::from)
     }
 
+    fn read(line: &str) -> Result<Parsed, Stop> {
+        parse(OsStr::new("ringfence"), words(line), &Environment::default())
+    }
+
     #[test]
     fn the_definition_of_all_commands_is_sound() {
         Cli::command().debug_assert();
@@ -309,7 +327,7 @@ mod tests {
             "-sidecar-for web",
             "connect envoy -ignore-envoy-compatibility=true --sidecar-for web -- -l debug",
         ] {
-            let parsed = parse(words(line)).expect(line);
+            let parsed = read(line).expect(line);
             let Command::Connect(flags) = parsed.command else { panic!("{line} is no connect") };
             assert_eq!(flags.sidecar.proxies.sidecar_for, ["web"], "{line}");
         }
@@ -330,11 +348,11 @@ mod tests {
             "top -h",
         ];
         for line in lines.into_iter().chain(["airflow", "airflow -h", "airflow init -help", "redirect-traffic -h"]) {
-            let Err(Stop::Print(text)) = parse(words(line)) else { panic!("`{line}` prints no help") };
+            let Err(Stop::Print(text)) = read(line) else { panic!("`{line}` prints no help") };
             assert!(text.contains("ringfence"), "{line}: {text}");
             assert!(text.contains("Example"), "{line}: {text}");
         }
-        let Err(Stop::Print(text)) = parse(words("--version")) else { panic!("no version") };
+        let Err(Stop::Print(text)) = read("--version") else { panic!("no version") };
         assert!(text.contains(env!("CARGO_PKG_VERSION")));
     }
 
@@ -357,7 +375,7 @@ mod tests {
             ("redirect-traffic -lock -print -alow 10.0.0.0/8", "did you mean -allow?"),
             ("airflow init -role boss", "scheduler, api-server"),
         ] {
-            let Err(Stop::Usage(UsageError(text))) = parse(words(line)) else { panic!("`{line}` was accepted") };
+            let Err(Stop::Usage(UsageError(text))) = read(line) else { panic!("`{line}` was accepted") };
             assert!(text.contains(wanted), "{line}: {text}");
         }
     }

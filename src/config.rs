@@ -82,11 +82,13 @@ pub struct Admin {
     pub access_log: Option<PathBuf>,
     /// `-envoy-version`: what `/server_info` and `/config_dump` say, `X.Y.Z`.
     pub envoy_version: String,
+    /// `--admin-address-path`: a file that the address is written to once it is bound.
+    pub address_path: Option<PathBuf>,
 }
 
 impl Default for Admin {
     fn default() -> Self {
-        Self { bind: ADMIN_BIND, access_log: None, envoy_version: ENVOY_VERSION.to_owned() }
+        Self { bind: ADMIN_BIND, access_log: None, envoy_version: ENVOY_VERSION.to_owned(), address_path: None }
     }
 }
 
@@ -132,6 +134,8 @@ pub enum LogLevel {
     Warn,
     /// What is broken.
     Error,
+    /// Nothing (Envoy's `off`).
+    Off,
 }
 
 /// What the data plane needs to know, whatever the control plane is.

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     ringfence::app::abort_on_panic();
     let environment = ringfence::cli::Environment::of_process();
-    let arguments = std::env::args_os().skip(1);
-    ringfence::cli::run(arguments, &environment).into()
+    let mut arguments = std::env::args_os();
+    let program = arguments.next().unwrap_or_else(|| "ringfence".into());
+    ringfence::cli::run(&program, arguments, &environment).into()
 }

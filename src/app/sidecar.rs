@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 
-use super::{AppError, callers, threads};
+use super::{AppError, callers, logs, threads};
 use crate::admin::{self, Action, Lifecycle};
 use crate::airflow;
 use crate::config;
@@ -72,6 +72,9 @@ impl Sidecar {
         let config::Sidecar { mut consul, xds, mut plane, admin: admin_settings, connection_log, access_logs, airflow, .. } =
             settings;
         let (listener, admin_address) = threads::bind_admin(admin_settings.bind, &mut inherited)?;
+        if let Some(path) = &admin_settings.address_path {
+            threads::write_admin_address(path, admin_address)?;
+        }
         let (prepared, attributions) =
             match airflow.map(|rules| callers::prepare(&rules, plane.workers, &mut inherited)).transpose()? {
                 Some((prepared, attributions)) => (Some(prepared), attributions),
@@ -239,6 +242,7 @@ impl Sidecar {
 
     /// Opens log files again.
     pub fn reopen_logs(&self) {
+        logs::reopen();
         self.reopener.reopen();
     }
 

@@ -1,6 +1,6 @@
 //! The main thread of `ringfence connect`: signals, wishes of the admin port, what systemd is told.
 //!
-//! SIGTERM and SIGINT drain, then end; a second one ends at once. SIGHUP reloads. SIGUSR2 starts the program's file anew beside
+//! SIGTERM and SIGINT drain, then end; a second one ends at once. SIGHUP reloads, SIGUSR1 opens log files again. SIGUSR2 starts the program's file anew beside
 //! this process, with the same listening sockets: when that one serves, this one finishes what it has begun and ends.
 
 use std::time::{Duration, Instant};
@@ -43,6 +43,7 @@ struct Signals {
     interrupt: Signal,
     hang_up: Signal,
     upgrade: Signal,
+    reopen: Signal,
 }
 
 impl Signals {
@@ -53,6 +54,7 @@ impl Signals {
             interrupt: on(SignalKind::interrupt())?,
             hang_up: on(SignalKind::hangup())?,
             upgrade: on(SignalKind::user_defined2())?,
+            reopen: on(SignalKind::user_defined1())?,
         })
     }
 }
@@ -111,6 +113,7 @@ impl Supervision {
                 _ = signals.interrupt.recv() => Wake::End,
                 _ = signals.hang_up.recv() => Wake::Reload,
                 _ = signals.upgrade.recv() => Wake::Upgrade,
+                _ = signals.reopen.recv() => Wake::Asked(Action::ReopenLogs),
                 action = sidecar.next_action() => Wake::Asked(action),
                 _ = ticks.tick() => Wake::Tick,
             };

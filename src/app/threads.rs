@@ -2,6 +2,7 @@
 
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::thread::JoinHandle;
 
 use tokio::sync::{mpsc, watch};
@@ -90,6 +91,12 @@ pub(super) fn bind_admin(bind: SocketAddr, inherited: &mut Inherited) -> Result<
         };
         AppError::Config(format!("admin port {bind} cannot be bound: {error}; {remedy}"))
     })
+}
+
+/// Writes where the admin port listens, as Envoy does: no line end.
+pub(super) fn write_admin_address(path: &Path, address: SocketAddr) -> Result<(), AppError> {
+    std::fs::write(path, address.to_string())
+        .map_err(|error| AppError::Config(format!("--admin-address-path {}: {error}", path.display())))
 }
 
 fn spawn(name: &str, body: impl FnOnce(tokio::runtime::Runtime) + Send + 'static) -> Result<JoinHandle<()>, AppError> {

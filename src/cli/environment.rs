@@ -6,14 +6,14 @@ use std::collections::BTreeMap;
 
 use zeroize::Zeroizing;
 
-/// A copy of the variables that Consul's tools read; tests make their own.
+/// A copy of the variables that Consul's tools read, and of our own; tests make their own.
 #[derive(Clone, Default)]
 pub struct Environment(BTreeMap<String, Zeroizing<String>>);
 
 impl Environment {
     /// What this process was started with.
     pub fn of_process() -> Self {
-        let ours = |name: &str| name.starts_with("CONSUL_") || name.starts_with("CONNECT_");
+        let ours = |name: &str| ["CONSUL_", "CONNECT_", "RINGFENCE_"].iter().any(|prefix| name.starts_with(prefix));
         std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .filter(|(name, _)| ours(name))

@@ -54,7 +54,7 @@ pub(super) struct Proxies {
 }
 
 /// How the agent is reached.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Consul agent")]
 pub(super) struct Agent {
     /// host:port, http(s)://host:port[/prefix] or unix:///path [env: CONSUL_HTTP_ADDR] [default: 127.0.0.1:8500]

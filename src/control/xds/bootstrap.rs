@@ -112,6 +112,9 @@ pub fn read(protos: &Protos, parts: &[Json]) -> Result<Bootstrap, BootstrapError
     Reader { protos, json: &json, ignored: Vec::new() }.read(old_protocol, shown)
 }
 
+/// A server, where there is one, and what a stream to it is opened with.
+type Server = (Option<GrpcServer>, Vec<(String, Zeroizing<String>)>);
+
 struct Reader<'a> {
     protos: &'a Protos,
     /// Canonical, with its secrets.
@@ -187,10 +190,7 @@ impl Reader<'_> {
     }
 
     /// The xDS server and what a stream to it is opened with.
-    fn server(
-        &self,
-        clusters: &[shape::Cluster],
-    ) -> Result<(Option<GrpcServer>, Vec<(String, Zeroizing<String>)>), BootstrapError> {
+    fn server(&self, clusters: &[shape::Cluster]) -> Result<Server, BootstrapError> {
         let dynamic = &self.json["dynamic_resources"];
         for field in dynamic.as_object().into_iter().flat_map(serde_json::Map::keys) {
             let place = format!("dynamic_resources.{field}");

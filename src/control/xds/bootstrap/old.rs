@@ -17,12 +17,11 @@ const TYPES: [(&str, &str); 5] = [
     ("envoy.dog_statsd", "type.googleapis.com/envoy.config.metrics.v3.DogStatsdSink"),
 ];
 
-/// Whether this is the old API: endpoints under `hosts`, or resources asked for in no new version.
+/// Whether this is the old API: resources are asked for, and not in the current version.
 pub(super) fn is_old(json: &Json) -> bool {
-    let clusters = super::list(&json["static_resources"]["clusters"]);
     let ads = &json["dynamic_resources"]["ads_config"];
     let version = ads.get("transport_api_version").or_else(|| ads.get("transportApiVersion"));
-    clusters.iter().any(|cluster| cluster.get("hosts").is_some()) || (ads.is_object() && version != Some(&json!("V3")))
+    ads.is_object() && version != Some(&json!("V3"))
 }
 
 /// The same in the current API.
