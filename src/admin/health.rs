@@ -70,10 +70,11 @@ pub(super) fn problems(shared: &Shared, hub: &Hub) -> Vec<Problem> {
         let why = error.map_or_else(|| "it is being opened".to_owned(), |error| format!("it cannot be bound: {error}"));
         Problem { subject: bind.to_string(), problem: format!("{bound} of {wanted} workers listen; {why}") }
     }));
-    let counts = hub.log_counts();
-    if counts.dropped > 0 {
-        let problem = format!("{} lines were dropped: the sink is slow or fails", counts.dropped);
-        problems.push(Problem { subject: "connection log".to_owned(), problem });
+    for (subject, counts) in [("connection log", hub.log_counts()), ("access log", hub.access_log_counts())] {
+        if counts.dropped > 0 {
+            let problem = format!("{} lines were dropped: the sink is slow or fails", counts.dropped);
+            problems.push(Problem { subject: subject.to_owned(), problem });
+        }
     }
     problems
 }

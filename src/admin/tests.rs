@@ -15,10 +15,11 @@ use crate::policy::{self, DefaultPolicy, Intention, Intentions};
 use crate::store::{Publisher, Reader};
 use crate::telemetry::cells::{Direction, ListenerCells};
 use crate::telemetry::channel::{self, Sender};
-use crate::telemetry::log::ConnectionLog;
 use crate::telemetry::log::tests::{inbound, said};
+use crate::telemetry::log::{AccessLogs, ConnectionLog};
 use crate::telemetry::record::Event;
 
+mod access_logs;
 mod callers;
 
 /// Would be seen in any answer that prints the key, as text, base64 or numbers.
@@ -53,8 +54,10 @@ async fn port_with(connection_log: Destination, settings: Settings) -> Port {
     let (lifecycle, lifecycle_seen) = watch::channel(Lifecycle::default());
     let (actions_sent, actions) = mpsc::channel(1);
     let (shutdown, shutdown_seen) = watch::channel(false);
+    let mut hub = Hub::new(vec![receiver], log);
+    hub.set_access_logs(AccessLogs::open(&[], &settings.reopener).expect("opens"));
     let context = Context {
-        hub: Hub::new(vec![receiver], log),
+        hub,
         viewer: publisher.viewer(),
         status: status_seen,
         resources: dump::channel().1,

@@ -296,7 +296,7 @@ impl Hub {
             self.exporter.publish_worker(worker, &receiver.cells);
         }
         self.exporter.publish_listeners(&self.listeners);
-        self.exporter.publish_log(self.log.counts());
+        self.exporter.publish_log(self.log.counts() + self.access_log_counts());
         self.exporter.render()
     }
 
