@@ -20,6 +20,7 @@ mod reach;
 mod routes;
 mod server;
 mod snapshot;
+mod upgrade;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -33,6 +34,7 @@ use crate::mesh::Snapshot;
 use crate::store::Viewer;
 use crate::telemetry::hub::Hub;
 use crate::telemetry::log::{Destination, Reopener, Rfc3339};
+pub use upgrade::{Answer as UpgradeAnswer, Upgrade};
 
 /// How often the hub is drained while workers have something to say.
 const TICK_MIN: Duration = Duration::from_millis(20);
@@ -64,6 +66,8 @@ pub enum Action {
     Quit,
     /// Open log files again.
     ReopenLogs,
+    /// Start the program's file anew and leave everything to that process.
+    Upgrade,
 }
 
 /// How the port behaves.
@@ -88,6 +92,8 @@ pub struct Context {
     pub resources: dump::Receiver,
     /// What the process is doing.
     pub lifecycle: watch::Receiver<Lifecycle>,
+    /// Whether it is being replaced.
+    pub upgrade: watch::Receiver<Upgrade>,
     /// Where requests for the process go.
     pub actions: mpsc::Sender<Action>,
     /// Turns true when the port shall close, while the workers' events are still taken: with or before `shutdown`.
@@ -106,6 +112,7 @@ struct Shared {
     #[expect(dead_code, reason = "what reads it comes with the next change")]
     resources: dump::Receiver,
     lifecycle: watch::Receiver<Lifecycle>,
+    upgrade: watch::Receiver<Upgrade>,
     actions: mpsc::Sender<Action>,
     access: Mutex<access::AccessLog>,
     /// Whether the process was ready once; see [`health`].
@@ -132,13 +139,14 @@ pub async fn run(listener: TcpListener, mut context: Context, mut shutdown: watc
 
 impl Shared {
     fn new(context: Context) -> Self {
-        let Context { hub, viewer, status, resources, lifecycle, actions, closing: _, settings } = context;
+        let Context { hub, viewer, status, resources, lifecycle, upgrade, actions, closing: _, settings } = context;
         Self {
             hub: Mutex::new(hub),
             viewer,
             status,
             resources,
             lifecycle,
+            upgrade,
             actions,
             access: Mutex::new(access::AccessLog::open(&settings.access_log, &settings.reopener)),
             was_ready: AtomicBool::new(false),

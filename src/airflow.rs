@@ -29,6 +29,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::io::Interest;
@@ -122,6 +123,8 @@ pub struct Context {
     pub viewer: Viewer<Snapshot>,
     /// Where the admin port is, for the routes' readers.
     pub admin: SocketAddr,
+    /// Turns true when the tasks of an earlier run are taken up and told to the workers.
+    pub known: Arc<AtomicBool>,
     /// Passes wishes for certificates on.
     pub wish: Wish,
 }
@@ -171,10 +174,11 @@ pub async fn run(context: Context, socket: OwnedFd, mut phase: watch::Receiver<P
     let failed = |what| move |source| AirflowError::Descriptor { what, source };
     let bell = bell(&context.questions).map_err(failed("the workers' bell"))?;
     let listener = registration::listener(socket).map_err(failed("the registration socket"))?;
-    let Context { settings, publisher, mut desks, questions, viewer, admin, wish } = context;
+    let Context { settings, publisher, mut desks, questions, viewer, admin, known, wish } = context;
     let socket_path = settings.file.settings.socket.clone();
     let mut now = *phase.borrow_and_update();
     let office = Office::open(Opening { settings, publisher, viewer, admin, wish, waits: now == Phase::Wait });
+    known.store(true, Ordering::Release);
     let serving = tokio::task::spawn_local(registration::serve(listener, Rc::clone(&office), phase.clone()));
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

@@ -10,6 +10,7 @@ mod callers;
 mod logs;
 mod notify;
 mod process;
+mod shelf;
 mod sidecar;
 mod supervise;
 mod threads;

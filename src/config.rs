@@ -18,6 +18,9 @@ pub const ADMIN_BIND: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr
 pub const ENVOY_VERSION: &str = "1.40.0";
 /// How long live connections go on after SIGTERM.
 pub const DRAIN_TIME: Duration = Duration::from_secs(30);
+/// How long live connections go on after SIGTERM where the service manager keeps the listening sockets: new connections wait as
+/// long, and a peer's dial gives up after 5 s, handshake included ([`CONNECT_TIMEOUT`]).
+pub const RESTART_DRAIN_TIME: Duration = Duration::from_secs(3);
 /// How long connections may go on in a process whose sockets another one has taken over: a task runs for hours.
 pub const HANDOVER_DRAIN: Duration = Duration::from_secs(24 * 3_600);
 /// How long a process that shall take over may need to become ready.
@@ -149,6 +152,8 @@ pub struct DataPlane {
     pub hold_time: Duration,
     /// See [`DRAIN_TIME`].
     pub drain_time: Duration,
+    /// See [`RESTART_DRAIN_TIME`].
+    pub restart_drain_time: Duration,
     /// Where connections that nftables redirects to this process come in; what they lead to is told by their callers' routes.
     pub redirects: Vec<SocketAddr>,
     /// The port, on every loopback address, at which leased addresses are reached.
@@ -170,6 +175,7 @@ impl Default for DataPlane {
             keepalive: KEEPALIVE,
             hold_time: HOLD_TIME,
             drain_time: DRAIN_TIME,
+            restart_drain_time: RESTART_DRAIN_TIME,
             redirects: Vec::new(),
             lease_port: None,
             connections_max: WORKER_CONNECTIONS_MAX,

@@ -36,7 +36,9 @@
 //! - Identity and policy fail closed; a control plane that is away fails static: the last good state stays.
 //! - Where local callers are told apart, an outbound connection is dialed only with a [`mesh::caller::Grant`], which only a rule
 //!   makes; who is nobody known has none.
-//! - A connection to the local app needs a [`policy::Authorized`], which only a decision makes.
+//! - A connection to the local app needs a [`policy::Authorized`], which only a decision makes. Where a [`mesh::router`] passes
+//!   bytes on as they are, no TLS ends here and nothing is decided: a router with routes of both kinds is refused, unless
+//!   permissive mode says so.
 //! - A snapshot is validated whole before it is published, and a connection that is still allowed never notices a new one.
 //! - Payload is copied by the kernel in and out and touched once by the AEAD, where it lies. A receive stops where every
 //!   record that has begun still fits the lease's slack, so that not even a partial record moves

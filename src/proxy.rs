@@ -7,8 +7,10 @@
 
 mod close;
 mod connection;
+mod inspect;
 mod leg;
 mod limits;
+mod linger;
 mod listener;
 mod refusal;
 mod relay;
@@ -22,11 +24,12 @@ mod worker;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crate::buffer::Pool;
-use crate::config::DataPlane;
+use crate::config::{self, DataPlane};
 use crate::mesh::Snapshot;
 use crate::ring::RingError;
 use crate::ring::uring::Uring;
@@ -85,17 +88,25 @@ enum Order {
 #[derive(Debug, Default)]
 struct Orders {
     order: AtomicU8,
-    /// Another process has the listening sockets: their files stay, and connections may take their time.
+    /// Somebody else has the listening sockets too: their files stay, and what was accepted already is this process's to serve.
     handed_over: AtomicBool,
-    /// This process was handed sockets over by another: it accepts only what it can serve.
+    /// How long connections may go on after [`Order::Drain`]. Set before it.
+    drain_ms: AtomicU64,
+    /// This process was left sockets by another: it accepts only what it can serve.
     successor: bool,
     /// Nobody else has the sockets, so their files are this process's to remove.
     in_charge: AtomicBool,
+    /// Every listener is bound: what is left beside them is wanted by none.
+    settled: AtomicBool,
 }
 
 impl Orders {
     fn raise(&self, order: Order) {
         self.order.fetch_max(order as u8, Ordering::AcqRel);
+    }
+
+    fn drain_time(&self) -> Duration {
+        Duration::from_millis(self.drain_ms.load(Ordering::Acquire))
     }
 
     fn current(&self) -> Order {
@@ -130,7 +141,7 @@ pub fn spawn(
         return Err(ProxyError::Mismatch { workers, readers: readers_given, senders: senders_given, attributions: given });
     }
     let mut attributions = attributions.into_iter();
-    let successor = inherited.has_predecessor();
+    let successor = inherited.has_predecessor() || inherited.is_orphaned();
     let orders = Arc::new(Orders { successor, in_charge: AtomicBool::new(!successor), ..Orders::default() });
     let mut hands = inherited.deal(workers).into_iter();
     let gates = Arc::new(listener::Gates::default());
@@ -178,20 +189,37 @@ impl Workers {
     }
 
     /// Stops accepting; live connections go on until the drain time is over.
-    pub fn drain(&self) {
+    pub fn drain(&self, time: Duration) {
+        self.orders.drain_ms.store(u64::try_from(time.as_millis()).unwrap_or(u64::MAX), Ordering::Release);
         self.order(Order::Drain);
     }
 
-    /// A predecessor has left everything to this process.
+    /// Nobody else accepts at the sockets any more: this process is in charge of their files and of what is leased.
     pub fn take_charge(&self) {
         self.orders.in_charge.store(true, Ordering::Release);
     }
 
+    /// Every listener is bound: sockets that were left and are wanted by none of them are closed.
+    pub fn settle(&self) {
+        self.orders.settled.store(true, Ordering::Release);
+        self.wakes.iter().for_each(EventFd::signal);
+    }
+
     /// Stops accepting because another process has the sockets now; live connections end when they are done.
     pub fn hand_over(&self) {
-        self.orders.in_charge.store(false, Ordering::Release);
+        self.leave(config::HANDOVER_DRAIN);
+    }
+
+    /// Stops accepting because the sockets are kept for the next process; live connections go on until `time` is over.
+    pub fn leave(&self, time: Duration) {
+        self.leave_files();
         self.orders.handed_over.store(true, Ordering::Release);
-        self.order(Order::Drain);
+        self.drain(time);
+    }
+
+    /// The files of the sockets are not this process's to remove.
+    pub fn leave_files(&self) {
+        self.orders.in_charge.store(false, Ordering::Release);
     }
 
     /// Ends every connection at once.

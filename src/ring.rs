@@ -230,6 +230,12 @@ pub trait Ring {
     /// Closes a listening socket at once and removes its socket file. Only when no accept is pending on it.
     fn close_listener(&mut self, listener: Socket, file: Option<&Path>);
 
+    /// A connection that waits at one of the sockets that were left for `local` besides the one that listens; one at which
+    /// none waits is closed.
+    fn accept_left(&mut self, local: &Local) -> Option<Socket>;
+    /// Closes what was left by another process and is wanted by no listener.
+    fn close_left(&mut self);
+
     /// The lease behind a shared buffer that a completion named.
     fn shared(&self, buffer: u16) -> &Lease;
     /// Gives a shared buffer back to the kernel.

@@ -8,6 +8,7 @@
 #![allow(unsafe_code, reason = "system calls; one of the three rooms where unsafe may stand")]
 
 mod diag;
+mod fdstore;
 pub mod handover;
 mod text;
 
@@ -20,6 +21,7 @@ use std::path::Path;
 use std::time::Duration;
 
 pub use diag::{SocketDiag, SocketOwner};
+pub use fdstore::DescriptorStore;
 use socket2::{Domain, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 pub use text::let_go_of_code;
 use tokio::io::Interest;
@@ -202,6 +204,16 @@ pub fn reset_on_close(fd: RawFd) {
     let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
     // Unix sockets have no RST; there the plain close is all there is.
     let _ = SockRef::from(&fd).set_linger(Some(Duration::ZERO));
+}
+
+/// A connection that waits at a listening socket which is about to close; `None` when none does.
+pub fn accept_waiting(listener: &OwnedFd) -> Option<OwnedFd> {
+    let socket = SockRef::from(listener);
+    // Not by making it non-blocking, which whoever else still has this socket would notice.
+    socket.set_read_timeout(Some(Duration::from_millis(1))).ok()?;
+    let (accepted, _) = socket.accept().ok()?;
+    accepted.set_read_timeout(None).ok()?;
+    Some(accepted.into())
 }
 
 /// Closes a descriptor that is owned as a bare number.

@@ -12,6 +12,7 @@ pub mod fixtures;
 pub mod handshake;
 #[cfg(test)]
 mod harness;
+pub mod hello;
 pub mod provider;
 pub mod record;
 mod resume;

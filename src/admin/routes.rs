@@ -20,7 +20,7 @@ use serde::Serialize;
 
 use super::health::{self, Problem};
 use super::snapshot::View;
-use super::{Action, Shared, access, callers, denials, page, reach};
+use super::{Action, Shared, access, callers, denials, page, reach, upgrade};
 
 pub(super) const TEXT: &str = "text/plain; charset=UTF-8";
 const JSON: &str = "application/json";
@@ -58,6 +58,11 @@ const COMMANDS: &[Command] = &[
     Command { path: "/ready", changes: false, help: "200 LIVE when ready, otherwise 503 and the state" },
     Command { path: "/reopen_logs", changes: true, help: "open log files again" },
     Command { path: "/snapshot", changes: false, help: "what is being enforced, as JSON without secrets" },
+    Command {
+        path: "/upgrade",
+        changes: false,
+        help: "which process serves and whether another takes over, as JSON; POST starts one",
+    },
 ];
 
 pub(super) fn router(shared: Arc<Shared>) -> Router {
@@ -80,6 +85,7 @@ fn handler(path: &'static str) -> MethodRouter<Arc<Shared>> {
         "/drain_listeners" => changing(Action::Drain),
         "/quitquitquit" => changing(Action::Quit),
         "/reopen_logs" => changing(Action::ReopenLogs),
+        "/upgrade" => changing(Action::Upgrade).get(upgrade::upgrade),
         _ => any(help),
     }
 }

@@ -52,6 +52,7 @@ async fn port_with(connection_log: Destination, settings: Settings) -> Port {
     let (publisher, readers) = crate::store::new(Snapshot::default(), 1);
     let (status, status_seen) = watch::channel(Status::default());
     let (lifecycle, lifecycle_seen) = watch::channel(Lifecycle::default());
+    let (_, upgrade) = watch::channel(Upgrade::default());
     let (actions_sent, actions) = mpsc::channel(1);
     let (shutdown, shutdown_seen) = watch::channel(false);
     let mut hub = Hub::new(vec![receiver], log);
@@ -62,6 +63,7 @@ async fn port_with(connection_log: Destination, settings: Settings) -> Port {
         status: status_seen,
         resources: dump::channel().1,
         lifecycle: lifecycle_seen,
+        upgrade,
         actions: actions_sent,
         closing: shutdown_seen.clone(),
         settings,

@@ -38,6 +38,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(10);
 /// What is remembered, beside the registration socket.
 const TASKS: &str = "tasks.json";
 const LEASES: &str = "leases.json";
+/// How long leases that changed may be known to this process alone: many change at once.
+const KEEP_DELAY: Duration = Duration::from_millis(100);
 /// Questions of a worker that are answered before anything else has its turn.
 const ANSWERS_IN_A_ROW_MAX: usize = 64;
 /// What to do about a caller whom nobody knows.
@@ -368,7 +370,6 @@ impl Office {
 
     /// Looks at files and clocks.
     pub(super) fn tick(&mut self) {
-        self.keep_leases();
         self.look_up();
         if self.reload_rules() | self.reload_catalog() {
             self.judge_all();

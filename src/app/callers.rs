@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
 
 use tokio::sync::{mpsc, watch};
@@ -65,7 +66,8 @@ impl Prepared {
         self.settings.redirects().to_vec()
     }
 
-    /// Starts the thread.
+    /// Starts the thread. `known` turns true when it knows the tasks of an earlier run.
+    #[allow(clippy::too_many_arguments, reason = "each is one of the sidecar's own channels")]
     pub(super) fn start(
         self,
         workers: &Workers,
@@ -73,6 +75,7 @@ impl Prepared {
         admin: SocketAddr,
         commands: mpsc::Sender<Command>,
         phase: watch::Receiver<airflow::Phase>,
+        known: Arc<AtomicBool>,
         ended: Ended,
     ) -> Result<JoinHandle<()>, AppError> {
         let Self { settings, socket, publisher, mut desks, questions } = self;
@@ -86,6 +89,7 @@ impl Prepared {
             questions,
             viewer,
             admin,
+            known,
             // A full queue loses a wish, which the next question or the next tick repeats.
             wish: Box::new(move |identity| {
                 // Room for what the process itself orders.

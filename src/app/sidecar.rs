@@ -3,13 +3,14 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 
 use super::{AppError, callers, logs, threads};
-use crate::admin::{self, Action, Lifecycle};
+use crate::admin::{self, Action, Lifecycle, Upgrade};
 use crate::airflow;
 use crate::config;
 use crate::control::{Command, Status, dump};
@@ -42,10 +43,15 @@ pub struct Sidecar {
     status: watch::Receiver<Status>,
     commands: mpsc::Sender<Command>,
     lifecycle: watch::Sender<Lifecycle>,
+    upgrade: watch::Sender<Upgrade>,
     admin_address: SocketAddr,
     admin_shutdown: watch::Sender<bool>,
     admin_closing: watch::Sender<bool>,
     airflow_phase: watch::Sender<airflow::Phase>,
+    /// The airflow thread knows the tasks of an earlier run. Always true where callers are not told apart.
+    tasks_known: Arc<AtomicBool>,
+    /// The sockets outlive this process in the service manager's store.
+    sockets_stay: bool,
     /// Whom to tell that this process serves.
     inherited: Inherited,
     actions: mpsc::Receiver<Action>,
@@ -100,12 +106,14 @@ impl Sidecar {
         let (status_sender, status) = watch::channel(Status::default());
         let (resources_sender, resources) = dump::channel();
         let (lifecycle, lifecycle_receiver) = watch::channel(Lifecycle::Starting);
+        let (upgrade, upgrade_receiver) = watch::channel(Upgrade::default());
         let (commands, commands_receiver) = mpsc::channel(COMMANDS_MAX);
         let (actions_sender, actions) = mpsc::channel(ACTIONS_MAX);
         let (admin_shutdown, shutdown_receiver) = watch::channel(false);
         let (admin_closing, closing_receiver) = watch::channel(false);
         let phase = if inherited.has_predecessor() { airflow::Phase::Wait } else { airflow::Phase::Serve };
         let (airflow_phase, phase_receiver) = watch::channel(phase);
+        let tasks_known = Arc::new(AtomicBool::new(prepared.is_none()));
         let (ended_sender, ended) = mpsc::channel(ENDED_MAX);
         let viewer = publisher.viewer();
         let mut hub = Hub::new(receivers, log);
@@ -116,6 +124,7 @@ impl Sidecar {
             status: status.clone(),
             resources,
             lifecycle: lifecycle_receiver,
+            upgrade: upgrade_receiver,
             actions: actions_sender,
             closing: closing_receiver,
             settings: admin::Settings { access_log: access_log(admin_settings.access_log), reopener: reopener.clone() },
@@ -130,7 +139,8 @@ impl Sidecar {
             let (ended, told) = (ended_sender.clone(), (status_sender, resources_sender));
             let rotation = threads::rotation((consul, xds), plane.workers, publisher, told, commands_receiver, ended)?;
             let airflow = prepared.map(|prepared| {
-                prepared.start(&workers, viewer.clone(), admin_address, commands.clone(), phase_receiver, ended_sender)
+                let known = Arc::clone(&tasks_known);
+                prepared.start(&workers, viewer.clone(), admin_address, commands.clone(), phase_receiver, known, ended_sender)
             });
             Ok((admin, rotation, airflow.transpose()?))
         });
@@ -142,10 +152,13 @@ impl Sidecar {
             status,
             commands,
             lifecycle,
+            upgrade,
             admin_address,
             admin_shutdown,
             admin_closing,
             airflow_phase,
+            tasks_known,
+            sockets_stay: false,
             inherited,
             actions,
             reopener,
@@ -191,6 +204,9 @@ impl Sidecar {
                 (true, false) => "the Consul agent has not answered yet".to_owned(),
                 (true, true) => "waiting for definition, certificate and intentions".to_owned(),
             });
+        }
+        if !self.tasks_known.load(Ordering::Acquire) {
+            return Some("the tasks of an earlier run are not taken up yet".to_owned());
         }
         let snapshot = self.viewer.current();
         if self.viewer.acknowledged() < 1 {
@@ -248,14 +264,47 @@ impl Sidecar {
 
     /// Stops accepting. Live connections go on until the drain time is over; their intentions stay enforced, because the
     /// control plane runs on until [`Self::stop`].
-    pub fn drain(&self) {
+    pub fn drain(&self, time: Duration) {
         self.lifecycle.send_replace(Lifecycle::Draining);
-        self.workers.drain();
+        self.workers.drain(time);
     }
 
-    /// Tells a predecessor, if there is one, that this process serves.
-    pub(super) fn tell_predecessor(&mut self) {
+    /// [`Self::drain`], where the listening sockets stay for the next process: what has been accepted is served, and what comes
+    /// later waits.
+    pub(super) fn leave(&self, time: Duration) {
+        self.lifecycle.send_replace(Lifecycle::Draining);
+        self.workers.leave(time);
+    }
+
+    /// From now on the ends of listeners with this process are no ends of their sockets.
+    pub(super) fn keep_sockets(&mut self) {
+        self.sockets_stay = true;
+        self.workers.leave_files();
+    }
+
+    /// Takes up what was left and is wanted, closes what is not, and tells a predecessor, if there is one, that this process
+    /// serves.
+    pub(super) fn settle(&mut self) {
+        self.workers.settle();
+        if !self.inherited.has_predecessor() {
+            self.workers.take_charge();
+        }
         self.inherited.tell_ready();
+    }
+
+    /// Tells whoever asks at the admin port how an upgrade goes.
+    pub(super) fn tell_upgrade(&self, tell: impl FnOnce(&mut Upgrade)) {
+        self.upgrade.send_modify(tell);
+    }
+
+    /// Whether another process still has everything and may go on.
+    pub(super) fn has_predecessor(&self) -> bool {
+        self.inherited.has_predecessor()
+    }
+
+    /// How often the workers' listening sockets have changed.
+    pub(super) fn listener_changes(&self) -> u64 {
+        self.cells.iter().map(|cells| cells.listener_changes.value()).sum()
     }
 
     /// Takes everything over as soon as a predecessor has left it.
@@ -305,7 +354,7 @@ impl Sidecar {
         self.admin_closing.send_replace(true);
         self.admin_shutdown.send_replace(true);
         // A socket's file is only its to remove who has the socket: not one that was not left it yet, or has left it.
-        let left = *self.airflow_phase.borrow() == airflow::Phase::HandOver;
+        let left = self.sockets_stay || *self.airflow_phase.borrow() == airflow::Phase::HandOver;
         let ending = if left || self.inherited.has_predecessor() { airflow::Phase::Leave } else { airflow::Phase::End };
         self.airflow_phase.send_replace(ending);
         let admin_ended = wait(|| self.admin.is_finished(), JOIN_TIMEOUT).await;

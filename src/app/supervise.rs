@@ -1,15 +1,20 @@
-//! The main thread of `ringfence connect`: signals, wishes of the admin port, what systemd is told.
+//! The main thread of `ringfence connect`: signals, wishes of the admin port, what systemd is told and given to keep.
 //!
 //! SIGTERM and SIGINT drain, then end; a second one ends at once. SIGHUP reloads, SIGUSR1 opens log files again. SIGUSR2 starts the program's file anew beside
 //! this process, with the same listening sockets: when that one serves, this one finishes what it has begun and ends.
+//!
+//! Where systemd keeps descriptors, the listening sockets outlive the process however it ends, and new connections wait in
+//! their queues for the next one. Nothing is left to the next process but sockets: established connections end with their
+//! process, because a unit that is stopped must be gone.
 
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use super::shelf::Shelf;
 use super::{AppError, Sidecar, notify, process};
 use crate::admin::Action;
-use crate::config;
+use crate::config::{self, DataPlane};
 use crate::sys::handover::{self, Inherited, Successor};
 
 /// How often readiness, ended threads and the drain's progress are looked at.
@@ -23,12 +28,14 @@ pub fn run(settings: config::Sidecar) -> Result<(), AppError> {
         .build()
         .map_err(|error| AppError::Unavailable(format!("the main thread's runtime cannot start: {error}")))?;
     runtime.block_on(async {
-        let drain_time = settings.plane.drain_time;
+        let plane = settings.plane.clone();
         // Before the first thread: from here on no signal kills a half-started process.
         let mut signals = Signals::new()?;
-        let mut sidecar = Sidecar::start_with(settings, Inherited::take())?;
+        let inherited = Inherited::take();
+        let shelf = Shelf::open(&inherited, plane.workers);
+        let mut sidecar = Sidecar::start_with(settings, inherited)?;
         tracing::info!(admin = %sidecar.admin_address(), pid = std::process::id(), "started");
-        let ended = Supervision::new(drain_time).run(&mut sidecar, &mut signals).await;
+        let ended = Supervision::new(&plane, shelf).run(&mut sidecar, &mut signals).await;
         // A failure is worth more to the reader than what stopping says after it.
         let stopped = sidecar.stop().await;
         if let (Err(_), Err(error)) = (&ended, &stopped) {
@@ -71,6 +78,8 @@ enum Wake {
 
 struct Supervision {
     drain_time: Duration,
+    /// What keeps the listening sockets.
+    shelf: Shelf,
     /// READY=1 was sent.
     ready: bool,
     /// The admin port asked for a drain: workers without connections are no fault.
@@ -93,9 +102,10 @@ enum Next {
 }
 
 impl Supervision {
-    fn new(drain_time: Duration) -> Self {
+    fn new(plane: &DataPlane, shelf: Shelf) -> Self {
         Self {
-            drain_time,
+            drain_time: if shelf.is_sure() { plane.restart_drain_time } else { plane.drain_time },
+            shelf,
             ready: false,
             listeners_drained: false,
             drain_deadline: None,
@@ -123,7 +133,7 @@ impl Supervision {
                 Wake::Asked(Action::Drain) => {
                     // Envoy's /drain_listeners: no new connections, the process stays until it is told to end.
                     self.listeners_drained = true;
-                    sidecar.drain();
+                    sidecar.drain(self.drain_time);
                     Next::GoOn
                 }
                 Wake::Asked(Action::ReopenLogs) => {
@@ -134,14 +144,17 @@ impl Supervision {
                     self.reload(sidecar);
                     Next::GoOn
                 }
-                Wake::Upgrade => {
-                    self.upgrade();
+                Wake::Upgrade | Wake::Asked(Action::Upgrade) => {
+                    self.upgrade(sidecar);
                     Next::GoOn
                 }
                 Wake::Tick => self.tick(sidecar)?,
             };
             if next == Next::End {
                 self.drop_successor();
+                if self.shelf.is_there() {
+                    sidecar.keep_sockets();
+                }
                 notify::stopping("closing");
                 return Ok(());
             }
@@ -157,7 +170,12 @@ impl Supervision {
         self.drop_successor();
         tracing::info!(drain_time = ?self.drain_time, "draining: no new connections; a second signal ends at once");
         notify::stopping("draining");
-        sidecar.drain();
+        if self.shelf.is_there() {
+            self.shelf.close();
+            sidecar.leave(self.drain_time);
+        } else {
+            sidecar.drain(self.drain_time);
+        }
         self.drain_deadline = Some(Instant::now() + self.drain_time);
         Next::GoOn
     }
@@ -174,18 +192,27 @@ impl Supervision {
         }
     }
 
-    fn upgrade(&mut self) {
-        if self.successor.is_some() || self.drain_deadline.is_some() || !self.ready {
-            tracing::warn!("not upgrading: this process is not ready yet, is ending, or is being replaced already");
-            return;
+    fn upgrade(&mut self, sidecar: &Sidecar) {
+        sidecar.tell_upgrade(|upgrade| upgrade.wishes += 1);
+        let why_not = match (self.ready, self.drain_deadline.is_some(), self.successor.is_some()) {
+            (_, true, _) => Some("it is ending, or has been replaced"),
+            (false, false, _) => Some("it is not ready itself yet; /healthz says what is missing"),
+            (true, false, true) => Some("it is being replaced already"),
+            (true, false, false) => None,
+        };
+        if let Some(why) = why_not {
+            tracing::warn!("not upgrading this process: {why}");
+            return sidecar.tell_upgrade(|upgrade| upgrade.error = Some(why.to_owned()));
         }
-        match handover::start_successor(std::env::args_os()) {
+        match handover::start_successor(std::env::args_os(), self.shelf.names()) {
             Ok(successor) => {
                 tracing::info!(pid = successor.pid(), "started the program anew; it takes over when it is ready");
+                sidecar.tell_upgrade(|upgrade| (upgrade.successor, upgrade.error) = (Some(successor.pid()), None));
                 self.successor = Some((successor, Instant::now() + config::HANDOVER_TIMEOUT));
             }
             Err(error) => {
                 tracing::error!(%error, "the program cannot be started anew; this process goes on");
+                sidecar.tell_upgrade(|upgrade| upgrade.error = Some(format!("the program cannot be started: {error}")));
             }
         }
     }
@@ -207,13 +234,18 @@ impl Supervision {
         if successor.is_ready() {
             tracing::info!(pid = successor.pid(), "the new process serves; this one finishes what it has begun");
             notify::successor(successor.pid());
+            self.shelf.close();
             sidecar.hand_over();
             self.leaving = Some(successor);
             self.drain_deadline = Some(Instant::now() + config::HANDOVER_DRAIN);
         } else if let Some(status) = successor.ended() {
             tracing::error!(%status, "the new process ended before it was ready; this one goes on");
+            let why = format!("the new process ended before it was ready ({status}); the log has its reason");
+            sidecar.tell_upgrade(|upgrade| (upgrade.successor, upgrade.error) = (None, Some(why)));
         } else if Instant::now() >= deadline {
             tracing::error!(timeout = ?config::HANDOVER_TIMEOUT, "the new process is not ready in time and is ended; this one goes on");
+            let why = format!("the new process was not ready within {:?}; the log has its reason", config::HANDOVER_TIMEOUT);
+            sidecar.tell_upgrade(|upgrade| (upgrade.successor, upgrade.error) = (None, Some(why)));
             successor.kill();
         } else {
             self.successor = Some((successor, deadline));
@@ -223,6 +255,9 @@ impl Supervision {
     fn tick(&mut self, sidecar: &mut Sidecar) -> Result<Next, AppError> {
         self.watch_successor(sidecar);
         sidecar.take_over_if_released();
+        if !sidecar.has_predecessor() {
+            self.shelf.follow(sidecar.listener_changes());
+        }
         if let Some(error) = sidecar.take_failure() {
             return Err(error);
         }
@@ -254,7 +289,7 @@ impl Supervision {
         if newly_ready {
             self.ready = true;
             sidecar.set_live();
-            sidecar.tell_predecessor();
+            sidecar.settle();
             notify::ready(&text);
             tracing::info!("ready: {text}");
         } else if text != self.told {

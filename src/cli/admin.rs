@@ -29,6 +29,17 @@ impl Admin {
         })
     }
 
+    /// Has it do something.
+    pub(super) async fn post(&self, path: &str) -> anyhow::Result<()> {
+        let answer = self.http.post(path, &Value::Null).await;
+        let text = match answer {
+            Ok(answer) if answer.is_ok() => return Ok(()),
+            Ok(answer) => answer.text(),
+            Err(error) => error.to_string(),
+        };
+        Err(AppError::Unavailable(format!("admin port {}: POST {path}: {text}", self.address)).into())
+    }
+
     /// The JSON of an answer that must be there.
     pub(super) async fn json(&self, path: &str) -> anyhow::Result<Value> {
         let answer = self.get(path).await?;

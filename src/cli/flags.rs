@@ -114,9 +114,9 @@ struct Process {
     /// Worker threads, each with its own io_uring [default: the cores this process may use]
     #[arg(long, value_name = "N", value_parser = values::workers)]
     workers: Option<usize>,
-    /// How long live connections go on after SIGTERM
-    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = values::duration)]
-    drain_time: Duration,
+    /// How long live connections go on after SIGTERM [default: 30s; 3s where systemd keeps the listening sockets, so that new connections wait]
+    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    drain_time: Option<Duration>,
     /// TCP keepalive on both legs; 0 switches it off
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = values::duration)]
     keepalive: Duration,
@@ -156,6 +156,11 @@ pub(super) struct Settings {
 }
 
 impl Sidecar {
+    /// `-admin-bind`.
+    pub(super) fn admin_bind(&self) -> SocketAddr {
+        self.process.admin_bind
+    }
+
     pub(super) fn settings(&self, environment: &Environment, ignored: &[String]) -> Result<Settings, UsageError> {
         let mut warnings = Vec::new();
         if !ignored.is_empty() {
@@ -180,7 +185,8 @@ impl Sidecar {
         let defaults = config::DataPlane::default();
         let plane = config::DataPlane {
             workers: self.process.workers.unwrap_or(defaults.workers),
-            drain_time: self.process.drain_time,
+            drain_time: self.process.drain_time.unwrap_or(defaults.drain_time),
+            restart_drain_time: self.process.drain_time.unwrap_or(defaults.restart_drain_time),
             keepalive: self.process.keepalive,
             hold_time: self.process.hold_time,
             ..defaults

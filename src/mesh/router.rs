@@ -198,12 +198,6 @@ pub enum RouterError {
         /// The route.
         route: Arc<str>,
     },
-    /// Workers cannot serve it yet.
-    #[error("router {router}: listeners that tell connections apart are not served by this version")]
-    NotServed {
-        /// The router.
-        router: Arc<str>,
-    },
     /// A network that is none.
     #[error("{address}/{prefix} is no network: an IPv4 prefix has at most 32 bits, an IPv6 prefix 128")]
     NoNetwork {
@@ -220,16 +214,10 @@ pub enum RouterError {
 impl Router {
     /// A router of these settings, if they can be served.
     pub fn new(settings: RouterSettings) -> Result<Self, RouterError> {
-        let router = Self::checked(settings)?;
-        Err(RouterError::NotServed { router: Arc::clone(&router.settings.name) })
-    }
-
-    fn checked(settings: RouterSettings) -> Result<Self, RouterError> {
         check(&settings)?;
         let table = Table::new(&settings)?;
-        let all = || settings.routes.iter().chain(&settings.fallback);
-        // An only route that takes all needs no look at the first bytes.
-        let inspects = all().any(|route| !route.matches.server_names.is_empty() || route.matches.tls.is_some());
+        let looks = |route: &Arc<Route>| !route.matches.server_names.is_empty() || route.matches.tls.is_some();
+        let inspects = settings.routes.iter().any(looks);
         Ok(Self { settings, table, inspects })
     }
 
@@ -246,6 +234,11 @@ impl Router {
     /// Whether the first bytes must be seen before a connection can be routed.
     pub fn inspects(&self) -> bool {
         self.inspects
+    }
+
+    /// Whether a service that TLS is spoken for has no certificate yet.
+    pub fn lacks_identity(&self) -> bool {
+        self.routes().filter_map(|route| route.way.service()).any(|service| service.identity.is_none())
     }
 
     /// The place in [`Self::routes`] of the route that a connection takes; `None` is to reset it.

@@ -4,22 +4,21 @@
 //! Invariant: no byte reaches the local app before [`Authorized`] was shown to [`Connection::dial_app`]; a socket is closed
 //! and a lease given back only when nothing is pending on it; a connection ends exactly once, with one reason.
 //!
-//! Knows no listener, no snapshot and no clock but `Io::now`. `relay` holds the two byte directions, `secure` the
-//! handshake.
+//! Knows no listener, no snapshot and no clock but `Io::now`. `inspect` looks at the first bytes, `secure` holds the handshake,
+//! `relay` the two byte directions, `linger` the last word to a refused peer.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::close::{self, CloseReason, Side};
 pub(super) use super::leg::{Leg, MESH, PLAIN};
-use super::limits::LINGER;
 use super::refusal::Replying;
 use super::relay::Flow;
 use super::secure::Handshaking;
-use crate::buffer::{Class, Lease, Pool};
+use crate::buffer::{Lease, Pool};
 use crate::mesh::{Address, Identity};
 use crate::policy::Authorized;
-use crate::ring::{Completion, Op, Push, Remote, Ring, Socket, Token};
+use crate::ring::{Completion, Op, Remote, Ring, Socket, Token};
 use crate::telemetry::cells::{Direction, ListenerCells, WorkerCells};
 use crate::telemetry::record::ConnectionRecord;
 use crate::tls::Session;
@@ -46,6 +45,13 @@ pub(super) enum Next {
     EndpointFailed(CloseReason),
     /// The endpoint answered and its identity holds.
     EndpointReady,
+    /// The first bytes are here and tell whether TLS is spoken, and which server name is asked for: route it.
+    Inspected {
+        /// They are a ClientHello.
+        tls: bool,
+    },
+    /// The app answered.
+    AppReady,
     /// Over: nothing is pending, everything is given back.
     Over,
 }
@@ -55,6 +61,8 @@ pub(super) enum Next {
 pub(super) enum Stage {
     /// Waits for a certificate, an endpoint, or word of who opened it.
     Held,
+    /// Waits for the first bytes, which say where it leads.
+    Inspect,
     /// TLS handshake on the mesh leg.
     Handshake,
     /// Outbound: dialing the endpoint. Inbound: dialing the app.
@@ -108,6 +116,10 @@ pub(super) struct Connection {
     pub(super) told: bool,
     /// It is counted among its listener's connections no more.
     pub(super) left_gate: bool,
+    /// Its route passes bytes on without TLS of ours.
+    pub(super) raw: bool,
+    /// If it says nothing in time, it speaks no TLS.
+    pub(super) silent_is_raw: bool,
     reset: bool,
 }
 
@@ -168,6 +180,8 @@ impl Connection {
             replying: None,
             told: false,
             left_gate: false,
+            raw: false,
+            silent_is_raw: false,
             reset: false,
         }
     }
@@ -200,6 +214,7 @@ impl Connection {
             }
             Stage::Linger => self.on_linger(io, op, completion),
             Stage::Reply => self.on_reply(io, op, completion),
+            Stage::Inspect => self.on_inspect(io, op, completion),
             Stage::Handshake => self.on_handshake(io, op, completion),
             Stage::Connecting => self.on_connected(io, completion),
             Stage::Relay => self.on_relay(io, op, leg, completion),
@@ -221,6 +236,7 @@ impl Connection {
                 self.facts.detail = Some(waited_for.into());
                 self.close(io, CloseReason::NoIdentity, true)
             }
+            (Stage::Inspect, _) => self.inspected_too_long(io),
             (Stage::Handshake, Direction::Inbound) => self.close(io, CloseReason::HandshakeTimeout, true),
             (Stage::Handshake | Stage::Connecting, Direction::Outbound) => self.retreat(io, CloseReason::ConnectTimeout),
             (Stage::Connecting, Direction::Inbound) => self.retreat(io, CloseReason::AppUnreachable),
@@ -297,7 +313,12 @@ impl Connection {
                 Direction::Inbound => {
                     self.facts.connect = Some(io.now - self.step_began);
                     self.deadline = None;
-                    self.start_relay(io)
+                    Next::AppReady
+                }
+                Direction::Outbound if self.raw => {
+                    self.facts.connect = Some(io.now - self.step_began);
+                    self.deadline = None;
+                    Next::EndpointReady
                 }
                 Direction::Outbound => {
                     self.facts.connect = Some(io.now - self.step_began);
@@ -327,66 +348,6 @@ impl Connection {
             Direction::Inbound => PLAIN,
             Direction::Outbound => MESH,
         }
-    }
-
-    /// Refuses the peer: `code` as an alert, a moment to read it, then the end.
-    pub(super) fn refuse<R: Ring>(&mut self, io: &mut Io<'_, R>, code: u8, reason: CloseReason) -> Next {
-        if self.legs[MESH].is_pending(Op::Send) {
-            return self.close(io, reason, true);
-        }
-        let Some(session) = self.session.as_mut() else { return self.close(io, reason, true) };
-        let Some(lease) = io.pool.lease(Class::Slot) else { return self.close(io, reason, true) };
-        match session.seal_alert(code, io.pool.bytes(&lease)) {
-            Ok(len) => {
-                self.facts.reason = reason;
-                self.stage = Stage::Linger;
-                self.deadline = Some(io.now + LINGER);
-                let span = io.pool.span(&lease, 0, len);
-                self.control = Control::Alert(lease);
-                let (socket, token) = self.begin(Op::Send, MESH);
-                io.ring.send(socket, &[span], Push::Now, token);
-                Next::Wait
-            }
-            Err(_) => {
-                io.pool.give_back(lease);
-                self.close(io, reason, true)
-            }
-        }
-    }
-
-    /// A refused peer reads its alert; what it still sends is thrown away until it leaves or time is up.
-    pub(super) fn on_linger<R: Ring>(&mut self, io: &mut Io<'_, R>, op: Op, completion: Completion) -> Next {
-        if let Some(buffer) = completion.buffer {
-            io.ring.recycle(buffer);
-        }
-        if usize::from(completion.token.leg()) == PLAIN {
-            // What the local side still does does not matter any more; the end cancels it.
-            return Next::Wait;
-        }
-        let reason = self.facts.reason;
-        match (op, completion.outcome()) {
-            (Op::Send, Ok(_)) => {
-                if let Some(socket) = self.legs[MESH].socket {
-                    io.ring.shutdown_write(socket);
-                }
-                self.receive_and_discard(io)
-            }
-            (Op::Receive, Ok(bytes)) if bytes > 0 && self.legs[MESH].is_pending(Op::Send) => Next::Wait,
-            (Op::Receive, Ok(bytes)) if bytes > 0 => self.receive_and_discard(io),
-            (Op::Receive, Ok(_)) if self.legs[MESH].is_pending(Op::Send) => Next::Wait,
-            (Op::Receive, Ok(_)) => self.close(io, reason, false),
-            // Of an idle flow that was about to give its region up.
-            (Op::Cancel, _) => Next::Wait,
-            _ => self.close(io, reason, true),
-        }
-    }
-
-    fn receive_and_discard<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
-        if !self.legs[MESH].is_pending(Op::Receive) {
-            let (socket, token) = self.begin(Op::Receive, MESH);
-            io.ring.receive_shared(socket, usize::MAX, false, token);
-        }
-        Next::Wait
     }
 
     /// Ends the connection: cancels what is pending, then closes both legs, with RST when `reset`.
@@ -424,7 +385,9 @@ impl Connection {
                 io.ring.close(socket, true);
             }
             if self.direction == Direction::Outbound {
-                self.drop_tls(io);
+                if let Some(handshaking) = self.handshaking.take() {
+                    handshaking.give_back(io.pool);
+                }
                 return Next::EndpointFailed(reason);
             }
             return Next::AppFailed;

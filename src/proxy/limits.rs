@@ -20,6 +20,8 @@ pub(super) const DIALERS_MAX: usize = 64;
 pub(super) const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 /// How long a failed bind waits before the next try.
 pub(super) const BIND_RETRY: Duration = Duration::from_secs(1);
+/// Connections taken from one listening socket that is left and to be closed: as many as can wait there.
+pub(super) const LEFT_WAITING_MAX: usize = 4_096;
 /// How often a worker looks whether the first one has bound an address.
 pub(super) const BIND_FOLLOW: Duration = Duration::from_millis(5);
 /// How long a region may wait for bytes before its connection falls back to the shared buffers.

@@ -1,5 +1,7 @@
 //! Listeners of one worker: what is bound, what is accepted, and the counts that span workers.
 //!
+//! A router's routes stand here too, each as a listener without a socket, so that each has its own counters, limits and endpoints.
+//!
 //! Invariant: a listener that a new snapshot still has keeps its socket; one that it lacks stops accepting at once and goes
 //! away with its last connection. Limits over all workers are exact: one shared counter a listener, touched only at
 //! accept and close.
@@ -14,6 +16,7 @@ use arc_swap::ArcSwap;
 
 use super::upstream::Balancer;
 use crate::config::{DataPlane, UPSTREAM_CONNECTIONS_MAX};
+use crate::mesh::router::{Original, Route, Router, Way};
 use crate::mesh::{Bind, PublicListener, Service, Snapshot};
 use crate::ring::{Local, Socket};
 use crate::telemetry::cells::{Direction, ListenerCells};
@@ -22,13 +25,30 @@ use crate::telemetry::cells::{Direction, ListenerCells};
 #[derive(Debug)]
 pub(super) enum Role {
     /// Mutual TLS in, the app behind.
-    Public(Arc<PublicListener>),
+    Public {
+        public: Arc<PublicListener>,
+        /// The endpoints to choose from, instead of `public.app`.
+        app: Option<Balancer>,
+    },
     /// Plain in, an upstream behind.
     Upstream(Balancer),
+    /// Told apart, then handed on to one of its routes.
+    Router(Routing),
+    /// Bytes go as they are to an endpoint of a cluster.
+    Forward(Balancer),
+    /// Bytes go as they are to where the connection was redirected from.
+    Original(Original),
     /// Plain in, redirected: handed on to the listener of the upstream that its destination stands for.
     Redirect,
     /// Plain in, at an address that was leased to a task: handed on to the upstream of the lease.
     Lease,
+}
+
+/// A router and where its routes stand among the worker's listeners, in their order.
+#[derive(Debug)]
+pub(super) struct Routing {
+    pub(super) router: Arc<Router>,
+    pub(super) places: Vec<Option<u32>>,
 }
 
 /// One listener of one worker.
@@ -36,6 +56,7 @@ pub(super) enum Role {
 pub(super) struct Listener {
     pub(super) generation: u32,
     pub(super) bind: Bind,
+    pub(super) part: Part,
     pub(super) service: Arc<Service>,
     pub(super) role: Role,
     pub(super) cells: Arc<ListenerCells>,
@@ -54,6 +75,10 @@ pub(super) struct Listener {
     pub(super) live: u32,
     /// The snapshot has it no more, or the process drains.
     pub(super) removed: bool,
+    /// The router whose route it is, while that has it or connections that may yet take it.
+    pub(super) router: Option<u32>,
+    /// Its route is gone and its router is not: connections that took it live on.
+    pub(super) outlived: bool,
 }
 
 /// What identifies a listener across snapshots.
@@ -61,7 +86,22 @@ pub(super) struct Listener {
 pub(super) struct Key {
     pub(super) bind: Bind,
     pub(super) proxy_id: Arc<str>,
-    pub(super) upstream: Option<Arc<str>>,
+    pub(super) part: Part,
+}
+
+/// Which listener of its proxy it is, and of what kind: a route that leads another way than before is another.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Part {
+    Public,
+    Upstream(Arc<str>),
+    Redirect,
+    Lease,
+    Router(Arc<str>),
+    /// A route that forwards, by its name; so with the others.
+    Forward(Arc<str>),
+    Terminate(Arc<str>),
+    Originate(Arc<str>),
+    Original(Arc<str>),
 }
 
 /// A listener that a snapshot wants.
@@ -79,6 +119,8 @@ pub(super) enum Place {
     Upstream(Arc<crate::mesh::Upstream>),
     Redirect,
     Lease,
+    Router(Arc<Router>),
+    Route(Arc<Route>),
 }
 
 /// Every listener that `snapshot` has, and those that lead to upstreams by other ways, which are `redirect`'s.
@@ -86,43 +128,200 @@ pub(super) fn wanted(snapshot: &Snapshot, plane: &DataPlane, redirect: &Arc<Serv
     let mut all = Vec::new();
     if let Some(port) = plane.lease_port {
         let bind = Bind::Tcp((Ipv4Addr::UNSPECIFIED, port).into());
-        let key = Key { bind, proxy_id: Arc::clone(&redirect.proxy_id), upstream: None };
-        all.push(Wanted { key, service: Arc::clone(redirect), place: Place::Lease });
+        all.push(Wanted::new(bind, redirect, Part::Lease, Place::Lease));
     }
     for address in &plane.redirects {
-        let key = Key { bind: Bind::Tcp(*address), proxy_id: Arc::clone(&redirect.proxy_id), upstream: None };
-        all.push(Wanted { key, service: Arc::clone(redirect), place: Place::Redirect });
+        all.push(Wanted::new(Bind::Tcp(*address), redirect, Part::Redirect, Place::Redirect));
     }
     for service in &snapshot.services {
         if let Some(public) = &service.public {
-            let key = Key { bind: public.bind.clone(), proxy_id: Arc::clone(&service.proxy_id), upstream: None };
-            all.push(Wanted { key, service: Arc::clone(service), place: Place::Public(Arc::clone(public)) });
+            all.push(Wanted::new(public.bind.clone(), service, Part::Public, Place::Public(Arc::clone(public))));
         }
         for upstream in &service.upstreams {
-            let key = Key {
-                bind: upstream.bind.clone(),
-                proxy_id: Arc::clone(&service.proxy_id),
-                upstream: Some(Arc::clone(&upstream.name)),
-            };
-            all.push(Wanted { key, service: Arc::clone(service), place: Place::Upstream(Arc::clone(upstream)) });
+            let part = Part::Upstream(Arc::clone(&upstream.name));
+            all.push(Wanted::new(upstream.bind.clone(), service, part, Place::Upstream(Arc::clone(upstream))));
         }
     }
+    snapshot.routers.iter().for_each(|router| want_router(router, redirect, &mut all));
     all
+}
+
+/// A router and its routes. Those that speak no TLS belong to a service that has neither identity nor policy.
+fn want_router(router: &Arc<Router>, redirect: &Arc<Service>, all: &mut Vec<Wanted>) {
+    let settings = router.settings();
+    let nobody = Arc::new(Service {
+        name: Arc::clone(&settings.service),
+        proxy_id: Arc::clone(&settings.proxy_id),
+        identity: None,
+        intentions: Arc::clone(&redirect.intentions),
+        public: None,
+        upstreams: Vec::new(),
+    });
+    let part = Part::Router(Arc::clone(&settings.name));
+    all.push(Wanted::new(settings.bind.clone(), &nobody, part, Place::Router(Arc::clone(router))));
+    for route in router.routes() {
+        let service = route.way.service().unwrap_or(&nobody);
+        all.push(Wanted::new(settings.bind.clone(), service, Part::of(route), Place::Route(Arc::clone(route))));
+    }
+}
+
+/// Where `route` of `router` is found among listeners.
+pub(super) fn key_of(router: &Router, route: &Route) -> Key {
+    let settings = router.settings();
+    let proxy_id = route.way.service().map_or(&settings.proxy_id, |service| &service.proxy_id);
+    Key { bind: settings.bind.clone(), proxy_id: Arc::clone(proxy_id), part: Part::of(route) }
+}
+
+/// The newest state of the service that `listener` serves; `wanted` is what the snapshot says of the listener itself.
+pub(super) fn service_of(listener: &Listener, wanted: Option<&Wanted>, snapshot: &Snapshot) -> Option<Arc<Service>> {
+    let before = &listener.service;
+    let found = match (wanted, &listener.part) {
+        (Some(wanted), _) => Some(&wanted.service),
+        // One proxy ends TLS for many services.
+        (None, Part::Terminate(_) | Part::Originate(_)) => {
+            let ways = snapshot.routers.iter().flat_map(|router| router.routes()).filter_map(|route| route.way.service());
+            ways.into_iter().find(|service| service.proxy_id == before.proxy_id && service.name == before.name)
+        }
+        (None, Part::Public | Part::Upstream(_)) => snapshot.services.iter().find(|service| service.proxy_id == before.proxy_id),
+        (None, Part::Redirect | Part::Lease | Part::Router(_) | Part::Forward(_) | Part::Original(_)) => None,
+    };
+    found.map(Arc::clone)
+}
+
+impl Wanted {
+    fn new(bind: Bind, service: &Arc<Service>, part: Part, place: Place) -> Self {
+        Self { key: Key { bind, proxy_id: Arc::clone(&service.proxy_id), part }, service: Arc::clone(service), place }
+    }
+}
+
+impl Part {
+    fn of(route: &Route) -> Self {
+        let name = Arc::clone(&route.name);
+        match &route.way {
+            Way::Forward(_) => Self::Forward(name),
+            Way::Terminate { .. } => Self::Terminate(name),
+            Way::Originate { .. } => Self::Originate(name),
+            Way::Original(_) => Self::Original(name),
+        }
+    }
+
+    /// Whether it is a route, which has no socket of its own.
+    pub(super) fn is_route(&self) -> bool {
+        match self {
+            Self::Forward(_) | Self::Terminate(_) | Self::Originate(_) | Self::Original(_) => true,
+            Self::Public | Self::Upstream(_) | Self::Redirect | Self::Lease | Self::Router(_) => false,
+        }
+    }
+
+    /// What stands as the upstream in logs and metrics. An inbound route counts for its service, as a public listener does.
+    fn upstream(&self) -> Option<&Arc<str>> {
+        match self {
+            Self::Public | Self::Redirect | Self::Lease | Self::Terminate(_) => None,
+            Self::Upstream(name) | Self::Router(name) | Self::Forward(name) | Self::Originate(name) | Self::Original(name) => {
+                Some(name)
+            }
+        }
+    }
+}
+
+impl Role {
+    fn new(place: Place, seed: u64) -> Self {
+        match place {
+            Place::Public(public) => Self::Public { public, app: None },
+            Place::Upstream(upstream) => Self::Upstream(Balancer::new(upstream, seed)),
+            Place::Redirect => Self::Redirect,
+            Place::Lease => Self::Lease,
+            Place::Router(router) => Self::Router(Routing { router, places: Vec::new() }),
+            Place::Route(route) => match &route.way {
+                Way::Forward(cluster) => Self::Forward(Balancer::new(Arc::clone(cluster), seed)),
+                Way::Terminate { service, app } => Self::Public {
+                    public: Arc::clone(service.public.as_ref().expect("a router is made only of routes with an app")),
+                    app: app.as_ref().map(|app| Balancer::new(Arc::clone(app), seed)),
+                },
+                Way::Originate { upstream, .. } => Self::Upstream(Balancer::new(Arc::clone(upstream), seed)),
+                Way::Original(original) => Self::Original(*original),
+            },
+        }
+    }
+
+    fn direction(&self) -> Direction {
+        match self {
+            Self::Public { .. } => Direction::Inbound,
+            Self::Upstream(_) | Self::Router(_) | Self::Forward(_) | Self::Original(_) | Self::Redirect | Self::Lease => {
+                Direction::Outbound
+            }
+        }
+    }
+
+    /// The endpoints behind it, if it chooses among some.
+    pub(super) fn balancer(&self) -> Option<&Balancer> {
+        match self {
+            Self::Upstream(balancer) | Self::Forward(balancer) => Some(balancer),
+            Self::Public { app, .. } => app.as_ref(),
+            Self::Router(_) | Self::Original(_) | Self::Redirect | Self::Lease => None,
+        }
+    }
+
+    /// The same, to choose one.
+    pub(super) fn balancer_mut(&mut self) -> Option<&mut Balancer> {
+        match self {
+            Self::Upstream(balancer) | Self::Forward(balancer) => Some(balancer),
+            Self::Public { app, .. } => app.as_mut(),
+            Self::Router(_) | Self::Original(_) | Self::Redirect | Self::Lease => None,
+        }
+    }
+
+    fn update(&mut self, place: Place, seed: u64) {
+        match (self, place) {
+            (Self::Public { public, .. }, Place::Public(next)) => *public = next,
+            (Self::Upstream(balancer), Place::Upstream(next)) => balancer.adopt(next),
+            (Self::Router(routing), Place::Router(next)) => routing.router = next,
+            (role, Place::Route(route)) => match (role, &route.way) {
+                (Self::Forward(balancer), Way::Forward(next)) => balancer.adopt(Arc::clone(next)),
+                (Self::Upstream(balancer), Way::Originate { upstream, .. }) => balancer.adopt(Arc::clone(upstream)),
+                (Self::Original(original), Way::Original(next)) => *original = *next,
+                (Self::Public { public, app }, Way::Terminate { service, app: next }) => {
+                    if let Some(next) = &service.public {
+                        *public = Arc::clone(next);
+                    }
+                    match (app, next) {
+                        (Some(balancer), Some(next)) => balancer.adopt(Arc::clone(next)),
+                        (app, next) => *app = next.as_ref().map(|next| Balancer::new(Arc::clone(next), seed)),
+                    }
+                }
+                // The key tells the ways apart.
+                (_, Way::Forward(_) | Way::Terminate { .. } | Way::Originate { .. } | Way::Original(_)) => {}
+            },
+            // The key tells the parts apart.
+            (_, Place::Public(_) | Place::Upstream(_) | Place::Redirect | Place::Lease | Place::Router(_)) => {}
+        }
+    }
+
+    /// Most connections at once over all workers; `None` is unlimited.
+    fn connections_max(&self) -> Option<u32> {
+        let of = |max: Option<u32>| max.unwrap_or(UPSTREAM_CONNECTIONS_MAX);
+        match self {
+            Self::Public { public, app } => {
+                let inbound = (public.max_inbound_connections > 0).then_some(public.max_inbound_connections);
+                let cluster = app.as_ref().map(|app| of(app.upstream().max_connections));
+                inbound.into_iter().chain(cluster).min()
+            }
+            Self::Upstream(balancer) | Self::Forward(balancer) => Some(of(balancer.upstream().max_connections)),
+            Self::Original(original) => Some(of(original.max_connections)),
+            Self::Router(_) | Self::Redirect | Self::Lease => None,
+        }
+    }
 }
 
 impl Listener {
     pub(super) fn new(generation: u32, wanted: Wanted, gate: Arc<Gate>, seed: u64) -> Self {
         let Wanted { key, service, place } = wanted;
-        let (direction, role) = match place {
-            Place::Public(public) => (Direction::Inbound, Role::Public(public)),
-            Place::Upstream(upstream) => (Direction::Outbound, Role::Upstream(Balancer::new(upstream, seed))),
-            Place::Redirect => (Direction::Outbound, Role::Redirect),
-            Place::Lease => (Direction::Outbound, Role::Lease),
-        };
-        let cells = Arc::new(ListenerCells::new(direction, Arc::clone(&service.name), key.upstream));
+        let role = Role::new(place, seed);
+        let cells = Arc::new(ListenerCells::new(role.direction(), Arc::clone(&service.name), key.part.upstream().cloned()));
         Self {
             generation,
             bind: key.bind,
+            part: key.part,
             service,
             role,
             cells,
@@ -135,11 +334,13 @@ impl Listener {
             announced: false,
             live: 0,
             removed: false,
+            router: None,
+            outlived: false,
         }
     }
 
     pub(super) fn key(&self) -> Key {
-        Key { bind: self.bind.clone(), proxy_id: Arc::clone(&self.service.proxy_id), upstream: self.cells.upstream.clone() }
+        Key { bind: self.bind.clone(), proxy_id: Arc::clone(&self.service.proxy_id), part: self.part.clone() }
     }
 
     /// Takes over the newest state of its service.
@@ -155,25 +356,17 @@ impl Listener {
 
     /// Takes over what a new snapshot says of it. The socket stays.
     pub(super) fn update(&mut self, wanted: Wanted) {
-        match (&mut self.role, wanted.place) {
-            (Role::Public(public), Place::Public(next)) => *public = next,
-            (Role::Upstream(balancer), Place::Upstream(next)) => {
-                if !Arc::ptr_eq(balancer.upstream(), &next) {
-                    balancer.update(next);
-                }
-            }
-            // The key tells the two apart.
-            (Role::Public(_) | Role::Upstream(_) | Role::Redirect | Role::Lease, _) => {}
-        }
+        self.role.update(wanted.place, u64::from(self.generation));
+    }
+
+    /// Whether its connections are to end within the drain time.
+    pub(super) fn drains(&self) -> bool {
+        self.removed && !self.outlived
     }
 
     /// Most connections at once over all workers; `None` is unlimited.
     pub(super) fn connections_max(&self) -> Option<u32> {
-        match &self.role {
-            Role::Public(public) => (public.max_inbound_connections > 0).then_some(public.max_inbound_connections),
-            Role::Upstream(balancer) => Some(balancer.upstream().max_connections.unwrap_or(UPSTREAM_CONNECTIONS_MAX)),
-            Role::Redirect | Role::Lease => None,
-        }
+        self.role.connections_max()
     }
 
     /// Where to listen, or `None` when this worker must wait (the first worker binds first) or need not (a unix socket
@@ -271,13 +464,13 @@ mod tests {
     #[test]
     fn workers_find_the_same_gate() {
         let gates = Gates::default();
-        let key = Key { bind: Bind::Tcp("127.0.0.1:1".parse().expect("address")), proxy_id: "p".into(), upstream: None };
+        let key = Key { bind: Bind::Tcp("127.0.0.1:1".parse().expect("address")), proxy_id: "p".into(), part: Part::Public };
         assert!(Arc::ptr_eq(&gates.gate(&key), &gates.gate(&key)));
     }
 
     #[test]
     fn workers_that_come_at_the_same_time_find_the_same_gates() {
-        let key = |port: u16| Key { bind: Bind::Tcp(([127, 0, 0, 1], port).into()), proxy_id: "p".into(), upstream: None };
+        let key = |port: u16| Key { bind: Bind::Tcp(([127, 0, 0, 1], port).into()), proxy_id: "p".into(), part: Part::Public };
         for _ in 0..200 {
             let (gates, arrived) = (Gates::default(), AtomicU32::new(0));
             let found: Vec<Vec<Arc<Gate>>> = std::thread::scope(|scope| {

@@ -1,4 +1,5 @@
-//! The two byte directions of a connection: plain to mesh is sealed in place, mesh to plain is opened in place.
+//! The two byte directions of a connection: plain to mesh is sealed in place, mesh to plain is opened in place; where a route
+//! says so, both are passed on as they are.
 //!
 //! Invariant: a flow either receives or sends, never both, so its buffer has one user; it receives again only when all it
 //! had was sent, which is the whole back-pressure. Payload is never copied in user space, nor moved: a receive stops where
@@ -7,7 +8,9 @@
 //! Ends: EOF on the plain leg becomes close_notify and FIN on the mesh leg; close_notify becomes FIN on the plain leg; an
 //! EOF without close_notify, or a reset, becomes a reset on the other leg.
 
+mod kept;
 mod open;
+mod raw;
 mod seal;
 
 use std::time::Instant;
@@ -151,7 +154,11 @@ impl Connection {
     pub(super) fn start_relay<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
         self.stage = Stage::Relay;
         self.deadline = None;
-        match self.seal_receive(io) {
+        if self.raw {
+            return self.start_raw(io);
+        }
+        let first = if self.seal.has_kept() { self.seal_kept(io) } else { self.seal_receive(io) };
+        match first {
             Next::Wait => {}
             other => return other,
         }
@@ -160,6 +167,8 @@ impl Connection {
 
     pub(super) fn on_relay<R: Ring>(&mut self, io: &mut Io<'_, R>, op: Op, leg: usize, completion: Completion) -> Next {
         match (op, leg) {
+            (Op::Receive, _) if self.raw => self.raw_received(io, leg, completion),
+            (Op::Send, _) if self.raw => self.raw_sent(io, leg, completion),
             (Op::Receive, PLAIN) => self.seal_received(io, completion),
             (Op::Receive, _) => self.open_received(io, completion),
             (Op::Send, PLAIN) => self.open_sent(io, completion),

@@ -47,6 +47,20 @@ impl Connection {
         self.receive_handshake(io)
     }
 
+    /// [`Self::start_accepting`] of a connection whose first bytes were read to find its route.
+    pub(super) fn go_on_accepting<R: Ring>(&mut self, io: &mut Io<'_, R>, tls: Handshake, timeout: std::time::Duration) -> Next {
+        let Some((input, filled)) = self.seal.take_kept(io.pool) else { return self.start_accepting(io, tls, timeout) };
+        self.stage = Stage::Handshake;
+        self.deadline = Some(io.now + timeout);
+        self.step_began = io.now;
+        let mut handshaking = Handshaking::new(tls);
+        handshaking.input = Some(input);
+        handshaking.filled = filled;
+        handshaking.heard = true;
+        self.handshaking = Some(handshaking);
+        self.step_handshake(io)
+    }
+
     fn receive_handshake<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
         let poll_first = !self.legs[MESH].nonempty;
         let (socket, token) = self.begin(Op::Receive, MESH);

@@ -5,6 +5,8 @@
 //!
 //! `RINGFENCE_SEED=7` replays one seed, `RINGFENCE_SEEDS=2000` runs more.
 
+mod routing;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,6 +32,7 @@ const LISTEN: SocketAddr = address(9_191);
 const PUBLIC: SocketAddr = address(21_000);
 const APP: SocketAddr = address(5_432);
 const TURNS_MAX: usize = 60_000;
+const DRAIN_MS: u64 = 5_000;
 
 const fn address(port: u16) -> SocketAddr {
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), port)
@@ -52,13 +55,15 @@ struct Mesh {
     ca: Ca,
     client: Side,
     server: Side,
+    /// Between the two, where a test puts one.
+    gateway: Option<Side>,
 }
 
 impl Side {
     fn new(network: &Network) -> Self {
         let (publisher, mut readers) = store::new(Snapshot::default(), 1);
         let (telemetry, events) = channel::pair();
-        let orders = Arc::new(Orders::default());
+        let orders = Arc::new(Orders { drain_ms: DRAIN_MS.into(), ..Orders::default() });
         let mut pool = Pool::new(32 << 20).expect("pool");
         let ring = Sim::new(network, &mut pool);
         let worker = Worker::new(Parts {
@@ -68,7 +73,7 @@ impl Side {
             reader: readers.remove(0),
             telemetry,
             attribution: None,
-            plane: DataPlane { workers: 1, drain_time: Duration::from_secs(5), ..DataPlane::default() },
+            plane: DataPlane { workers: 1, drain_time: Duration::from_millis(DRAIN_MS), ..DataPlane::default() },
             orders: Arc::clone(&orders),
             gates: Arc::new(Gates::default()),
         });
@@ -96,7 +101,7 @@ impl Mesh {
         let network = Network::new(seed, faults);
         let ca = Ca::new("mesh.consul");
         let (client, server) = (Side::new(&network), Side::new(&network));
-        let mut mesh = Self { network, ca, client, server };
+        let mut mesh = Self { network, ca, client, server, gateway: None };
         mesh.publish_client(&[PUBLIC], true);
         mesh.publish_server(DefaultPolicy::Allow);
         mesh.turns(400);
@@ -169,6 +174,7 @@ impl Mesh {
         self.network.advance(Duration::from_millis(1));
         self.client.turn();
         self.server.turn();
+        self.gateway.iter_mut().for_each(Side::turn);
     }
 
     fn turns(&mut self, count: usize) {
@@ -178,13 +184,20 @@ impl Mesh {
     }
 
     /// Drains both sides and checks that nothing is left over.
-    fn finish(mut self) -> (Vec<ConnectionRecord>, Vec<ConnectionRecord>) {
+    fn finish(self) -> (Vec<ConnectionRecord>, Vec<ConnectionRecord>) {
+        let (client, server, _) = self.finish_all();
+        (client, server)
+    }
+
+    /// The same, with what the gateway told.
+    fn finish_all(mut self) -> (Vec<ConnectionRecord>, Vec<ConnectionRecord>, Vec<ConnectionRecord>) {
         self.network.set_faults(Faults::NONE);
-        self.client.orders.raise(Order::Drain);
-        self.server.orders.raise(Order::Drain);
+        let sides = || [&self.client, &self.server].into_iter().chain(&self.gateway);
+        sides().for_each(|side| side.orders.raise(Order::Drain));
         for _ in 0..TURNS_MAX {
-            if self.client.worker.is_none() && self.server.worker.is_none() {
-                return (self.client.records, self.server.records);
+            if [&self.client, &self.server].into_iter().chain(&self.gateway).all(|side| side.worker.is_none()) {
+                let gateway = self.gateway.map(|gateway| gateway.records).unwrap_or_default();
+                return (self.client.records, self.server.records, gateway);
             }
             self.turn();
         }
@@ -259,8 +272,11 @@ fn check(heard: &Talker, said: &Talker, whole: &str) {
 }
 
 fn converse(seed: u64, faults: Faults) -> (usize, Vec<ConnectionRecord>, Vec<ConnectionRecord>) {
+    converse_in(Mesh::new(seed, faults), seed)
+}
+
+fn converse_in(mut mesh: Mesh, seed: u64) -> (usize, Vec<ConnectionRecord>, Vec<ConnectionRecord>) {
     let mut random = Random::new(seed ^ 0xabcd);
-    let mut mesh = Mesh::new(seed, faults);
     let app = mesh.network.listen(APP);
     let count = 1 + random.below(5);
     let mut clients = Vec::new();

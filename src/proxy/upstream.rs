@@ -54,8 +54,15 @@ impl Balancer {
         &self.upstream
     }
 
+    /// Takes over what a new snapshot says, if that is anything new.
+    pub(super) fn adopt(&mut self, upstream: Arc<Upstream>) {
+        if !Arc::ptr_eq(&self.upstream, &upstream) {
+            self.update(upstream);
+        }
+    }
+
     /// Takes a new version over; what was seen of addresses that stay is kept.
-    pub(super) fn update(&mut self, upstream: Arc<Upstream>) {
+    fn update(&mut self, upstream: Arc<Upstream>) {
         let addresses: std::collections::HashSet<SocketAddr> =
             upstream.targets.iter().flat_map(|target| target.endpoints.iter().map(|endpoint| endpoint.address)).collect();
         self.seen.retain(|address, seen| seen.active > 0 || addresses.contains(address));

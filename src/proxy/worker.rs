@@ -3,11 +3,12 @@
 //! Invariant: a completion is acted on only when its token names a connection that lives; every accepted connection ends in
 //! exactly one record; nothing here waits but [`Ring::turn`].
 //!
-//! `listeners` holds what is accepted, `callers` who is behind it, `steps` what a connection asks of its worker, `adoption` what a new snapshot changes.
+//! `listeners` holds what is accepted, `routing` where it is handed on to, `callers` who is behind it, `steps` what a connection asks of its worker, `adoption` what a new snapshot changes.
 
 mod adoption;
 pub(super) mod callers;
 mod listeners;
+mod routing;
 mod steps;
 
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use super::listener::{Gates, Listener};
 use super::timer::{Owner, Wheel};
 use super::{Attribution, Order, Orders, ProxyError};
 use crate::buffer::{Class, Pool};
-use crate::config::{self, DataPlane};
+use crate::config::DataPlane;
 use crate::mesh::{Service, Snapshot};
 use crate::policy::Intentions;
 use crate::ring::{Completion, Op, Ring, SHARED_BUFFERS};
@@ -65,6 +66,8 @@ pub(super) struct Worker<R: Ring> {
     held: usize,
     handshakes: u32,
     order: Order,
+    /// What was left and no listener wanted is closed.
+    settled: bool,
     drain_deadline: Option<Instant>,
     teardown_deadline: Option<Instant>,
     next_region_sweep: Instant,
@@ -103,6 +106,7 @@ impl<R: Ring> Worker<R> {
             held: 0,
             handshakes: 0,
             order: Order::Run,
+            settled: false,
             drain_deadline: None,
             teardown_deadline: None,
             next_region_sweep: now,
@@ -223,13 +227,14 @@ impl<R: Ring> Worker<R> {
             self.remove_all_listeners();
             match order {
                 Order::Run => {}
-                Order::Drain => {
-                    let handed_over = self.orders.handed_over.load(Ordering::Acquire);
-                    let drain_time = if handed_over { config::HANDOVER_DRAIN } else { self.plane.drain_time };
-                    self.drain_deadline = Some(self.now() + drain_time);
-                }
+                Order::Drain => self.drain_deadline = Some(self.now() + self.orders.drain_time()),
                 Order::Stop => self.close_all(CloseReason::Shutdown),
             }
+        }
+        if !self.settled && self.orders.settled.load(Ordering::Relaxed) {
+            self.settled = true;
+            self.ring.close_left();
+            self.telemetry.cells.listener_changes.add(1);
         }
         if self.drain_deadline.is_some_and(|deadline| deadline <= self.now()) {
             self.drain_deadline = None;
@@ -282,12 +287,13 @@ impl<R: Ring> Worker<R> {
     /// Steps a connection with everything it may use, and keeps the count of handshakes.
     fn with_io<T>(&mut self, connection: &mut Connection, step: impl FnOnce(&mut Connection, &mut Io<'_, R>) -> T) -> T {
         let now = self.ring.now();
-        let before = connection.stage == Stage::Handshake;
+        let awaited = |stage| matches!(stage, Stage::Inspect | Stage::Handshake);
+        let before = awaited(connection.stage);
         let cells = self.listeners[connection.listener as usize].as_ref().map(|listener| Arc::as_ref(&listener.cells));
         let cells = cells.expect("a listener's place is kept while its connections live");
         let mut io = Io { ring: &mut self.ring, pool: &mut self.pool, worker: &self.telemetry.cells, cells, now };
         let result = step(connection, &mut io);
-        match (before, connection.stage == Stage::Handshake) {
+        match (before, awaited(connection.stage)) {
             (false, true) => self.handshakes += 1,
             (true, false) => self.handshakes -= 1,
             _ => {}

@@ -195,12 +195,12 @@ impl Ring for Sim {
         None
     }
 
-    fn local_address(&mut self, _socket: Socket) -> Option<SocketAddr> {
-        None
+    fn local_address(&mut self, socket: Socket) -> Option<SocketAddr> {
+        self.network.local(socket.0)
     }
 
-    fn original_destination(&mut self, _socket: Socket) -> Option<SocketAddr> {
-        None
+    fn original_destination(&mut self, socket: Socket) -> Option<SocketAddr> {
+        self.network.original(socket.0)
     }
 
     fn owner(&mut self, _socket: Socket, _original: Option<SocketAddr>) -> Option<SocketOwner> {
@@ -270,6 +270,12 @@ impl Ring for Sim {
     fn close_listener(&mut self, listener: Socket, _file: Option<&Path>) {
         self.close(listener, false);
     }
+
+    fn accept_left(&mut self, _local: &Local) -> Option<Socket> {
+        None
+    }
+
+    fn close_left(&mut self) {}
 
     fn shared(&self, buffer: u16) -> &Lease {
         &self.leases[usize::from(buffer)]

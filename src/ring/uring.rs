@@ -9,16 +9,18 @@
 //! Why unsafe: pushing a submission hands addresses to the kernel, and the buffer ring is memory shared with it.
 #![allow(unsafe_code, reason = "memory shared with the kernel; one of the three rooms where unsafe may stand")]
 
+mod left;
 mod scratch;
 mod shared;
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, cqueue, opcode, register::Restriction, squeue, types};
+use left::Left;
 use scratch::Scratch;
 use shared::SharedBuffers;
 use socket2::SockAddr;
@@ -57,7 +59,7 @@ pub struct Uring {
     scratch: Scratch,
     options: StreamOptions,
     /// Listening sockets that another process left, until they are asked for.
-    inherited: Vec<(Place, OwnedFd)>,
+    left: Left,
     /// Opened by the first question.
     diag: Option<SocketDiag>,
     wake: EventFd,
@@ -108,7 +110,7 @@ impl Uring {
             shared,
             scratch: Scratch::default(),
             options,
-            inherited: Vec::new(),
+            left: Left::default(),
             diag: None,
             wake,
             wake_count: Box::new(0),
@@ -123,18 +125,7 @@ impl Uring {
 
     /// Uses these instead of binding their addresses anew.
     pub fn inherit(&mut self, sockets: Vec<(Place, OwnedFd)>) {
-        self.inherited = sockets;
-    }
-
-    /// The socket that was left for `local`.
-    fn inherited(&mut self, local: &Local) -> Option<OwnedFd> {
-        let place = match local {
-            Local::Tcp { address, .. } => Place::Tcp(*address),
-            Local::Loopback { port, .. } => Place::Tcp((Ipv4Addr::UNSPECIFIED, *port).into()),
-            Local::Unix { path, .. } => Place::Unix(path.clone()),
-        };
-        let at = self.inherited.iter().position(|(known, _)| *known == place)?;
-        Some(self.inherited.swap_remove(at).1)
+        self.left = Left(sockets);
     }
 
     /// The first turn makes the calling thread the ring's only issuer.
@@ -236,7 +227,7 @@ fn sockaddr(remote: &Remote) -> io::Result<SockAddr> {
 
 impl Ring for Uring {
     fn listen(&mut self, local: &Local) -> io::Result<Socket> {
-        if let Some(socket) = self.inherited(local) {
+        if let Some(socket) = self.left.take(local) {
             return Ok(Socket(socket.into_raw_fd()));
         }
         let fd = match local {
@@ -347,6 +338,14 @@ impl Ring for Uring {
             // Somebody may have removed it already.
             let _ = std::fs::remove_file(file);
         }
+    }
+
+    fn accept_left(&mut self, local: &Local) -> Option<Socket> {
+        self.left.accept(local)
+    }
+
+    fn close_left(&mut self) {
+        self.left = Left::default();
     }
 
     fn shared(&self, buffer: u16) -> &Lease {

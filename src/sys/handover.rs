@@ -1,10 +1,10 @@
-//! Listening sockets that go from a process to the one that takes its place, by inheritance: not one is closed on the way, so
-//! no connection in a backlog is lost.
+//! Listening sockets that go from a process to the one that takes its place: by inheritance from one that still runs, or from
+//! the service manager's descriptor store when it has ended. Not one is closed on the way, so no connection in a backlog is lost.
 //!
-//! Invariant: what is inherited is what the parent said, checked: a listening socket at that very address. Anything else is
-//! closed and told.
+//! Invariant: what is inherited is what was said of it, checked: a listening socket at that very address. Anything else is left
+//! alone and told.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::ffi::OsString;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::net::SocketAddr;
@@ -14,6 +14,8 @@ use std::process::{Child, Command};
 
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
+
+use super::fdstore;
 
 /// What the parent tells its child.
 const VARIABLE: &str = "RINGFENCE_HANDOVER";
@@ -35,6 +37,9 @@ struct Message {
     ready: RawFd,
     go: RawFd,
     sockets: Vec<(RawFd, Place)>,
+    /// Names of what the parent keeps in the descriptor store.
+    #[serde(default)]
+    kept: BTreeSet<String>,
 }
 
 /// The child that is to take over.
@@ -45,10 +50,12 @@ pub struct Successor {
     go: PipeWriter,
 }
 
-/// What a parent left.
+/// What a parent left, or a process before in the descriptor store.
 #[derive(Debug, Default)]
 pub struct Inherited {
     sockets: VecDeque<(Place, OwnedFd)>,
+    /// Names of what is in the descriptor store.
+    kept: BTreeSet<String>,
     ready: Option<PipeWriter>,
     go: Option<PipeReader>,
     /// What was said and does not hold.
@@ -56,16 +63,16 @@ pub struct Inherited {
 }
 
 /// Starts this program's file again, as it is on disk now, with the same arguments and with every listening socket of this
-/// process.
-pub fn start_successor(arguments: impl Iterator<Item = OsString>) -> io::Result<Successor> {
+/// process; `kept` names what it has in the descriptor store.
+pub fn start_successor(arguments: impl Iterator<Item = OsString>, kept: BTreeSet<String>) -> io::Result<Successor> {
     let (ready, writer) = io::pipe()?;
     let ready_fd = inheritable(writer.as_raw_fd())?;
     let (reader, go) = io::pipe()?;
     let go_fd = inheritable(reader.as_raw_fd())?;
-    let kept: Vec<(OwnedFd, Place)> = listening()?;
-    let sockets = kept.iter().map(|(fd, place)| (fd.as_raw_fd(), place.clone())).collect();
-    let message = serde_json::to_string(&Message { ready: ready_fd.as_raw_fd(), go: go_fd.as_raw_fd(), sockets })
-        .map_err(io::Error::other)?;
+    let copies: Vec<(OwnedFd, Place)> = listening()?;
+    let sockets = copies.iter().map(|(fd, place)| (fd.as_raw_fd(), place.clone())).collect();
+    let message = Message { ready: ready_fd.as_raw_fd(), go: go_fd.as_raw_fd(), sockets, kept };
+    let message = serde_json::to_string(&message).map_err(io::Error::other)?;
     let program = std::env::current_exe()?;
     // A file that was replaced is gone under its old name: the new one has the name.
     let program =
@@ -105,9 +112,17 @@ impl Successor {
 }
 
 impl Inherited {
-    /// What this process was left by its parent: nothing, mostly. Call once.
+    /// What this process was left by its parent, or by a process before: nothing, mostly. Call once, before the first thread.
     pub fn take() -> Self {
-        let Some(text) = std::env::var_os(VARIABLE) else { return Self::default() };
+        let Some(text) = std::env::var_os(VARIABLE) else {
+            return fdstore::returned().map_or_else(
+                |error| Self {
+                    wrong: vec![format!("LISTEN_FDS and LISTEN_FDNAMES: {error}; the service manager sets them")],
+                    ..Self::default()
+                },
+                Self::of_store,
+            );
+        };
         match text.to_str().and_then(|text| serde_json::from_str::<Message>(text).ok()) {
             Some(message) => Self::of(message),
             None => Self {
@@ -117,8 +132,21 @@ impl Inherited {
         }
     }
 
-    fn of(message: Message) -> Self {
+    /// What comes back is named even if it is no listening socket: then it is removed with the next look at the store.
+    fn of_store(returned: Vec<fdstore::Returned>) -> Self {
         let mut inherited = Self::default();
+        for fdstore::Returned { fd, name } in returned {
+            match place_of(fd).and_then(|place| Some((place, adopt(fd)?))) {
+                Some(socket) => inherited.sockets.push_back(socket),
+                None => inherited.wrong.push(format!("descriptor {fd}, stored as {name}, does not listen")),
+            }
+            inherited.kept.insert(name);
+        }
+        inherited
+    }
+
+    fn of(message: Message) -> Self {
+        let mut inherited = Self { kept: message.kept, ..Self::default() };
         for (fd, place) in message.sockets {
             // A descriptor that is something else is somebody else's, and left alone.
             let listens = place_of(fd).is_some_and(|found| found == place);
@@ -155,13 +183,30 @@ impl Inherited {
         self.sockets.remove(at).map(|(_, socket)| socket)
     }
 
-    /// The rest, for so many workers: each gets its share of each place.
+    /// Whether there are sockets that no living process accepts from.
+    pub fn is_orphaned(&self) -> bool {
+        !self.has_predecessor() && !self.sockets.is_empty()
+    }
+
+    /// Names of what is in the descriptor store.
+    pub fn kept(&self) -> &BTreeSet<String> {
+        &self.kept
+    }
+
+    /// Names of the sockets that so many workers will close, because there are more of a place than workers.
+    pub fn surplus(&self, workers: usize) -> Vec<String> {
+        let place_before = |at: usize| self.sockets.iter().take(at).filter(|(place, _)| *place == self.sockets[at].0).count();
+        let surplus = self.sockets.iter().enumerate().filter(|(at, _)| place_before(*at) >= workers);
+        surplus.filter_map(|(_, (_, socket))| fdstore::name_of(socket)).filter(|name| self.kept.contains(name)).collect()
+    }
+
+    /// The rest, for so many workers: each gets its share of each place. Where there are more sockets than workers, a worker
+    /// gets several of a place: it is to listen at the first, and to take what waits at the others before it closes them.
     pub fn deal(&mut self, workers: usize) -> Vec<Vec<(Place, OwnedFd)>> {
         let mut hands: Vec<Vec<(Place, OwnedFd)>> = (0..workers).map(|_| Vec::new()).collect();
         for (place, socket) in self.sockets.drain(..) {
-            // More sockets than workers: the rest closes here, and its backlog with it.
-            let without = hands.iter_mut().find(|hand| hand.iter().all(|(known, _)| *known != place));
-            if let Some(hand) = without {
+            let of_place = |hand: &Vec<(Place, OwnedFd)>| hand.iter().filter(|(known, _)| *known == place).count();
+            if let Some(hand) = hands.iter_mut().min_by_key(|hand| of_place(hand)) {
                 hand.push((place, socket));
             }
         }
@@ -190,7 +235,7 @@ fn listening() -> io::Result<Vec<(OwnedFd, Place)>> {
 }
 
 /// Where a descriptor listens, if it does.
-fn place_of(fd: RawFd) -> Option<Place> {
+pub(super) fn place_of(fd: RawFd) -> Option<Place> {
     // SAFETY: at worst the descriptor was closed meanwhile, and each call on it fails.
     let fd = unsafe { BorrowedFd::borrow_raw(fd) };
     let socket = SockRef::from(&fd);
@@ -234,6 +279,10 @@ mod tests {
 
     use super::*;
 
+    fn message(sockets: Vec<(RawFd, Place)>) -> Message {
+        Message { ready: -1, go: -1, sockets, kept: BTreeSet::new() }
+    }
+
     #[test]
     fn a_listening_socket_goes_on_in_other_hands() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
@@ -241,7 +290,7 @@ mod tests {
         let (copy, _) = listening().expect("our sockets").into_iter().find(|(_, found)| *found == place).expect("among them");
         drop(listener);
         let fd = std::os::fd::IntoRawFd::into_raw_fd(copy);
-        let mut inherited = Inherited::of(Message { ready: -1, go: -1, sockets: vec![(fd, place.clone())] });
+        let mut inherited = Inherited::of(message(vec![(fd, place.clone())]));
         assert!(inherited.wrong.is_empty() && !inherited.has_predecessor());
         let socket = inherited.take_socket(&place).expect("handed over");
         assert!(inherited.take_socket(&place).is_none());
@@ -255,18 +304,39 @@ mod tests {
     fn what_is_no_such_socket_is_refused() {
         let file = std::os::fd::IntoRawFd::into_raw_fd(OwnedFd::from(tempfile::tempfile().expect("a file")));
         let place = Place::Unix("/run/x.sock".into());
-        let inherited = Inherited::of(Message { ready: -1, go: -1, sockets: vec![(file, place.clone()), (9_999, place)] });
+        let inherited = Inherited::of(message(vec![(file, place.clone()), (9_999, place)]));
         assert_eq!(inherited.wrong.len(), 2, "{:?}", inherited.wrong);
         assert!(inherited.sockets.is_empty());
     }
 
     #[test]
-    fn each_worker_gets_one_of_each_place() {
+    fn each_worker_gets_its_share_of_each_place() {
         let socket = || OwnedFd::from(TcpListener::bind("127.0.0.1:0").expect("a listener"));
         let place = |port| Place::Tcp(([127, 0, 0, 1], port).into());
-        let sockets = [(place(1), socket()), (place(1), socket()), (place(2), socket()), (place(1), socket())].into();
-        let hands = Inherited { sockets, ..Inherited::default() }.deal(2);
+        let sockets: VecDeque<_> =
+            [(place(1), socket()), (place(1), socket()), (place(2), socket()), (place(1), socket())].into();
+        let kept = sockets.iter().filter_map(|(_, socket)| fdstore::name_of(socket)).collect();
+        let third = fdstore::name_of(&sockets[3].1).expect("a name");
+        let mut inherited = Inherited { sockets, kept, ..Inherited::default() };
+        assert_eq!(inherited.surplus(2), [third]);
+        assert!(inherited.surplus(3).is_empty());
+        let hands = inherited.deal(2);
         let places: Vec<Vec<&Place>> = hands.iter().map(|hand| hand.iter().map(|(place, _)| place).collect()).collect();
-        assert_eq!(places, [vec![&place(1), &place(2)], vec![&place(1)]]);
+        assert_eq!(places, [vec![&place(1), &place(2), &place(1)], vec![&place(1)]]);
+    }
+
+    #[test]
+    fn what_the_store_gives_back_is_taken_by_its_place() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        let place = Place::Tcp(listener.local_addr().expect("its address"));
+        let returned =
+            |fd: OwnedFd, name: &str| fdstore::Returned { fd: std::os::fd::IntoRawFd::into_raw_fd(fd), name: name.to_owned() };
+        let file = OwnedFd::from(tempfile::tempfile().expect("a file"));
+        let mut inherited = Inherited::of_store(vec![returned(listener.into(), "ringfence-1"), returned(file, "ringfence-2")]);
+        assert!(inherited.is_orphaned() && !inherited.has_predecessor());
+        assert_eq!(inherited.wrong.len(), 1, "{:?}", inherited.wrong);
+        assert_eq!(inherited.kept().len(), 2, "what is no socket is removed with the next look");
+        assert!(inherited.take_socket(&place).is_some());
+        assert!(!inherited.is_orphaned());
     }
 }

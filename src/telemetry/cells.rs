@@ -150,6 +150,8 @@ pub struct WorkerCells {
     pub generation: Cell,
     /// Listeners bound now (gauge).
     pub listeners: Cell,
+    /// Times that a listening socket came or went.
+    pub listener_changes: Cell,
     /// Access logs are open: find out `record::AccessFacts` for them.
     pub access_facts: Wish,
 }

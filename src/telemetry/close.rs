@@ -38,7 +38,7 @@ pub enum CloseReason {
     ConnectTimeout,
     /// The upstream has no healthy endpoint.
     NoEndpoint,
-    /// It was redirected here and no route leads from where it wanted to go to an upstream.
+    /// No route is meant for it: by where it wanted to go, by its server name, or by whether it speaks TLS.
     NoRoute,
     /// A connection limit was reached.
     Limit,

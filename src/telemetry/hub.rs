@@ -175,6 +175,7 @@ impl Hub {
                 self.series.add(&cells);
                 self.listeners.up(worker, bind, &cells);
             }
+            Event::RouteUp { cells } => self.series.add(&cells),
             Event::ListenerDown { bind } => self.listeners.down(worker, &bind),
             Event::BindFailed { bind, error } => self.listeners.bind_failed(worker, bind, &error),
             Event::AcceptFailed { bind, error } => self.listeners.accept_failed(bind, &error, now),

@@ -24,6 +24,11 @@ pub enum Event {
         /// Its counters, which outlive it.
         cells: Arc<ListenerCells>,
     },
+    /// A bound listener tells connections apart, and these cells count those of one route.
+    RouteUp {
+        /// Its counters, which outlive it.
+        cells: Arc<ListenerCells>,
+    },
     /// A listener is closed.
     ListenerDown {
         /// Where it was.
@@ -81,6 +86,8 @@ pub struct ConnectionRecord {
     pub downstream: Option<SocketAddr>,
     /// Where it wanted to go, when it was redirected here (outbound).
     pub original: Option<SocketAddr>,
+    /// The server name that its ClientHello asked for, where that chose its route. Nobody proved it.
+    pub server_name: Option<Box<str>>,
     /// Whom we connected to (the app, or the upstream endpoint).
     pub endpoint: Option<Address>,
     /// SPIFFE ID of the calling side, once known.
@@ -144,6 +151,7 @@ impl ConnectionRecord {
             upstream: cells.upstream.clone(),
             downstream,
             original: None,
+            server_name: None,
             endpoint: None,
             source: None,
             destination: None,

@@ -53,12 +53,13 @@ impl Port {
                 let log = ConnectionLog::open(&Destination::None, &Reopener::default()).expect("opens");
                 let (_status, status) = watch::channel(ringfence::control::Status::default());
                 let (_lifecycle, lifecycle) = watch::channel(Lifecycle::Live);
+                let (_upgrade, upgrade) = watch::channel(admin::Upgrade::default());
                 let (actions, _actions) = mpsc::channel(1);
                 let settings = admin::Settings::default();
                 let hub = Hub::new(vec![receiver], log);
                 let closing = shutdown_seen.clone();
                 let resources = ringfence::control::dump::channel().1;
-                let context = admin::Context { hub, viewer, status, resources, lifecycle, actions, closing, settings };
+                let context = admin::Context { hub, viewer, status, resources, lifecycle, upgrade, actions, closing, settings };
                 let listener = tokio::net::TcpListener::from_std(listener).expect("listens");
                 admin::run(listener, context, shutdown_seen).await;
             });

@@ -24,6 +24,7 @@ pub mod ports;
 pub mod process;
 pub mod servers;
 pub mod sidecar;
+pub mod systemd;
 pub mod tls;
 pub mod traffic;
 

@@ -14,6 +14,8 @@ pub struct Sidecar {
     pub process: Process,
     pub admin: SocketAddr,
     connection_log: PathBuf,
+    /// The folder of its unit, if it is one's main process: `process` is the service manager then.
+    pub unit: PathBuf,
     _folder: tempfile::TempDir,
 }
 
@@ -24,6 +26,7 @@ pub struct Builder {
     arguments: Vec<String>,
     workers: usize,
     descriptors_max: Option<u32>,
+    in_unit: bool,
 }
 
 enum Token {
@@ -38,7 +41,7 @@ pub struct Metrics(String);
 impl Sidecar {
     pub fn of(service: &str) -> Builder {
         let services = vec![service.to_owned()];
-        Builder { services, token: Token::OfMesh, arguments: Vec::new(), workers: 1, descriptors_max: None }
+        Builder { services, token: Token::OfMesh, arguments: Vec::new(), workers: 1, descriptors_max: None, in_unit: false }
     }
 
     pub fn start(mesh: &dyn Mesh, service: &str) -> Self {
@@ -150,6 +153,12 @@ impl Builder {
         self
     }
 
+    /// As the main process of a unit: see [`super::systemd`].
+    pub fn in_unit(mut self) -> Self {
+        self.in_unit = true;
+        self
+    }
+
     /// Hard limit of open files.
     pub fn descriptors_max(mut self, descriptors_max: u32) -> Self {
         self.descriptors_max = Some(descriptors_max);
@@ -195,8 +204,11 @@ impl Builder {
         if !self.arguments.iter().any(|argument| argument == "-log-level") {
             command.args(["-log-level", "debug"]);
         }
+        if self.in_unit {
+            command = super::systemd::unit_of(&command, folder.path());
+        }
         let process = Process::start(&format!("ringfence connect {}", self.services[0]), &command);
-        Sidecar { process, admin, connection_log, _folder: folder }
+        Sidecar { process, admin, connection_log, unit: folder.path().to_owned(), _folder: folder }
     }
 }
 

@@ -12,7 +12,7 @@ use super::super::process::{Process, Watch};
 use super::super::registration::{Explain, Lease, Request};
 use super::super::registry::{Claim, Peer, Supervisor};
 use super::super::rules::Facts;
-use super::{Office, parts};
+use super::{KEEP_DELAY, Office, parts};
 use crate::mesh::Bind;
 use crate::mesh::caller::{Grant, Refusal, Tier, Who};
 use crate::store::desk::Origin;
@@ -111,12 +111,26 @@ impl Office {
         let Some(address) = self.leases.lease(holder, Arc::clone(&caller), Instant::now()) else {
             return refused("too many addresses are leased", "restart the triggerer, whose leases end with it");
         };
-        self.leases_changed = true;
+        self.leases_change();
         self.publish();
         if is_new {
             self.follow_lessee(process);
         }
         json!({ "ok": true, "address": address, "port": port, "identity": identity, "rule": &**caller.rule(), "denied": denied, "remedy": remedy })
+    }
+
+    /// Has them kept soon, for a process that comes after this one, however this one ends.
+    fn leases_change(&mut self) {
+        if std::mem::replace(&mut self.leases_changed, true) {
+            return;
+        }
+        let office = self.myself.clone();
+        tokio::task::spawn_local(async move {
+            tokio::time::sleep(KEEP_DELAY).await;
+            if let Some(open) = office.upgrade() {
+                open.borrow_mut().keep_leases();
+            }
+        });
     }
 
     /// Takes the addresses back when the process ends.
@@ -129,7 +143,7 @@ impl Office {
             let Some(open) = office.upgrade() else { return };
             let mut open = open.borrow_mut();
             if open.leases.end(process) {
-                open.leases_changed = true;
+                open.leases_change();
                 open.publish();
             }
         });

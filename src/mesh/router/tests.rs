@@ -67,7 +67,7 @@ fn settings(routes: Vec<(&str, Match, Way)>) -> RouterSettings {
 
 fn router(routes: Vec<(&str, Match)>) -> Router {
     let routes = routes.into_iter().map(|(name, matches)| (name, matches, cluster(name))).collect();
-    Router::checked(settings(routes)).expect("a good router")
+    Router::new(settings(routes)).expect("a good router")
 }
 
 /// The name of the route that a connection takes.
@@ -125,7 +125,7 @@ fn what_is_spoken_decides_last_and_the_fallback_takes_the_rest() {
         ("raw", matching(Some(80), &[], &[], Some(false)), cluster("raw")),
     ]);
     settings.fallback = Some(Arc::new(Route { name: "rest".into(), matches: Match::default(), way: cluster("rest") }));
-    let router = Router::checked(settings).expect("a good router");
+    let router = Router::new(settings).expect("a good router");
     assert!(router.inspects());
     assert_eq!(taken(&router, "10.0.0.1:443", Some("x"), true), Some("tls"));
     assert_eq!(taken(&router, "10.0.0.1:80", None, false), Some("raw"));
@@ -144,21 +144,21 @@ fn bytes_never_pass_intentions_unless_permissive_mode_says_so() {
     let raw = || matching(None, &[], &[], Some(false));
     let tls = || matching(None, &[], &[], Some(true));
     let mut mixed = settings(vec![("public", tls(), ended()), ("raw", raw(), cluster("app"))]);
-    let error = Router::checked(mixed.clone()).expect_err("raw beside intentions");
+    let error = Router::new(mixed.clone()).expect_err("raw beside intentions");
     assert_eq!(error, RouterError::PastIntentions { router: "front".into(), route: "raw".into() });
     mixed.permissive = true;
-    Router::checked(mixed).expect("permissive mode");
+    Router::new(mixed).expect("permissive mode");
     let mut passthrough = settings(vec![("public", tls(), ended())]);
     let original = Original { connect_timeout: Duration::from_secs(5), max_connections: None };
     passthrough.fallback = Some(Arc::new(Route { name: "rest".into(), matches: raw(), way: Way::Original(original) }));
-    assert!(matches!(Router::checked(passthrough.clone()), Err(RouterError::PastIntentions { .. })));
+    assert!(matches!(Router::new(passthrough.clone()), Err(RouterError::PastIntentions { .. })));
     passthrough.routes.clear();
     passthrough.transparent = false;
-    assert!(matches!(Router::checked(passthrough), Err(RouterError::NotTransparent { .. })));
-    let ends_raw = Router::checked(settings(vec![("public", raw(), ended())]));
+    assert!(matches!(Router::new(passthrough), Err(RouterError::NotTransparent { .. })));
+    let ends_raw = Router::new(settings(vec![("public", raw(), ended())]));
     assert!(matches!(ends_raw, Err(RouterError::TerminatesRaw { .. })));
     let without_app = Way::Terminate { service: Arc::new(service(None)), app: None };
-    let error = Router::checked(settings(vec![("public", tls(), without_app)])).expect_err("no app");
+    let error = Router::new(settings(vec![("public", tls(), without_app)])).expect_err("no app");
     assert_eq!(error, RouterError::NoApp { router: "front".into(), route: "public".into(), service: "db".into() });
 }
 
@@ -168,18 +168,18 @@ fn routes_that_cannot_be_told_apart_are_refused() {
         ("one", matching(None, &[], &["a.x", "b.x"], None), cluster("one")),
         ("two", matching(None, &[], &["B.x"], None), cluster("two")),
     ];
-    let error = Router::checked(settings(overlapping)).expect_err("an overlap");
+    let error = Router::new(settings(overlapping)).expect_err("an overlap");
     assert!(error.to_string().contains("one and two") && error.to_string().contains("b.x"), "{error}");
     let networks = vec![
         ("one", matching(None, &[("10.1.0.0", 16)], &[], None), cluster("one")),
         ("two", matching(None, &[("10.1.255.255", 16)], &[], None), cluster("two")),
     ];
-    assert!(matches!(Router::checked(settings(networks)), Err(RouterError::Overlap { .. })), "the same network");
+    assert!(matches!(Router::new(settings(networks)), Err(RouterError::Overlap { .. })), "the same network");
     let named = vec![
         ("one", matching(None, &[], &["a.x"], None), cluster("one")),
         ("one", matching(None, &[], &["b.x"], None), cluster("two")),
     ];
-    assert!(matches!(Router::checked(settings(named)), Err(RouterError::SameName { .. })));
+    assert!(matches!(Router::new(settings(named)), Err(RouterError::SameName { .. })));
 }
 
 #[test]

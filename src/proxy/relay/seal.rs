@@ -52,14 +52,23 @@ impl Connection {
             }
             Ok(received) => {
                 self.seal.learn(received as usize);
-                self.facts.bytes_to_mesh += u64::from(received);
-                io.cells.bytes_to_mesh.add(u64::from(received));
-                self.seal_run(io, received as usize)
+                self.seal_plain(io, received as usize)
             }
             Err(Errno(libc::ENOBUFS)) => self.seal_receive_directly(io),
             Err(Errno(libc::ECANCELED | libc::EINTR | libc::EAGAIN)) => self.seal_receive(io),
             Err(errno) => self.broken(io, Side::Plain, errno),
         }
+    }
+
+    /// Begins with what was read to find the route: it lies as a receive into a slot would have left it.
+    pub(super) fn seal_kept<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
+        self.seal_plain(io, self.seal.end - self.seal.start)
+    }
+
+    fn seal_plain<R: Ring>(&mut self, io: &mut Io<'_, R>, received: usize) -> Next {
+        self.facts.bytes_to_mesh += received as u64;
+        io.cells.bytes_to_mesh.add(received as u64);
+        self.seal_run(io, received)
     }
 
     /// The shared buffers are all out: receives into a slot of the flow's own.

@@ -28,12 +28,13 @@ impl<R: Ring> Worker<R> {
         let mut policy_changed = false;
         for index in 0..self.listeners.len() {
             let Some(listener) = self.listeners[index].as_mut() else { continue };
+            let found = wanted.remove(&listener.key());
             // Also of a listener that goes: its last connections are judged by what is in force.
-            if let Some(service) = snapshot.services.iter().find(|service| service.proxy_id == listener.service.proxy_id) {
+            if let Some(service) = listener::service_of(listener, found.as_ref(), &snapshot) {
                 policy_changed |= !Arc::ptr_eq(&listener.service.intentions, &service.intentions);
-                listener.adopt(service, &snapshot);
+                listener.adopt(&service, &snapshot);
             }
-            match wanted.remove(&listener.key()) {
+            match found {
                 Some(wanted) if !listener.removed => listener.update(wanted),
                 Some(again) => {
                     wanted.insert(again.key.clone(), again);
@@ -45,6 +46,7 @@ impl<R: Ring> Worker<R> {
             for (_, wanted) in wanted {
                 self.add_listener(wanted);
             }
+            self.link_routes();
             self.drop_connections_of_removed_listeners();
         }
         self.start_held();
@@ -69,8 +71,10 @@ impl<R: Ring> Worker<R> {
         let gate = self.gates.gate(&wanted.key);
         let seed = u64::from(self.listener_generation) << 32 | self.index as u64;
         let mut listener = Listener::new(self.listener_generation, wanted, gate, seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        listener.retry_at = Some(self.ring.now());
-        self.wake_listeners_at(self.ring.now());
+        if !listener.part.is_route() {
+            listener.retry_at = Some(self.ring.now());
+            self.wake_listeners_at(self.ring.now());
+        }
         match self.listeners.iter().position(Option::is_none) {
             Some(index) => self.listeners[index] = Some(listener),
             None => self.listeners.push(Some(listener)),
@@ -79,14 +83,14 @@ impl<R: Ring> Worker<R> {
 
     /// Connections of a listener that went away get the drain time, as at the end of the process.
     fn drop_connections_of_removed_listeners(&mut self) {
-        let removed = self.listeners.iter().flatten().any(|listener| listener.removed && listener.live > 0);
+        let removed = self.listeners.iter().flatten().any(|listener| listener.drains() && listener.live > 0);
         if !removed {
             return;
         }
         let deadline = self.ring.now() + self.plane.drain_time;
         for slot in 0..self.connections.slots() {
             let Some(mut connection) = self.connections.take_any(slot) else { continue };
-            if self.listener(&connection).removed && connection.stage == Stage::Relay && connection.deadline.is_none() {
+            if self.listener(&connection).drains() && connection.stage == Stage::Relay && connection.deadline.is_none() {
                 connection.deadline = Some(deadline);
             }
             self.drive(connection, Next::Wait);

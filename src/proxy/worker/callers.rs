@@ -130,7 +130,9 @@ impl<R: Ring> Worker<R> {
         connection.facts.denial = Some(id);
         let protocol = match &self.listener(connection).role {
             Role::Upstream(balancer) => balancer.upstream().deny_reply,
-            Role::Public(_) | Role::Redirect | Role::Lease => crate::mesh::DenyReply::Close,
+            Role::Public { .. } | Role::Router(_) | Role::Forward(_) | Role::Original(_) | Role::Redirect | Role::Lease => {
+                crate::mesh::DenyReply::Close
+            }
         };
         let reason = denial::reason(&connection.facts).unwrap_or_default();
         let remedy = denial::remedy(&connection.facts).unwrap_or_default();

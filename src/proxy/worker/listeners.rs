@@ -8,8 +8,8 @@ use std::time::Instant;
 use super::{Worker, slot_of};
 use crate::mesh::Bind;
 use crate::proxy::connection::Connection;
-use crate::proxy::limits::{ACCEPT_BACKOFF, BIND_FOLLOW, BIND_RETRY};
-use crate::proxy::listener::{Listener, Role};
+use crate::proxy::limits::{ACCEPT_BACKOFF, BIND_FOLLOW, BIND_RETRY, LEFT_WAITING_MAX};
+use crate::proxy::listener::{Listener, Role, Routing};
 use crate::ring::{Completion, Errno, Op, Ring, Socket, Token};
 use crate::telemetry::close::CloseReason;
 use crate::telemetry::record::{AccessFacts, ConnectionRecord, Event};
@@ -74,6 +74,7 @@ impl<R: Ring> Worker<R> {
         match role {
             Some(Role::Redirect) => self.on_redirected(index, socket),
             Some(Role::Lease) => self.on_leased(index, socket),
+            Some(Role::Router(_)) => self.on_routed(index, socket),
             _ => self.admit(index, socket, |_| {}),
         }
     }
@@ -111,12 +112,12 @@ impl<R: Ring> Worker<R> {
         let handed_over = self.orders.handed_over.load(Ordering::Acquire);
         let leads_there = |listener: &Listener| match &listener.role {
             Role::Upstream(balancer) => *balancer.upstream().name == *upstream && (!listener.removed || handed_over),
-            Role::Public(_) | Role::Redirect | Role::Lease => false,
+            Role::Public { .. } | Role::Router(_) | Role::Forward(_) | Role::Original(_) | Role::Redirect | Role::Lease => false,
         };
         self.listeners.iter().position(|listener| listener.as_ref().is_some_and(leads_there)).map(slot_of)
     }
 
-    fn refuse_unrouted(&mut self, index: u32, socket: Socket, original: Option<SocketAddr>, why: String) {
+    pub(super) fn refuse_unrouted(&mut self, index: u32, socket: Socket, original: Option<SocketAddr>, why: String) {
         let downstream = self.ring.peer_address(socket);
         let Some(Some(listener)) = self.listeners.get_mut(index as usize) else { return };
         listener.cells.connections.add(1);
@@ -129,7 +130,7 @@ impl<R: Ring> Worker<R> {
         self.ring.close(socket, true);
     }
 
-    fn admit(&mut self, index: u32, socket: Socket, know: impl FnOnce(&mut ConnectionRecord)) {
+    pub(super) fn admit(&mut self, index: u32, socket: Socket, know: impl FnOnce(&mut ConnectionRecord)) {
         let now = self.now();
         let Some(Some(listener)) = self.listeners.get_mut(index as usize) else { return };
         let full = self.connections.live() >= self.plane.connections_max;
@@ -142,7 +143,8 @@ impl<R: Ring> Worker<R> {
         if self.telemetry.cells.access_facts.is_set() {
             let cluster = match &listener.role {
                 Role::Upstream(balancer) => balancer.upstream().targets.first().map(|target| Arc::clone(&target.sni)),
-                Role::Public(_) | Role::Redirect | Role::Lease => None,
+                Role::Forward(balancer) => Some(Arc::clone(&balancer.upstream().name)),
+                Role::Public { .. } | Role::Router(_) | Role::Original(_) | Role::Redirect | Role::Lease => None,
             };
             let downstream_local = self.ring.local_address(socket);
             facts.access = Some(Box::new(AccessFacts { downstream_local, cluster, ..AccessFacts::default() }));
@@ -183,6 +185,7 @@ impl<R: Ring> Worker<R> {
                 self.bind(index, now);
             }
             self.announce(index, now);
+            self.announce_routes(index, now);
             self.arm(index);
         }
         self.listeners_due = self.listeners.iter().flatten().filter_map(|listener| listener.retry_at).min();
@@ -211,6 +214,7 @@ impl<R: Ring> Worker<R> {
                 }
                 listener.failure_told = false;
                 self.listeners_bound += 1;
+                self.telemetry.cells.listener_changes.add(1);
             }
             Err(error) => {
                 listener.retry_at = Some(now + BIND_RETRY);
@@ -238,7 +242,10 @@ impl<R: Ring> Worker<R> {
         let Some(listener) = &mut self.listeners[index] else { return };
         let waits = self.orders.successor
             && match listener.role {
-                Role::Public(_) | Role::Upstream(_) => listener.service.identity.is_none(),
+                Role::Public { .. } | Role::Upstream(_) => listener.service.identity.is_none(),
+                Role::Router(Routing { ref router, .. }) => router.lacks_identity(),
+                // Without a socket nothing is armed.
+                Role::Forward(_) | Role::Original(_) => false,
                 // Routes lead to upstreams of any service, and leases are the predecessor's until then.
                 Role::Redirect | Role::Lease => !self.orders.in_charge.load(Ordering::Acquire),
             };
@@ -253,6 +260,16 @@ impl<R: Ring> Worker<R> {
             listener.accepting = true;
             let token = Token::new(Op::Accept, 0, slot_of(index), listener.generation);
             self.ring.accept(socket, token);
+            self.accept_left(index);
+        }
+    }
+
+    /// Takes what waits at sockets that were left for the same address and close now: those of workers that are no more.
+    fn accept_left(&mut self, index: usize) {
+        let Some(local) = self.listeners[index].as_ref().and_then(|listener| listener.local(self.index)) else { return };
+        for _ in 0..LEFT_WAITING_MAX {
+            let Some(socket) = self.ring.accept_left(&local) else { return };
+            self.on_accepted(slot_of(index), socket);
         }
     }
 
@@ -293,13 +310,15 @@ impl<R: Ring> Worker<R> {
                 Bind::Unix { .. } | Bind::Tcp(_) => None,
             };
             self.ring.close_listener(socket, path);
+            self.telemetry.cells.listener_changes.add(1);
             listener.gate.holders.fetch_sub(1, Ordering::AcqRel);
             self.listeners_bound -= 1;
             let bind = listener.bind.clone();
             self.telemetry.send(Event::ListenerDown { bind });
         }
-        if listener.live == 0 {
-            *place = None;
+        if listener.live == 0 && !self.may_yet_be_taken(index) {
+            self.listeners[index as usize] = None;
+            self.close_routes_of(index);
         }
     }
 }

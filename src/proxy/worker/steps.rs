@@ -1,13 +1,17 @@
 //! What a connection asks of its worker: to start, to be judged, to be dialed on, to be laid to rest.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::super::connection::{Connection, Next, Stage};
 use super::super::limits::{CONNECT_ATTEMPTS_MAX, HELD_MAX};
 use super::super::listener::Role;
 use super::super::timer::Owner;
+use super::super::upstream::Choice;
 use super::{Order, Worker, own_side};
-use crate::mesh::Service;
+use crate::mesh::{Address, Service};
+use crate::policy::Authorized;
 use crate::ring::Ring;
 use crate::telemetry::cells::Direction;
 use crate::telemetry::close::CloseReason;
@@ -19,11 +23,19 @@ const ALERT_ACCESS_DENIED: u8 = 49;
 impl<R: Ring> Worker<R> {
     /// Begins with an accepted or held connection, or holds it.
     pub(super) fn start(&mut self, mut connection: Box<Connection>) {
-        let next = match connection.direction {
-            Direction::Inbound => self.start_inbound(&mut connection),
-            Direction::Outbound => self.start_outbound(&mut connection),
-        };
+        let next = self.begin(&mut connection);
         self.drive(connection, next);
+    }
+
+    /// The first step on the way that its listener leads.
+    pub(super) fn begin(&mut self, connection: &mut Connection) -> Next {
+        match self.listener(connection).role {
+            Role::Forward(_) | Role::Original(_) => self.start_raw(connection),
+            _ => match connection.direction {
+                Direction::Inbound => self.start_inbound(connection),
+                Direction::Outbound => self.start_outbound(connection),
+            },
+        }
     }
 
     fn start_inbound(&mut self, connection: &mut Connection) -> Next {
@@ -33,15 +45,13 @@ impl<R: Ring> Worker<R> {
             return self.end(connection, CloseReason::Limit, "too many handshakes at once");
         }
         *own_side(Direction::Inbound, &mut connection.facts) = Some(identity.svid.id.clone());
-        let timeout = match &self.listener(connection).role {
-            Role::Public(public) => public.handshake_timeout,
-            Role::Upstream(_) | Role::Redirect | Role::Lease => {
-                return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
-            }
+        let Role::Public { public, .. } = &self.listener(connection).role else {
+            return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
         };
+        let timeout = public.handshake_timeout;
         let accepted = identity.tls.get(self.index).map(crate::tls::WorkerTls::accept);
         match accepted {
-            Some(Ok(tls)) => self.with_io(connection, |connection, io| connection.start_accepting(io, tls, timeout)),
+            Some(Ok(tls)) => self.with_io(connection, |connection, io| connection.go_on_accepting(io, tls, timeout)),
             Some(Err(error)) => self.end(connection, CloseReason::HandshakeFailed, &error.to_string()),
             None => self.end(connection, CloseReason::NoIdentity, "no TLS configuration for this worker"),
         }
@@ -67,6 +77,23 @@ impl<R: Ring> Worker<R> {
         self.dial_next_endpoint(connection, CloseReason::NoEndpoint)
     }
 
+    /// On the ways where bytes go as they are.
+    fn start_raw(&mut self, connection: &mut Connection) -> Next {
+        connection.raw = true;
+        match &self.listener(connection).role {
+            Role::Forward(balancer) if balancer.upstream().targets.is_empty() => self.hold(connection),
+            Role::Original(original) => {
+                let timeout = original.connect_timeout;
+                let Some(address) = connection.facts.original else {
+                    let why = "it came to a passthrough without being redirected; connect to the service's own address";
+                    return self.end(connection, CloseReason::NoRoute, why);
+                };
+                self.with_io(connection, |connection, io| connection.dial_endpoint(io, address, timeout))
+            }
+            _ => self.dial_next_endpoint(connection, CloseReason::NoEndpoint),
+        }
+    }
+
     /// Waits for the first certificate or endpoints, within bounds.
     fn hold(&mut self, connection: &mut Connection) -> Next {
         if connection.held {
@@ -89,6 +116,8 @@ impl<R: Ring> Worker<R> {
                 Next::Wait => return self.park(connection),
                 Next::Over => return self.finish(connection),
                 Next::Authorise => self.authorise(&mut connection),
+                Next::Inspected { tls } => self.route_inspected(&mut connection, tls),
+                Next::AppReady => self.app_ready(&mut connection),
                 Next::AppFailed => self.dial_next_app(&mut connection),
                 Next::EndpointFailed(reason) => self.endpoint_failed(&mut connection, reason),
                 Next::EndpointReady => self.endpoint_ready(&mut connection),
@@ -99,7 +128,7 @@ impl<R: Ring> Worker<R> {
     fn park(&mut self, mut connection: Box<Connection>) {
         self.count_held(&mut connection);
         let late = connection.stage == Stage::Relay && connection.deadline.is_none() && self.order == Order::Run;
-        if late && self.listener(&connection).removed {
+        if late && self.listener(&connection).drains() {
             // Its listener went away while it was being set up.
             connection.deadline = Some(self.ring.now() + self.plane.drain_time);
         }
@@ -142,48 +171,72 @@ impl<R: Ring> Worker<R> {
     }
 
     fn dial_app(&mut self, connection: &mut Connection) -> Next {
-        let Role::Public(public) = &self.listener(connection).role else {
+        let Some(proof) = connection.authorized.clone() else {
+            return self.end(connection, CloseReason::Denied, "no authorisation");
+        };
+        let Role::Public { public, app } = &self.listener(connection).role else {
             return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
         };
+        if app.is_some() {
+            return self.dial_app_endpoint(connection, &proof);
+        }
         let public = Arc::clone(public);
         let Some(app) = public.app.get(connection.app_index) else {
             return self.with_io(connection, |connection, io| connection.close(io, CloseReason::AppUnreachable, true));
-        };
-        let Some(proof) = connection.authorized.clone() else {
-            return self.end(connection, CloseReason::Denied, "no authorisation");
         };
         self.with_io(connection, |connection, io| connection.dial_app(io, &proof, app, public.local_connect_timeout))
     }
 
     fn dial_next_app(&mut self, connection: &mut Connection) -> Next {
         connection.app_index += 1;
+        if let Some(address) = connection.endpoint.take() {
+            self.count_failure(connection, address, CloseReason::AppUnreachable);
+        }
         self.dial_app(connection)
     }
 
+    /// Dials an app that is a set of endpoints.
+    fn dial_app_endpoint(&mut self, connection: &mut Connection, proof: &Authorized) -> Next {
+        let address = match self.choose(connection) {
+            Ok((choice, _)) => Address::Tcp(choice.address),
+            Err(nothing) => {
+                if connection.tried.is_empty() {
+                    connection.facts.detail = Some(nothing);
+                }
+                return self.with_io(connection, |connection, io| connection.close(io, CloseReason::AppUnreachable, true));
+            }
+        };
+        let Some(timeout) = self.listener(connection).role.balancer().map(|app| app.upstream().connect_timeout) else {
+            return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
+        };
+        self.with_io(connection, |connection, io| connection.dial_app(io, proof, &address, timeout))
+    }
+
+    fn app_ready(&mut self, connection: &mut Connection) -> Next {
+        if let (Some(address), Some(app)) = (connection.endpoint, self.listener_mut(connection).role.balancer_mut()) {
+            app.succeeded(address);
+        }
+        connection.tried = Vec::new();
+        self.with_io(connection, |connection, io| connection.start_relay(io))
+    }
+
     fn dial_next_endpoint(&mut self, connection: &mut Connection, failure: CloseReason) -> Next {
-        let now = self.ring.now();
-        let client = connection.facts.downstream.map(|address| address.ip().to_canonical());
-        let attempts = connection.facts.attempts;
-        let tried = connection.tried.clone();
-        let identity = connection.identity.clone();
-        let index = self.index;
+        let (choice, timeout) = match self.choose(connection) {
+            Ok(chosen) => chosen,
+            Err(nothing) => {
+                if failure == CloseReason::NoEndpoint {
+                    connection.facts.detail = Some(nothing);
+                }
+                return self.with_io(connection, |connection, io| connection.close(io, failure, true));
+            }
+        };
+        if connection.raw {
+            return self.with_io(connection, |connection, io| connection.dial_endpoint(io, choice.address, timeout));
+        }
+        let (identity, index) = (connection.identity.clone(), self.index);
         let Role::Upstream(balancer) = &mut self.listener_mut(connection).role else {
             return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
         };
-        let timeout = balancer.upstream().connect_timeout;
-        let choice = (attempts < CONNECT_ATTEMPTS_MAX).then(|| balancer.choose(client, &tried, now)).flatten();
-        let Some(choice) = choice else {
-            if failure == CloseReason::NoEndpoint {
-                connection.facts.detail = Some(no_endpoint(balancer.upstream()));
-            }
-            return self.with_io(connection, |connection, io| connection.close(io, failure, true));
-        };
-        balancer.opened(choice.address);
-        if let Some(facts) = &mut connection.facts.access {
-            facts.cluster = Some(Arc::clone(&choice.target.sni));
-        }
-        connection.endpoint = Some(choice.address);
-        connection.tried.push(choice.address);
         let handshake = identity.and_then(|identity| Some(balancer.dialer(&identity, index, &choice)?.connect()));
         match handshake {
             Some(Ok(handshake)) => self.with_io(connection, |connection, io| {
@@ -195,23 +248,30 @@ impl<R: Ring> Worker<R> {
         }
     }
 
-    fn endpoint_failed(&mut self, connection: &mut Connection, reason: CloseReason) -> Next {
+    /// The endpoint to dial next and how long that may take, or why there is none. It counts as opened.
+    fn choose(&mut self, connection: &mut Connection) -> Result<(Choice, Duration), Box<str>> {
         let now = self.ring.now();
+        let client = connection.facts.downstream.map(|address| address.ip().to_canonical());
+        let may_try = connection.tried.len() < usize::from(CONNECT_ATTEMPTS_MAX);
+        let Some(balancer) = self.listener_mut(connection).role.balancer_mut() else { return Err("no endpoints here".into()) };
+        let choice = may_try.then(|| balancer.choose(client, &connection.tried, now)).flatten();
+        let choice = choice.ok_or_else(|| no_endpoint(balancer.upstream()))?;
+        balancer.opened(choice.address);
+        if let Some(facts) = &mut connection.facts.access {
+            // Without TLS of ours no server name is sent that could name the cluster.
+            let meshed = connection.direction == Direction::Outbound && !connection.raw;
+            facts.cluster = Some(Arc::clone(if meshed { &choice.target.sni } else { &balancer.upstream().name }));
+        }
+        connection.endpoint = Some(choice.address);
+        connection.tried.push(choice.address);
+        Ok((choice, balancer.upstream().connect_timeout))
+    }
+
+    fn endpoint_failed(&mut self, connection: &mut Connection, reason: CloseReason) -> Next {
         let Some(address) = connection.endpoint.take() else {
             return self.with_io(connection, |connection, io| connection.close(io, reason, true));
         };
-        let listener = self.listener_mut(connection);
-        let Role::Upstream(balancer) = &mut listener.role else {
-            return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
-        };
-        balancer.closed(address);
-        // A denial is the peer's policy, not its health.
-        let ejected = (reason != CloseReason::DeniedByPeer).then(|| balancer.failed(address, now)).flatten();
-        if let Some(duration) = ejected {
-            let upstream = Arc::clone(&balancer.upstream().name);
-            listener.cells.ejections.add(1);
-            self.telemetry.send(Event::Ejected { upstream, endpoint: address, duration });
-        }
+        self.count_failure(connection, address, reason);
         if reason == CloseReason::DeniedByPeer {
             // Nothing of the client was read yet, so it can still be told.
             connection.facts.reason = reason;
@@ -220,8 +280,22 @@ impl<R: Ring> Worker<R> {
         self.dial_next_endpoint(connection, reason)
     }
 
+    fn count_failure(&mut self, connection: &Connection, address: SocketAddr, reason: CloseReason) {
+        let now = self.ring.now();
+        let listener = self.listener_mut(connection);
+        let Some(balancer) = listener.role.balancer_mut() else { return };
+        balancer.closed(address);
+        // A denial is the peer's policy, not its health.
+        let ejected = (reason != CloseReason::DeniedByPeer).then(|| balancer.failed(address, now)).flatten();
+        if let Some(duration) = ejected {
+            let upstream = Arc::clone(&balancer.upstream().name);
+            listener.cells.ejections.add(1);
+            self.telemetry.send(Event::Ejected { upstream, endpoint: address, duration });
+        }
+    }
+
     fn endpoint_ready(&mut self, connection: &mut Connection) -> Next {
-        if let (Some(address), Role::Upstream(balancer)) = (connection.endpoint, &mut self.listener_mut(connection).role) {
+        if let (Some(address), Some(balancer)) = (connection.endpoint, self.listener_mut(connection).role.balancer_mut()) {
             balancer.succeeded(address);
         }
         // What failed before was not the end of it: `attempts` tells of it.
@@ -251,9 +325,13 @@ impl<R: Ring> Worker<R> {
             if !left_gate {
                 listener.gate.leave();
             }
-            listener.cells.active.sub(1);
+            match listener.role {
+                // What it hands on counts there.
+                Role::Router(_) => listener.cells.connections.add(1),
+                _ => listener.cells.active.sub(1),
+            }
             listener.cells.closed[facts.reason as usize].add(1);
-            if let (Some(address), Role::Upstream(balancer)) = (endpoint, &mut listener.role) {
+            if let (Some(address), Some(balancer)) = (endpoint, listener.role.balancer_mut()) {
                 balancer.closed(address);
             }
         }

@@ -76,6 +76,8 @@ struct State {
     listeners: HashMap<i32, SocketAddr>,
     waiting: HashMap<SocketAddr, VecDeque<i32>>,
     streams: HashMap<i32, Stream>,
+    /// Where connects of the test's own ends to an address arrive instead.
+    redirects: HashMap<SocketAddr, SocketAddr>,
 }
 
 /// One side of a stream.
@@ -85,6 +87,9 @@ struct Stream {
     inbox: VecDeque<u8>,
     fin: bool,
     reset: bool,
+    /// Of an accepted one: where it came in at, and where its client wanted to go.
+    local: Option<SocketAddr>,
+    original: Option<SocketAddr>,
 }
 
 /// The test's own side of a stream.
@@ -105,6 +110,7 @@ impl Network {
             listeners: HashMap::new(),
             waiting: HashMap::new(),
             streams: HashMap::new(),
+            redirects: HashMap::new(),
         })))
     }
 
@@ -131,7 +137,8 @@ impl Network {
     /// Connects an end of the test's to `address`, or `None` when nobody listens.
     pub fn connect(&self, address: SocketAddr) -> Option<End> {
         let socket = self.open();
-        match self.connect_pair(socket, address) {
+        let redirected = self.0.borrow().redirects.get(&address).copied();
+        match self.connect_pair(socket, redirected.unwrap_or(address), redirected.map(|_| address)) {
             Ok(()) => Some(End { network: self.clone(), socket }),
             Err(_) => {
                 self.close(socket, true);
@@ -157,6 +164,11 @@ impl Network {
     /// Closes a listener of the test's own, with what waits on it.
     pub fn close_listener(&self, listener: i32) {
         self.close(listener, false);
+    }
+
+    /// From now on what the test's own ends connect to at `from` arrives at `to`, as a host's firewall would have it.
+    pub fn redirect(&self, from: SocketAddr, to: SocketAddr) {
+        self.0.borrow_mut().redirects.insert(from, to);
     }
 
     pub(super) fn faults(&self) -> Faults {
@@ -185,16 +197,26 @@ impl Network {
         if self.chance(self.faults().refused) {
             return Err(libc::ECONNREFUSED);
         }
-        self.connect_pair(socket, address)
+        self.connect_pair(socket, address, None)
     }
 
-    fn connect_pair(&self, socket: i32, address: SocketAddr) -> Result<(), i32> {
+    /// Where an accepted stream came in at.
+    pub(super) fn local(&self, socket: i32) -> Option<SocketAddr> {
+        self.0.borrow().streams.get(&socket)?.local
+    }
+
+    /// Where its client wanted to go, if it was redirected.
+    pub(super) fn original(&self, socket: i32) -> Option<SocketAddr> {
+        self.0.borrow().streams.get(&socket)?.original
+    }
+
+    fn connect_pair(&self, socket: i32, address: SocketAddr, original: Option<SocketAddr>) -> Result<(), i32> {
         let mut state = self.0.borrow_mut();
         if !state.listeners.values().any(|listening| *listening == address) {
             return Err(libc::ECONNREFUSED);
         }
         let other = state.new_socket();
-        state.streams.insert(other, Stream { peer: Some(socket), ..Stream::default() });
+        state.streams.insert(other, Stream { peer: Some(socket), local: Some(address), original, ..Stream::default() });
         state.streams.entry(socket).or_default().peer = Some(other);
         state.waiting.entry(address).or_default().push_back(other);
         Ok(())

@@ -2,7 +2,8 @@
 //!
 //! Invariant: the keys and their order never change within a major version; a value that is not known is `null`. Only
 //! `remedy`, `denial` and `why` are left out when nobody was denied, `caller` where local
-//! callers are not told apart, `original` unless it was redirected. Text from peers is escaped by serde, so a line stays one line.
+//! callers are not told apart, `original` unless it was redirected, `server_name` unless it chose the
+//! route. Text from peers is escaped by serde, so a line stays one line.
 
 use std::fmt::Display;
 use std::time::{Duration, SystemTime};
@@ -84,6 +85,8 @@ pub(super) struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     original: Option<Text<std::net::SocketAddr>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    server_name: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     caller: Option<Caller<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     denial: Option<Text<DenialId>>,
@@ -116,6 +119,7 @@ impl<'a> From<&'a ConnectionRecord> for Line<'a> {
             tls_resumed: record.tls_resumed,
             downstream: record.downstream.map(Text),
             original: record.original.map(Text),
+            server_name: record.server_name.as_deref(),
             endpoint: record.endpoint.as_ref().map(Text),
             attempts: record.attempts,
             reason: record.reason.as_str(),

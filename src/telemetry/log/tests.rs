@@ -24,6 +24,7 @@ pub(crate) fn inbound(allowed: bool) -> ConnectionRecord {
         upstream: None,
         downstream: Some(([127, 0, 0, 1], 30_001).into()),
         original: None,
+        server_name: None,
         endpoint: allowed.then(|| Address::Tcp(([127, 0, 0, 1], 5_432).into())),
         source: Some(spiffe("web")),
         destination: Some(spiffe("db")),
