@@ -39,6 +39,12 @@ pub trait Generation {
 }
 
 impl Snapshot {
+    /// Every service that TLS is spoken for, also on routes; one that stands at several places comes several times.
+    pub fn all_services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        let of_routes = self.routers.iter().flat_map(|router| router.routes()).filter_map(|route| route.way.service());
+        self.services.iter().chain(of_routes)
+    }
+
     /// Every address that it has workers listen on.
     pub fn binds(&self) -> impl Iterator<Item = &Bind> {
         let of_services = self.services.iter().flat_map(|service| {

@@ -1,5 +1,6 @@
 //! In steady state a worker allocates nothing and moves no payload byte in user space, and enters the kernel a counted
-//! number of times: a pair of sidecars on the real kernel, measured by a counting allocator and the workers' own cells.
+//! number of times: a pair of sidecars on the real kernel, without and with a mesh gateway between them, measured by a counting
+//! allocator and the workers' own cells.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::io::{Read, Write};
@@ -9,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ringfence::config::DataPlane;
+use ringfence::mesh::router::{Match, Route, Router, RouterSettings, Way};
 use ringfence::mesh::{
     Address, Balance, Bind, DenyReply, Endpoint, Identity, Outlier, PublicListener, Service, Snapshot, Target, Upstream,
 };
@@ -82,6 +84,10 @@ struct Side {
 }
 
 fn side(service: Service) -> Side {
+    side_of(Snapshot { services: vec![Arc::new(service)], ..Snapshot::default() })
+}
+
+fn side_of(snapshot: Snapshot) -> Side {
     let plane = DataPlane { workers: 1, ..DataPlane::default() };
     let (mut publisher, readers) = store::new(Snapshot::default(), 1);
     let (sender, events) = channel::pair();
@@ -90,7 +96,7 @@ fn side(service: Service) -> Side {
     for wake in workers.wakes() {
         publisher.add_wake(wake);
     }
-    publisher.publish(Snapshot { services: vec![Arc::new(service)], ..Snapshot::default() });
+    publisher.publish(snapshot);
     Side { workers, _publisher: publisher, cells, _events: events }
 }
 
@@ -109,7 +115,8 @@ fn free_port() -> SocketAddr {
         .expect("a free port")
 }
 
-fn pair(app: SocketAddr) -> (Side, Side, SocketAddr) {
+/// Client and server, the gateway between them if there is to be one, and where the client listens.
+fn mesh(app: SocketAddr, through_gateway: bool) -> (Vec<Side>, SocketAddr) {
     let ca = Ca::new("mesh.consul");
     let public = free_port();
     let server = side(Service {
@@ -127,12 +134,14 @@ fn pair(app: SocketAddr) -> (Side, Side, SocketAddr) {
         upstreams: Vec::new(),
     });
     wait_for("the public listener", || TcpStream::connect(public).is_ok());
+    let gateway = through_gateway.then(|| gateway(public));
+    let endpoint = gateway.as_ref().map_or(public, |(_, front)| *front);
     let listen = free_port();
     let target = Target {
         id: "warehouse".into(),
         sni: "warehouse.default.dc1.internal.mesh.consul".into(),
         expected: [ca.svid("warehouse").id.clone()].into(),
-        endpoints: [Endpoint { address: public, weight: 1, healthy: true }].into(),
+        endpoints: [Endpoint { address: endpoint, weight: 1, healthy: true }].into(),
         access: None,
     };
     let client = side(Service {
@@ -153,7 +162,48 @@ fn pair(app: SocketAddr) -> (Side, Side, SocketAddr) {
         })],
     });
     wait_for("the upstream listener", || TcpStream::connect(listen).is_ok());
-    (client, server, listen)
+    (gateway.into_iter().map(|(side, _)| side).chain([client, server]).collect(), listen)
+}
+
+/// A router that passes the warehouse's TLS on to `public`, and where it listens.
+fn gateway(public: SocketAddr) -> (Side, SocketAddr) {
+    let front = free_port();
+    let name = "warehouse.default.dc1.internal.mesh.consul";
+    let target = Target {
+        id: "warehouse".into(),
+        sni: name.into(),
+        expected: [].into(),
+        endpoints: [Endpoint { address: public, weight: 1, healthy: true }].into(),
+        access: None,
+    };
+    let cluster = Upstream {
+        name: name.into(),
+        bind: Bind::Tcp(front),
+        connect_timeout: Duration::from_secs(5),
+        balance: Balance::RoundRobin,
+        max_connections: None,
+        outlier: Outlier::default(),
+        deny_reply: DenyReply::Close,
+        targets: vec![Arc::new(target)],
+    };
+    let matches = Match { server_names: vec![name.parse().expect("a server name")], ..Match::default() };
+    let route = Route { name: name.into(), matches, way: Way::Forward(Arc::new(cluster)) };
+    let settings = RouterSettings {
+        name: "default".into(),
+        service: "mesh-gateway".into(),
+        proxy_id: "mesh-gateway".into(),
+        bind: Bind::Tcp(front),
+        transparent: false,
+        permissive: false,
+        inspect_timeout: Duration::from_secs(10),
+        silent_is_raw: false,
+        routes: vec![Arc::new(route)],
+        fallback: None,
+    };
+    let router = Router::new(settings).expect("a good router");
+    let side = side_of(Snapshot { routers: vec![Arc::new(router)], ..Snapshot::default() });
+    wait_for("the gateway", || TcpStream::connect(front).is_ok());
+    (side, front)
 }
 
 fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
@@ -208,41 +258,47 @@ fn bulk(stream: &TcpStream, mib: usize) {
 
 #[test]
 fn steady_state_allocates_nothing_and_moves_nothing() {
-    let (client, server, listen) = pair(echo());
+    for through_gateway in [false, true] {
+        let (sides, listen) = mesh(echo(), through_gateway);
+        println!("{} proxies:", sides.len());
+        measure(&sides, listen);
+        for side in sides {
+            side.workers.stop();
+            side.workers.join().expect("clean end");
+        }
+    }
+}
+
+fn measure(sides: &[Side], listen: SocketAddr) {
     let mut stream = TcpStream::connect(listen).expect("connect");
     stream.set_nodelay(true).expect("nodelay");
-    let both = |value: fn(&WorkerCells) -> u64| value(&client.cells) + value(&server.cells);
+    let all = |value: fn(&WorkerCells) -> u64| sides.iter().map(|side| value(&side.cells)).sum::<u64>();
     let enters = |cells: &WorkerCells| cells.enters.value();
     let (request, mut answer) = (vec![7_u8; 100], vec![0_u8; 100]);
 
     (0..500).for_each(|_| exchange(&mut stream, &request, &mut answer));
-    let (allocations, before) = (ALLOCATIONS.load(Ordering::Relaxed), both(enters));
+    let (allocations, before) = (ALLOCATIONS.load(Ordering::Relaxed), all(enters));
     assert!(allocations > 0, "the counter does not see the worker threads");
     let requests = 2_000;
     (0..requests).for_each(|_| exchange(&mut stream, &request, &mut answer));
-    let (allocated, entered) = (ALLOCATIONS.load(Ordering::Relaxed) - allocations, both(enters) - before);
+    let (allocated, entered) = (ALLOCATIONS.load(Ordering::Relaxed) - allocations, all(enters) - before);
     println!(
-        "request/response of 100 B: {:.2} io_uring_enter a request for both sidecars, {allocated} allocations",
+        "request/response of 100 B: {:.2} io_uring_enter a request for all of them, {allocated} allocations",
         entered as f64 / f64::from(requests)
     );
     assert_eq!(allocated, 0, "a request allocates");
 
     bulk(&stream, 64);
-    let (allocations, before) = (ALLOCATIONS.load(Ordering::Relaxed), both(enters));
-    let moved = both(|cells| cells.payload_bytes_moved.value());
+    let (allocations, before) = (ALLOCATIONS.load(Ordering::Relaxed), all(enters));
+    let moved = all(|cells| cells.payload_bytes_moved.value());
     let mib = 256;
     bulk(&stream, mib);
-    let (allocated, entered) = (ALLOCATIONS.load(Ordering::Relaxed) - allocations, both(enters) - before);
-    let moved = both(|cells| cells.payload_bytes_moved.value()) - moved;
+    let (allocated, entered) = (ALLOCATIONS.load(Ordering::Relaxed) - allocations, all(enters) - before);
+    let moved = all(|cells| cells.payload_bytes_moved.value()) - moved;
     println!(
-        "bulk both ways: {:.2} io_uring_enter a MiB for both sidecars, {allocated} allocations, {moved} payload bytes moved",
+        "bulk both ways: {:.2} io_uring_enter a MiB for all of them, {allocated} allocations, {moved} payload bytes moved",
         entered as f64 / (2 * mib) as f64
     );
     assert_eq!(allocated, 0, "bulk allocates");
     assert_eq!(moved, 0, "payload was moved in user space");
-
-    for side in [client, server] {
-        side.workers.stop();
-        side.workers.join().expect("clean end");
-    }
 }

@@ -2,10 +2,13 @@
 //!
 //! Invariant: public parts only. The private key is not named here; certificates appear as serials and fingerprints.
 
+mod routers;
+
 use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 
+use self::routers::RouterView;
 use super::Rfc3339;
 use crate::mesh::{Endpoint, Identity, PublicListener, Service, Snapshot, Target, Upstream};
 use crate::policy::{DefaultPolicy, Intention, Intentions};
@@ -18,6 +21,8 @@ pub(super) struct View {
     /// The oldest generation that a worker still uses.
     acknowledged_generation: u64,
     services: Vec<ServiceView>,
+    /// Listeners that tell connections apart first. Empty where none does.
+    routers: Vec<RouterView>,
     /// What local callers may speak as, with the certificate that is ready for it, by name.
     identities: Vec<GrantedView>,
     listeners: Vec<ListenerView>,
@@ -138,6 +143,7 @@ impl View {
             generation: snapshot.generation,
             acknowledged_generation: acknowledged,
             services: snapshot.services.iter().map(|service| ServiceView::from(&**service)).collect(),
+            routers: snapshot.routers.iter().map(|router| RouterView::from(&**router)).collect(),
             identities: granted(snapshot),
             listeners: hub.listeners().iter().map(ListenerView::from).collect(),
             ejections: hub.ejections().into_iter().map(EjectionView::from).collect(),

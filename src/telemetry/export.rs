@@ -214,7 +214,7 @@ impl Exporter {
         self.gauge("ringfence_snapshot_generation", Vec::new(), snapshot.generation as f64);
         self.gauge("ringfence_snapshot_generation_acknowledged", Vec::new(), acknowledged as f64);
         let mut gone = std::mem::take(&mut self.leaves);
-        for service in &snapshot.services {
+        for service in snapshot.all_services() {
             let Some(identity) = &service.identity else { continue };
             let end = identity.svid.not_after.duration_since(UNIX_EPOCH).unwrap_or_default();
             let leaf = (Arc::clone(&service.name), Arc::clone(&service.proxy_id));

@@ -103,13 +103,11 @@ impl Names {
     }
 
     fn find(&self, name: &str) -> Option<&Protocols> {
-        // A name that is empty, or that begins with a dot as only suffixes do, is nobody's exact name.
-        let exact = (!name.starts_with('.')).then(|| self.named.get(name)).flatten();
         let suffixes = || {
             let dots = name.char_indices().skip(1).filter(|(_, c)| *c == '.').map(|(at, _)| at);
             dots.filter_map(|at| self.named.get(&name[at..])).next()
         };
-        exact.or_else(suffixes).or(self.any.as_ref())
+        self.named.get(name).or_else(suffixes).or(self.any.as_ref())
     }
 }
 

@@ -401,3 +401,22 @@ fn a_route_that_goes_away_leaves_its_connections_and_a_router_that_goes_drains_t
     let gateway = mesh.finish_gateway();
     assert!(gateway.iter().any(|record| record.reason == CloseReason::Drained && record.upstream.as_deref() == Some("one")));
 }
+
+#[test]
+fn what_came_before_a_hand_over_is_served_after_it() {
+    let app = settings(vec![("app", speaks(false), Way::Forward(cluster("app", &[APP])))]);
+    let mut mesh = Mesh::routed(8, Faults::NONE, app);
+    let listener = mesh.network.listen(APP);
+    let client = mesh.network.connect(GATEWAY).expect("listens");
+    mesh.turns(5);
+    let orders = Arc::clone(&mesh.gateway.as_ref().expect("a gateway").orders);
+    orders.handed_over.store(true, std::sync::atomic::Ordering::Release);
+    orders.raise(Order::Drain);
+    mesh.turns(50);
+    client.write(b"GET / HTTP/1.1");
+    mesh.turns(50);
+    let server = mesh.network.accept(listener).expect("the app was dialed");
+    assert_eq!(server.read(100), Ok(Some(b"GET / HTTP/1.1".to_vec())));
+    drop((client, server));
+    assert_eq!(mesh.finish_gateway()[0].reason, CloseReason::Complete);
+}
