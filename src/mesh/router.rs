@@ -238,6 +238,11 @@ impl Router {
         self.inspects
     }
 
+    /// Whether intentions are enforced, and no bytes may pass them by.
+    pub fn enforces(&self) -> bool {
+        !self.settings.permissive && self.routes().any(|route| matches!(route.way, Way::Terminate { .. }))
+    }
+
     /// Whether a service that TLS is spoken for has no certificate yet.
     pub fn lacks_identity(&self) -> bool {
         self.routes().filter_map(|route| route.way.service()).any(|service| service.identity.is_none())

@@ -420,3 +420,54 @@ fn what_came_before_a_hand_over_is_served_after_it() {
     drop((client, server));
     assert_eq!(mesh.finish_gateway()[0].reason, CloseReason::Complete);
 }
+
+#[test]
+fn who_was_looked_at_waits_for_the_first_certificate_like_anybody() {
+    let mut mesh = Mesh::routed(9, Faults::NONE, mesh_gateway(WAREHOUSE, &[PUBLIC]));
+    let certified = mesh.warehouse(DefaultPolicy::Allow);
+    let bare = Arc::new(Service { identity: None, ..clone(&certified) });
+    let ended = |service: &Arc<Service>| {
+        let way = Way::Terminate { service: Arc::clone(service), app: None };
+        settings(vec![("warehouse", asks_for(WAREHOUSE), way)])
+    };
+    mesh.publish_router(Some(ended(&bare)));
+    mesh.turns(50);
+    let listener = mesh.network.listen(APP);
+    let client = mesh.network.connect(LISTEN).expect("the sidecar listens");
+    client.write(b"early");
+    mesh.turns(500);
+    assert_eq!(client.read(1), Ok(None), "held, neither answered nor refused");
+    mesh.publish_router(Some(ended(&certified)));
+    mesh.turns(500);
+    let server = mesh.network.accept(listener).expect("the app was dialed once the certificate came");
+    assert_eq!(server.read(100), Ok(Some(b"early".to_vec())));
+    drop((client, server));
+    // What is left of counts when a worker ends is looked at there.
+    assert_eq!(mesh.finish_gateway().len(), 1);
+}
+
+#[test]
+fn the_end_of_permissive_mode_drains_what_came_without_tls() {
+    let mut mesh = Mesh::routed(10, Faults::NONE, mesh_gateway(WAREHOUSE, &[PUBLIC]));
+    let service = mesh.warehouse(DefaultPolicy::Allow);
+    let tls = || ("tls", speaks(true), Way::Terminate { service: Arc::clone(&service), app: None });
+    let raw = ("raw", speaks(false), Way::Forward(cluster("local_app", &[APP])));
+    mesh.publish_router(Some(RouterSettings { permissive: true, ..settings(vec![tls(), raw]) }));
+    mesh.turns(50);
+    let listener = mesh.network.listen(APP);
+    let mut pairs = Vec::new();
+    for through in [LISTEN, GATEWAY] {
+        let client = mesh.network.connect(through).expect("listens");
+        client.write(b"hello");
+        mesh.turns(500);
+        pairs.push((client, mesh.network.accept(listener).expect("the app was dialed")));
+    }
+    mesh.publish_router(Some(settings(vec![tls()])));
+    mesh.turns(6_000);
+    let (with, without) = (&pairs[0], &pairs[1]);
+    assert!(with.0.write(b"again").is_some(), "who showed a certificate stays");
+    assert!(without.0.read(1).is_err(), "who showed none is drained");
+    drop(pairs);
+    let gateway = mesh.finish_gateway();
+    assert!(gateway.iter().any(|record| record.reason == CloseReason::Drained && record.upstream.as_deref() == Some("raw")));
+}

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use super::{Worker, slot_of};
 use crate::mesh::router::{Router, Seen};
-use crate::proxy::connection::{Connection, MESH, Next, PLAIN};
+use crate::proxy::connection::{Connection, MESH, Next, PLAIN, Stage};
 use crate::proxy::inspect::Patience;
 use crate::proxy::limits::BIND_RETRY;
 use crate::proxy::listener::{self, Key, Listener, Part, Role, Routing};
@@ -70,6 +70,8 @@ impl<R: Ring> Worker<R> {
 
     /// The first bytes are here.
     pub(super) fn route_inspected(&mut self, connection: &mut Connection, tls: bool) -> Next {
+        // As one just accepted: nothing is pending, and it waits for no bytes that a bound is on.
+        self.with_io(connection, |connection, _| connection.stage = Stage::Held);
         let Some(router) = self.router(connection.listener) else {
             return self.end(connection, CloseReason::Drained, "the router is gone");
         };
@@ -166,7 +168,12 @@ impl<R: Ring> Worker<R> {
     /// `of` says whose each route is now.
     fn let_go_of_routes(&mut self, of: &HashMap<u32, u32>) {
         let standing = |listener: &Listener, listeners: &[Option<Listener>]| {
-            let same = |other: &Listener| other.bind == listener.bind && !other.removed && matches!(other.part, Part::Router(_));
+            let raw = matches!(listener.part, Part::Forward(_) | Part::Original(_));
+            let same = |other: &Listener| match &other.role {
+                // Where intentions are enforced now, what passed them by in permissive mode does not live on for ever.
+                Role::Router(routing) => other.bind == listener.bind && !other.removed && !(raw && routing.router.enforces()),
+                _ => false,
+            };
             listeners.iter().flatten().any(same)
         };
         for index in 0..self.listeners.len() {
