@@ -115,7 +115,7 @@ class Machine:
         log = self.logs / f"{name}.log"
         with log.open("ab") as output:
             child = subprocess.Popen(
-                self._launch(command, unit, user),
+                self.in_unit(command, unit, user),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -137,7 +137,7 @@ class Machine:
     ) -> str:
         """Runs a command to its end; its output."""
         done = subprocess.run(
-            self._launch(command, unit, user),
+            self.in_unit(command, unit, user),
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
@@ -166,7 +166,8 @@ class Machine:
         if self.keep:
             self.say(f"kept: {self.scratch}")
 
-    def _launch(self, command: Sequence[str | Path], unit: str, user: str | None) -> list[str]:
+    def in_unit(self, command: Sequence[str | Path], unit: str, user: str | None = None) -> list[str]:
+        """The command with which it runs in a unit's cgroup, as a user."""
         procs = self.unit(unit) / "cgroup.procs"
         words = [str(word) for word in command]
         if user is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,11 @@ from typing import Any
 from e2e.consul import Consul
 from e2e.http import Answer, ask
 from e2e.machine import Machine, Process, wait
+
+# Plays systemd.
+MANAGER = Path(__file__).parents[2] / "tests/support/systemd/manager.py"
+# What it says of a process that is ready.
+READY = '{"systemd": "ready"'
 
 
 class Sidecar:
@@ -40,10 +46,30 @@ class Sidecar:
         self.process = self.start()
 
     def start(self, flags: Sequence[str] = ()) -> Process:
-        """As its unit would start it, with RINGFENCE_FLAGS."""
+        """As its unit would start it, with RINGFENCE_FLAGS, but without a service manager that keeps its sockets."""
         command = [*self.command, "-admin-bind", f"127.0.0.1:{self.admin}", *flags]
         self.process = self.machine.start(f"ringfence-{self.name}", command, unit=self.unit)
         return self.process
+
+    def start_kept(self) -> None:
+        """As the main process of a unit whose sockets are kept and which is restarted: by a program that plays systemd."""
+        folder = self.machine.scratch / f"unit-{self.name}"
+        folder.mkdir(exist_ok=True)
+        for leftover in folder.iterdir():
+            leftover.unlink()
+        command = self.machine.in_unit([*self.command, "-admin-bind", f"127.0.0.1:{self.admin}"], self.unit)
+        self.process = self.machine.start(f"ringfence-{self.name}", [sys.executable, str(MANAGER), str(folder), *command])
+
+    def tell_manager(self, number: signal.Signals) -> float:
+        """SIGHUP restarts the unit, SIGUSR1 kills its process with SIGKILL. Gives the seconds until the next one was ready."""
+        before = self.said(READY)
+        os.kill(self.process.child.pid, number)
+        return wait(f"the sidecar {self.name} is ready again", 60, lambda: self.said(READY) > before, 0.02)
+
+    def stop_manager(self) -> None:
+        """Ends the unit, whose sockets are kept no longer then."""
+        self.process.child.terminate()
+        self.process.child.wait(60)
 
     @property
     def unit(self) -> str:

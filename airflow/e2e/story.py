@@ -88,6 +88,7 @@ def _deployment(deployment: Deployment, report: Report, plan: Plan) -> None:
     if not plan.is_ci:
         upheaval.rotation(deployment, report)
         upheaval.upgrade(deployment, report)
+        upheaval.restart_kept(deployment, report)
         upheaval.restart(deployment, report)
     # Tasks have ended; so that the log has a line for each connection of the components too, these end.
     deployment.stop_airflow()

@@ -63,6 +63,46 @@ def restart(deployment: Deployment, report: Report) -> None:
         _restart(deployment, report, run, flags)
 
 
+def restart_kept(deployment: Deployment, report: Report) -> None:
+    """`systemctl restart` of a unit whose sockets systemd keeps: new connections wait, and no task that makes them fails."""
+    sidecar, run = deployment.tasks, "restart-kept"
+    # No task runs now.
+    sidecar.stop(AT_ONCE_SECONDS)
+    sidecar.start_kept()
+    sidecar.wait_ready()
+    time.sleep(AFTERWARDS_SECONDS)
+    deployment.revive()
+    deployment.take_revived()
+    _begin(deployment, run)
+    took = sidecar.tell_manager(signal.SIGHUP)
+    _end(deployment, run)
+    try:
+        state = deployment.wait_run(DAG, run, RECOVERY_SECONDS, revive=True)
+    except Failure as failure:
+        state = str(failure)
+    tries = {task.name: task.try_number for task in deployment.tasks_of(DAG, run)}
+    died = [f"{role} ended and was started again" for role in deployment.take_revived()]
+    pause = _longest_pause(deployment, run)
+    name = "restart of a unit whose sockets are kept"
+    report.check(f"{name}: the run succeeds", state == "success", f"{state} {tries}" if state != "success" else "")
+    report.check(
+        f"{name}: no try of the task with new connections fails, and none is refused",
+        tries.get("new_connections") == 1,
+        f"{tries} {'; '.join(died)}; longest pause {pause:.1f} s, another process was ready after {took:.1f} s",
+    )
+    held = tries.get("one_connection", 0)
+    report.note(
+        f"{name}: the task that holds one connection through it needed try {held}; longest pause of new connections {pause:.1f} s"
+    )
+    # As it was before, for what comes next.
+    sidecar.stop_manager()
+    sidecar.start()
+    sidecar.wait_ready()
+    time.sleep(AFTERWARDS_SECONDS)
+    deployment.revive()
+    deployment.take_revived()
+
+
 def _restart(deployment: Deployment, report: Report, run: str, flags: list[str]) -> None:
     sidecar = deployment.tasks
     if flags:

@@ -7,14 +7,16 @@ use super::close::CloseReason;
 use super::connection::{Connection, Io, Next, PLAIN, Stage};
 use super::limits::REPLY_TIME;
 use super::reply::{Reply, Step};
-use crate::buffer::{Class, HEADROOM_BYTES, Lease};
-use crate::ring::{Completion, Op, Push, Ring};
+use crate::buffer::{Class, HEADROOM_BYTES, Lease, RECORD_ROOM_BYTES};
+use crate::ring::{Completion, Errno, Op, Push, Ring};
 
 /// A reply under way.
 pub(super) struct Replying {
     reply: Reply,
     /// The bytes being sent.
     output: Option<Lease>,
+    /// Where the client's bytes go, when the shared buffers were all out.
+    input: Option<Lease>,
     /// What is being sent, or was, is the last word: the rest of what the client says is thrown away.
     last: bool,
 }
@@ -27,7 +29,7 @@ impl Connection {
         self.stage = Stage::Reply;
         self.deadline = Some(io.now + REPLY_TIME);
         let step = reply.begin();
-        self.replying = Some(Box::new(Replying { reply, output: None, last: false }));
+        self.replying = Some(Box::new(Replying { reply, output: None, input: None, last: false }));
         self.step_reply(io, step)
     }
 
@@ -35,6 +37,7 @@ impl Connection {
         match (op, completion.outcome()) {
             (Op::Send, Ok(_)) => self.reply_sent(io),
             (Op::Receive, Ok(received)) if received > 0 => self.reply_received(io, completion, received as usize),
+            (Op::Receive, Err(Errno(libc::ENOBUFS))) => self.receive_reply_directly(io),
             // It has read what it wanted, and left.
             (Op::Receive, Ok(_)) => {
                 if let Some(buffer) = completion.buffer {
@@ -48,15 +51,35 @@ impl Connection {
 
     fn reply_received<R: Ring>(&mut self, io: &mut Io<'_, R>, completion: Completion, received: usize) -> Next {
         let Some(replying) = &mut self.replying else { return self.close(io, self.facts.reason, true) };
-        let Some(buffer) = completion.buffer else { return self.close(io, self.facts.reason, true) };
+        let own = replying.input.take();
+        let lease = own.as_ref().or_else(|| completion.buffer.map(|buffer| io.ring.shared(buffer)));
+        let Some(lease) = lease else { return self.close(io, self.facts.reason, true) };
         let step = if replying.last {
             Step::Read
         } else {
-            let bytes = io.pool.bytes(io.ring.shared(buffer));
+            let bytes = io.pool.bytes(lease);
             replying.reply.received(&bytes[HEADROOM_BYTES..HEADROOM_BYTES + received])
         };
-        io.ring.recycle(buffer);
+        if let Some(lease) = own {
+            io.pool.give_back(lease);
+        }
+        if let Some(buffer) = completion.buffer {
+            io.ring.recycle(buffer);
+        }
         self.step_reply(io, step)
+    }
+
+    /// The shared buffers are all out: whoever is denied is told all the same.
+    fn receive_reply_directly<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
+        io.worker.buffer_ring_empty.add(1);
+        let (Some(lease), Some(replying)) = (io.pool.lease(Class::Slot), &mut self.replying) else {
+            return self.close(io, self.facts.reason, true);
+        };
+        let span = io.pool.span(&lease, HEADROOM_BYTES, RECORD_ROOM_BYTES - HEADROOM_BYTES);
+        replying.input = Some(lease);
+        let (socket, token) = self.begin(Op::Receive, PLAIN);
+        io.ring.receive(socket, &[span], false, token);
+        Next::Wait
     }
 
     fn step_reply<R: Ring>(&mut self, io: &mut Io<'_, R>, step: Step) -> Next {
@@ -96,10 +119,9 @@ impl Connection {
         self.step_reply(io, Step::Read)
     }
 
-    /// Gives the buffer back. Only when no send uses it.
+    /// Gives the buffers back. Only when nothing under way uses them.
     pub(super) fn release_reply(&mut self, pool: &mut crate::buffer::Pool) {
-        if let Some(lease) = self.replying.as_mut().and_then(|replying| replying.output.take()) {
-            pool.give_back(lease);
-        }
+        let Some(replying) = &mut self.replying else { return };
+        [replying.output.take(), replying.input.take()].into_iter().flatten().for_each(|lease| pool.give_back(lease));
     }
 }
