@@ -1,15 +1,18 @@
 //! Intentions: who may talk to a service, and the proof that somebody may.
 //!
-//! Invariant: [`Authorized`] can be made only by [`Intentions::decide`]; a connection to the local app cannot be opened
+//! Invariant: [`Authorized`] can be made only by [`Intentions::decide_on`]; a connection to the local app cannot be opened
 //! without one. Unknown policy, L7 permissions and JWT requirements are denials: this is an L4 proxy and fails closed.
 //!
 //! Pure: no clock, no I/O. Source: Consul `agent/connect/authz.go` (source match), `agent/xds/rbac.go` (L7 is deny at L4,
 //! the datacenter is not matched); the order is that of `/v1/connect/intentions/match`.
 
+pub mod network;
+
 use std::fmt;
 use std::sync::Arc;
 
 use crate::identity::{ServiceName, SpiffeId};
+pub use network::Subject;
 
 /// What an intention does at L4.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,9 +67,11 @@ pub struct Intentions {
     /// What each says, in the same order, so that a decision formats nothing.
     texts: Vec<Arc<str>>,
     default: DefaultPolicy,
+    /// In place of a list: RBAC filters that Consul made of its intentions. All of them must let a peer in.
+    filters: Option<Arc<[network::Rules]>>,
 }
 
-/// Proof that a peer was let in, and by what. Only [`Intentions::decide`] makes one.
+/// Proof that a peer was let in, and by what. Only [`Intentions::decide_on`] makes one.
 #[derive(Debug, Clone)]
 pub struct Authorized {
     by: Ground,
@@ -84,6 +89,8 @@ pub struct Denied {
 pub enum Ground {
     /// The intention that matched.
     Intention(Arc<str>),
+    /// The RBAC policy that matched, or that none did.
+    Network(Arc<str>),
     /// No intention matched; the default applied.
     Default(DefaultPolicy),
     /// The peer is no service (a gateway, an agent), so no intention can name it.
@@ -100,11 +107,27 @@ impl Intentions {
     pub fn new(mut ordered: Vec<Intention>, default: DefaultPolicy) -> Self {
         ordered.sort_by_key(|intention| std::cmp::Reverse(intention.precedence));
         let texts = ordered.iter().map(|intention| intention.to_string().into()).collect();
-        Self { ordered, texts, default }
+        Self { ordered, texts, default, filters: None }
     }
 
-    /// Decides whether `peer` may reach the service that these intentions protect.
+    /// What RBAC filters say, in their order. None lets everybody in, as in Envoy.
+    pub fn from_filters(filters: Vec<network::Rules>) -> Self {
+        let allow_all = filters.iter().all(|rules| rules.effect() != network::Effect::Allow);
+        let default = if allow_all { DefaultPolicy::Allow } else { DefaultPolicy::Deny };
+        Self { ordered: Vec::new(), texts: Vec::new(), default, filters: Some(filters.into()) }
+    }
+
+    /// [`Intentions::decide_on`] of a connection of which only the peer is known.
     pub fn decide(&self, peer: &SpiffeId) -> Result<Authorized, Denied> {
+        self.decide_on(&Subject { peer, remote: None, local: None, server_name: None })
+    }
+
+    /// Decides whether a connection may reach the service that these intentions protect.
+    pub fn decide_on(&self, subject: &Subject<'_>) -> Result<Authorized, Denied> {
+        let peer = subject.peer;
+        if let Some(filters) = &self.filters {
+            return decide_by_filters(filters, subject, self.default);
+        }
         let Some(source) = peer.service_name() else {
             return Err(Denied { by: Ground::NotAService });
         };
@@ -128,10 +151,28 @@ impl Intentions {
         &self.ordered
     }
 
+    /// The RBAC filters, where Consul sent such in place of intentions.
+    pub fn filters(&self) -> &[network::Rules] {
+        self.filters.as_deref().unwrap_or_default()
+    }
+
     /// What holds when none matches.
     pub fn default_policy(&self) -> DefaultPolicy {
         self.default
     }
+}
+
+/// The last filter's ground lets in, the first denial keeps out.
+fn decide_by_filters(filters: &[network::Rules], subject: &Subject<'_>, default: DefaultPolicy) -> Result<Authorized, Denied> {
+    let mut by = Ground::Default(default);
+    for rules in filters {
+        let verdict = rules.decide(subject);
+        by = Ground::Network(verdict.by);
+        if !verdict.allowed {
+            return Err(Denied { by });
+        }
+    }
+    Ok(Authorized { by })
 }
 
 impl Authorized {
@@ -173,6 +214,7 @@ impl fmt::Display for Ground {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Intention(text) => write!(f, "intention {text}"),
+            Self::Network(text) => write!(f, "RBAC {text}"),
             Self::Default(DefaultPolicy::Allow) => f.write_str("default policy allow"),
             Self::Default(DefaultPolicy::Deny) => f.write_str("default policy deny"),
             Self::Default(DefaultPolicy::Unknown) => f.write_str("no policy known yet"),

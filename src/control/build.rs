@@ -246,14 +246,14 @@ fn resolve(state: &State, host: &str) -> Vec<IpAddr> {
 }
 
 /// The old `Arc` where the value did not change.
-fn keep<T: PartialEq>(next: T, old: Option<&Arc<T>>) -> Arc<T> {
+pub(super) fn keep<T: PartialEq>(next: T, old: Option<&Arc<T>>) -> Arc<T> {
     match old {
         Some(old) if **old == next => Arc::clone(old),
         _ => Arc::new(next),
     }
 }
 
-fn keep_text(old: Option<&Arc<str>>, next: &str) -> Arc<str> {
+pub(super) fn keep_text(old: Option<&Arc<str>>, next: &str) -> Arc<str> {
     match old {
         Some(old) if **old == *next => Arc::clone(old),
         _ => next.into(),

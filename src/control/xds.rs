@@ -1,8 +1,29 @@
 //! Consul's delta ADS stream as a second feeder of [`Snapshot`].
+//!
+//! One stream carries clusters, their endpoints and listeners. Each resource is understood at L4 (`cluster`, `endpoint`,
+//! `listener`, `tls_context`, `rbac`) into values that `build` makes a snapshot of; what cannot be served is refused with its
+//! type, name, field and value, and the last good state stays (`held`).
+//!
+//! Invariant: what a listener enforces in Envoy is enforced here, or the listener is refused; nothing of it is dropped in
+//! silence. A changed leaf or RBAC closes no connection that is still allowed. Knows no proxy, and the HTTP API not at all.
 
 pub mod access_log;
 pub mod bootstrap;
+mod build;
+mod cluster;
+mod connector;
+mod endpoint;
+mod feeder;
+mod held;
+mod identity;
+mod listener;
 pub mod proto_json;
+mod rbac;
+mod refusal;
+mod resolver;
+mod stream;
+mod subscription;
+mod tls_context;
 
 use tokio::sync::{mpsc, watch};
 
@@ -13,12 +34,15 @@ use crate::store::Publisher;
 
 /// [`super::run`], fed by Consul's xDS server.
 pub async fn run(
-    _settings: Xds,
-    _workers: usize,
-    _publisher: Publisher<Snapshot>,
-    _status: watch::Sender<Status>,
-    _commands: mpsc::Receiver<Command>,
+    settings: Xds,
+    workers: usize,
+    publisher: Publisher<Snapshot>,
+    status: watch::Sender<Status>,
+    commands: mpsc::Receiver<Command>,
     _resources: dump::Sender,
 ) -> Result<(), ControlError> {
-    Err(ControlError::Config("the xDS feeder is not there yet".to_owned()))
+    feeder::Feeder::new(settings, workers, publisher, status)?.run(commands).await
 }
+
+#[cfg(test)]
+mod tests;

@@ -21,7 +21,7 @@ use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime};
 use webpki::{EndEntityCert, KeyUsage, VerifiedPath};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-pub use load::{BundleError, SvidError, bundle, svid};
+pub use load::{BundleError, SvidError, bundle, leaf_id, svid};
 pub(super) use roles::{AnswererVerifier, CallerVerifier};
 
 use crate::identity::{IdentityError, Kind, SpiffeId, TrustBundle};

@@ -9,6 +9,9 @@ use super::super::connection::{Connection, Next, Stage};
 use super::super::limits::SWEEP_PER_TURN_MAX;
 use super::super::listener::{self, Key, Listener, Wanted};
 use super::{Order, Worker};
+use crate::identity::SpiffeId;
+use crate::mesh::Bind;
+use crate::policy::{Authorized, Denied, Subject};
 use crate::ring::Ring;
 use crate::telemetry::cells::Direction;
 use crate::telemetry::close::CloseReason;
@@ -125,11 +128,20 @@ impl<R: Ring> Worker<R> {
         }
     }
 
+    /// Whether `peer`, whose connection this is, may reach the service of its listener.
+    pub(super) fn decide(&self, connection: &Connection, peer: &SpiffeId) -> Result<Authorized, Denied> {
+        let listener = self.listener(connection);
+        let local = match &listener.bind {
+            Bind::Tcp(address) if !address.ip().is_unspecified() => Some(*address),
+            Bind::Tcp(_) | Bind::Unix { .. } => None,
+        };
+        let subject = Subject { peer, remote: connection.facts.downstream, local, server_name: None };
+        listener.service.intentions.decide_on(&subject)
+    }
+
     fn judge_again(&mut self, mut connection: Box<Connection>) {
         let judged = connection.direction == Direction::Inbound && connection.authorized.is_some();
-        let denied = judged
-            .then(|| connection.facts.source.as_ref().map(|peer| self.listener(&connection).service.intentions.decide(peer)))
-            .flatten();
+        let denied = judged.then(|| connection.facts.source.as_ref().map(|peer| self.decide(&connection, peer))).flatten();
         match denied {
             Some(Err(denied)) => {
                 connection.facts.decision = Some(Decision { allowed: false, by: denied.by });

@@ -150,11 +150,10 @@ impl<R: Ring> Worker<R> {
 
     /// Decides on a peer whose identity is proven, before anything of the app is touched.
     fn authorise(&mut self, connection: &mut Connection) -> Next {
-        let service = self.service(connection);
         let Some(peer) = connection.facts.source.clone() else {
             return self.end(connection, CloseReason::HandshakeFailed, "no peer identity");
         };
-        match service.intentions.decide(&peer) {
+        match self.decide(connection, &peer) {
             Ok(authorized) => {
                 connection.facts.decision = Some(Decision { allowed: true, by: authorized.by().clone() });
                 connection.authorized = Some(authorized);

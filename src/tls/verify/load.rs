@@ -160,6 +160,11 @@ pub fn svid(
     Ok(svid)
 }
 
+/// Whose leaf `chain_pem` begins with, not yet verified.
+pub fn leaf_id(chain_pem: &str) -> Result<SpiffeId, SvidError> {
+    spiffe_id(&chain(chain_pem)?[0]).map_err(SvidError::Leaf)
+}
+
 /// Reads and checks the roots of `trust_domain`, one or more PEM certificates in each text. Doubles are dropped.
 pub fn bundle(trust_domain: &str, roots_pem: &[impl AsRef<str>]) -> Result<TrustBundle, BundleError> {
     let trust_domain = trust_domain.to_ascii_lowercase();

@@ -37,7 +37,7 @@ pub(super) async fn watch(cx: &Context, host: &str) {
 }
 
 /// Distinct addresses in a steady order: IPv4 first, because that is what most apps listen on.
-async fn resolve(host: &str) -> Result<Vec<IpAddr>, String> {
+pub(crate) async fn resolve(host: &str) -> Result<Vec<IpAddr>, String> {
     let found = tokio::time::timeout(TIMEOUT, tokio::net::lookup_host((host, 0)))
         .await
         .map_err(|_| format!("no answer within {TIMEOUT:?}"))?

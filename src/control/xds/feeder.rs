@@ -1,0 +1,323 @@
+//! The loop of the rotation thread when Consul's xDS server tells it the mesh: responses in, acks and snapshots out.
+//!
+//! Invariant: every response is answered; a snapshot is published only when it differs from the last one; while the server is
+//! away the last good state stays. A change of who may come in waits for nothing, because each response is taken at once.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use tokio::sync::{mpsc, watch};
+
+use super::build::{self, Built, Hosts, Surroundings};
+use super::held::{Held, Kind};
+use super::identity::Identities;
+use super::resolver::{Answer, Resolver};
+use super::stream::{Event, Opener};
+use super::subscription::{Subscription, answer};
+use crate::config::envoy::Xds;
+use crate::control::{Command, ControlError, ServiceStatus, Status};
+use crate::mesh::Snapshot;
+use crate::store::Publisher;
+
+/// Events of the stream that may wait.
+const EVENTS_MAX: usize = 64;
+/// How often clocks are looked at: a leaf that was refused for its time may be good now.
+const TICK: Duration = Duration::from_secs(1);
+/// How long a first answer is waited for before the proxy counts as complete without it, as Envoy's `initial_fetch_timeout`.
+const FIRST_ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+/// Problems that are shown; the rest is counted.
+const PROBLEMS_MAX: usize = 6;
+
+pub(super) struct Feeder {
+    settings: Xds,
+    held: Held,
+    subscription: Subscription,
+    identities: Identities,
+    hosts: Hosts,
+    resolver: Resolver,
+    answers: mpsc::Receiver<Answer>,
+    publisher: Publisher<Snapshot>,
+    status: watch::Sender<Status>,
+    requests: Option<mpsc::Sender<DeltaDiscoveryRequest>>,
+    /// When the stream was opened first.
+    opened: Option<Instant>,
+    reachable: bool,
+    was_ready: bool,
+    /// Why there is no stream.
+    trouble: Option<String>,
+    /// By kind, what was refused last and not mended since.
+    refused: [Vec<String>; Kind::ALL.len()],
+    notes: Vec<String>,
+    rotations: u64,
+}
+
+impl Feeder {
+    pub(super) fn new(
+        settings: Xds,
+        workers: usize,
+        publisher: Publisher<Snapshot>,
+        status: watch::Sender<Status>,
+    ) -> Result<Self, ControlError> {
+        let mut held = Held::from_bootstrap(&settings.static_clusters, &settings.static_listeners)?;
+        // Without a server there is nothing to wait for.
+        held.listeners.answered = settings.server.is_none();
+        let (resolver, answers) = Resolver::new();
+        let subscription = Subscription::new(&settings);
+        metrics::gauge!("ringfence_xds_connected").set(0.0);
+        Ok(Self {
+            settings,
+            held,
+            subscription,
+            identities: Identities::new(workers),
+            hosts: Hosts::new(),
+            resolver,
+            answers,
+            publisher,
+            status,
+            requests: None,
+            opened: None,
+            reachable: false,
+            was_ready: false,
+            trouble: None,
+            refused: Default::default(),
+            notes: Vec::new(),
+            rotations: 0,
+        })
+    }
+
+    /// Runs until told to stop, or until nobody is left to tell.
+    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>) -> Result<(), ControlError> {
+        let (sender, mut events) = mpsc::channel(EVENTS_MAX);
+        let opener = self.settings.server.as_ref().map(|server| Opener::new(&self.settings, server)).transpose()?;
+        let stream = opener.map(|opener| tokio::spawn(Arc::new(opener).run(sender)));
+        self.settle();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                command = commands.recv() => match command {
+                    // The token comes from the bootstrap, and callers are not told apart.
+                    Some(Command::Reload | Command::Warm(_)) => {}
+                    Some(Command::Stop) | None => break,
+                },
+                Some(event) = events.recv() => self.take(event),
+                Some((host, answer)) = self.answers.recv() => self.resolved(host, answer),
+                _ = tick.tick() => {}
+            }
+            self.settle();
+        }
+        if let Some(stream) = stream {
+            stream.abort();
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, event: Event) {
+        match event {
+            Event::Opened(requests) => {
+                self.opened.get_or_insert_with(Instant::now);
+                self.requests = Some(requests);
+                for request in self.subscription.open(&self.held) {
+                    self.send(request);
+                }
+            }
+            Event::Response(response) => self.learn(&response),
+            Event::Closed(why) => {
+                self.requests = None;
+                self.reachable = false;
+                metrics::gauge!("ringfence_xds_connected").set(0.0);
+                if self.trouble.as_ref() != Some(&why) {
+                    tracing::warn!(problem = %why, "no xDS stream; what was learned before, if anything, stays in force");
+                }
+                self.trouble = Some(why);
+            }
+        }
+    }
+
+    fn learn(&mut self, response: &DeltaDiscoveryResponse) {
+        if !self.reachable {
+            self.reachable = true;
+            metrics::gauge!("ringfence_xds_connected").set(1.0);
+            tracing::info!(proxy = %self.settings.node_id, "the xDS server answers");
+        }
+        self.trouble = None;
+        let refused = match Kind::of_url(&response.type_url) {
+            Some(kind) => {
+                let refused = self.held.apply(kind, response);
+                let result = if refused.is_empty() { "accepted" } else { "rejected" };
+                metrics::counter!("ringfence_xds_updates_total", "type" => kind.short(), "result" => result).increment(1);
+                for why in &refused {
+                    tracing::error!(resource = %why, "a resource is refused; the one before it, if any, stays in force");
+                }
+                self.refused[kind as usize].clone_from(&refused);
+                refused
+            }
+            None => vec![format!("{}: nobody asked for resources of this type", response.type_url)],
+        };
+        self.send(answer(&response.type_url, &response.nonce, &refused));
+        let wanted = self.held.endpoint_names();
+        self.held.forget_endpoints_except(&wanted);
+        self.subscribe(wanted);
+    }
+
+    fn subscribe(&mut self, wanted: BTreeSet<String>) {
+        if self.requests.is_some()
+            && let Some(request) = self.subscription.follow(wanted)
+        {
+            self.send(request);
+        }
+    }
+
+    /// A server that takes nothing loses the stream, and gets all of it again on the next one.
+    fn send(&mut self, request: DeltaDiscoveryRequest) {
+        if self.requests.as_ref().is_some_and(|requests| requests.try_send(request).is_err()) {
+            self.requests = None;
+        }
+    }
+
+    fn resolved(&mut self, host: String, answer: Result<Vec<std::net::IpAddr>, String>) {
+        match answer {
+            Ok(addresses) => {
+                self.hosts.insert(host, addresses);
+            }
+            Err(why) => tracing::warn!(host, problem = %why, "a host name cannot be resolved; its old addresses, if any, stay"),
+        }
+    }
+
+    /// Puts what is held in force.
+    fn settle(&mut self) {
+        let names = build::names(&self.held);
+        self.hosts.retain(|name, _| names.contains_key(name));
+        self.resolver.follow(&names);
+        self.identities.offer(build::materials(&self.held), SystemTime::now());
+        self.publish();
+        self.report();
+    }
+
+    fn publish(&mut self) {
+        // An answer with clusters alone takes nothing from anybody.
+        if !self.held.listeners.answered {
+            return;
+        }
+        let current = self.publisher.current();
+        let old = current.services.first();
+        let around = Surroundings {
+            proxy_id: &self.settings.node_id,
+            cluster: &self.settings.node_cluster,
+            hosts: &self.hosts,
+            identity: self.identities.current(),
+        };
+        let Built { service, notes } = build::service(&self.held, &around, old);
+        if notes != self.notes {
+            for note in notes.iter().filter(|note| !self.notes.contains(note)) {
+                tracing::warn!(%note, "not served");
+            }
+            self.notes = notes;
+        }
+        if old.is_some_and(|old| Arc::ptr_eq(old, &service)) {
+            return;
+        }
+        let next = Snapshot {
+            services: vec![service],
+            routers: current.routers.clone(),
+            identities: Arc::clone(&current.identities),
+            generation: 0,
+        };
+        let generation = self.publisher.publish(next);
+        metrics::gauge!("ringfence_snapshot_generation").set(as_f64(generation));
+        tracing::debug!(generation, "snapshot published");
+    }
+
+    fn report(&mut self) {
+        let waits = self.waits_for();
+        self.was_ready |= waits.is_none();
+        let svid = self.identities.current().map(|identity| &identity.svid);
+        if self.identities.rotations > self.rotations {
+            metrics::counter!("ringfence_rotations_total").increment(self.identities.rotations - self.rotations);
+            self.rotations = self.identities.rotations;
+            if let Some(svid) = svid {
+                tracing::info!(proxy = %self.settings.node_id, spiffe_id = %svid.id, serial = %svid.serial, "certificate in force");
+            }
+        }
+        let name = svid.and_then(|svid| svid.id.service_name()).map(|name| Arc::clone(&name.service));
+        if let (Some(name), Some(svid)) = (&name, svid) {
+            metrics::gauge!("ringfence_leaf_expiry_seconds", "service" => name.to_string()).set(left(svid.not_after));
+        }
+        let service = ServiceStatus {
+            proxy_id: self.settings.node_id.as_str().into(),
+            service: name,
+            spiffe_id: svid.map(|svid| svid.id.to_string()),
+            leaf_serial: svid.map(|svid| svid.serial.clone()),
+            leaf_not_after: svid.map(|svid| svid.not_after),
+            rotations: self.identities.rotations,
+            problem: self.problem(waits),
+        };
+        let mut access_logs = Vec::new();
+        for log in self.held.listeners.values().flat_map(|listener| &listener.access_logs) {
+            if !access_logs.contains(log) {
+                access_logs.push(log.clone());
+            }
+        }
+        let next = Status { ready: self.was_ready, agent_reachable: self.reachable, services: vec![service], access_logs };
+        self.status.send_if_modified(|status| {
+            let changed = *status != next;
+            if changed {
+                *status = next;
+            }
+            changed
+        });
+    }
+
+    /// What is missing before the proxy is complete, for a person.
+    fn waits_for(&self) -> Option<String> {
+        let late = self.opened.is_some_and(|opened| opened.elapsed() >= FIRST_ANSWER_TIMEOUT);
+        if !self.held.listeners.answered && !(late && self.held.clusters.answered) {
+            return Some("waiting for listeners from the xDS server".to_owned());
+        }
+        let needs_identity = build::materials(&self.held).next().is_some();
+        if needs_identity && self.identities.current().is_none() {
+            return Some("waiting for a certificate that can be used".to_owned());
+        }
+        if late {
+            return None;
+        }
+        build::waits_for(&self.held).map(|cluster| format!("waiting for the endpoints of cluster {cluster}"))
+    }
+
+    fn problem(&self, waits: Option<String>) -> Option<String> {
+        let mut found: Vec<String> = self.trouble.iter().cloned().collect();
+        found.extend(self.refused.iter().flatten().map(|why| format!("refused: {why}")));
+        found.extend(self.identities.refused().map(|why| format!("the newest certificate is not in use: {why}")));
+        found.extend(self.notes.iter().map(|note| format!("not served: {note}")));
+        if let Some(identity) = self.identities.current()
+            && identity.svid.not_after <= SystemTime::now()
+        {
+            found.push("the certificate has expired: peers refuse new connections; check Consul's servers".to_owned());
+        }
+        if !self.was_ready {
+            found.extend(waits);
+        }
+        let more = found.len().saturating_sub(PROBLEMS_MAX);
+        found.truncate(PROBLEMS_MAX);
+        if more > 0 {
+            found.push(format!("and {more} more"));
+        }
+        (!found.is_empty()).then(|| found.join("; "))
+    }
+}
+
+/// Seconds until then; negative afterwards.
+fn left(end: SystemTime) -> f64 {
+    match end.duration_since(SystemTime::now()) {
+        Ok(left) => left.as_secs_f64(),
+        Err(past) => -past.duration().as_secs_f64(),
+    }
+}
+
+/// Gauges are floats; counts here stay far below 2^53.
+#[expect(clippy::cast_precision_loss, reason = "a gauge of a small count")]
+fn as_f64(count: u64) -> f64 {
+    count as f64
+}

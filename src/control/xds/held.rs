@@ -1,0 +1,227 @@
+//! The resources that are in force: the last good state of each.
+//!
+//! Invariant: a resource that is refused leaves the one before it where it is, and its version with it; the good ones of the
+//! same response are taken (so does Envoy, and nacks the response). What is held was understood whole.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use envoy_types::pb::envoy::config::cluster::v3::Cluster as ClusterMessage;
+use envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment;
+use envoy_types::pb::envoy::config::listener::v3::Listener as ListenerMessage;
+use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Resource};
+
+use super::cluster::{Cluster, Discovery};
+use super::endpoint::Assignment;
+use super::listener::{Listener, Role};
+use super::refusal::{Refusal, unpack};
+use crate::control::ControlError;
+
+/// Resources of one kind; more is a mistake at the other end.
+const RESOURCES_MAX: usize = 20_000;
+
+/// A kind of resource that is asked for, in the order in which it is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Kind {
+    Cluster,
+    Endpoints,
+    Listener,
+}
+
+impl Kind {
+    pub(super) const ALL: [Self; 3] = [Self::Cluster, Self::Endpoints, Self::Listener];
+
+    pub(super) fn message(self) -> &'static str {
+        match self {
+            Self::Cluster => "envoy.config.cluster.v3.Cluster",
+            Self::Endpoints => "envoy.config.endpoint.v3.ClusterLoadAssignment",
+            Self::Listener => "envoy.config.listener.v3.Listener",
+        }
+    }
+
+    pub(super) fn of_url(type_url: &str) -> Option<Self> {
+        let name = type_url.rsplit('/').next().unwrap_or_default();
+        Self::ALL.into_iter().find(|kind| kind.message() == name)
+    }
+
+    /// Its name in metrics, as Envoy's managers have it.
+    pub(super) fn short(self) -> &'static str {
+        match self {
+            Self::Cluster => "cds",
+            Self::Endpoints => "eds",
+            Self::Listener => "lds",
+        }
+    }
+}
+
+/// Everything held.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    pub(super) clusters: Shelf<Cluster>,
+    /// By the name that EDS knows the cluster by.
+    pub(super) endpoints: Shelf<Assignment>,
+    pub(super) listeners: Shelf<Listener>,
+}
+
+/// The resources of one kind.
+#[derive(Debug)]
+pub(super) struct Shelf<T> {
+    entries: BTreeMap<String, Entry<T>>,
+    /// Whether the server has answered for this kind at all.
+    pub(super) answered: bool,
+}
+
+#[derive(Debug)]
+struct Entry<T> {
+    value: Arc<T>,
+    version: String,
+    /// From the bootstrap: the server can neither change nor remove it.
+    fixed: bool,
+}
+
+impl<T> Default for Shelf<T> {
+    fn default() -> Self {
+        Self { entries: BTreeMap::new(), answered: false }
+    }
+}
+
+impl<T> Shelf<T> {
+    pub(super) fn get(&self, name: &str) -> Option<&Arc<T>> {
+        self.entries.get(name).map(|entry| &entry.value)
+    }
+
+    pub(super) fn values(&self) -> impl Iterator<Item = &Arc<T>> {
+        self.entries.values().map(|entry| &entry.value)
+    }
+
+    fn fix(&mut self, name: String, value: T) {
+        self.entries.insert(name, Entry { value: Arc::new(value), version: String::new(), fixed: true });
+    }
+
+    fn versions(&self) -> impl Iterator<Item = (String, String)> {
+        let told = self.entries.iter().filter(|(_, entry)| !entry.fixed);
+        told.map(|(name, entry)| (name.clone(), entry.version.clone()))
+    }
+
+    /// Returns what was refused.
+    fn apply(
+        &mut self,
+        kind: Kind,
+        response: &DeltaDiscoveryResponse,
+        parse: impl Fn(&Resource) -> Result<T, Refusal>,
+    ) -> Vec<String> {
+        let mut refused = Vec::new();
+        for resource in &response.resources {
+            if !self.entries.contains_key(&resource.name) && self.entries.len() >= RESOURCES_MAX {
+                refused.push(format!("{} {}: more than {RESOURCES_MAX} resources", kind.message(), resource.name));
+                continue;
+            }
+            if self.entries.get(&resource.name).is_some_and(|entry| entry.fixed) {
+                refused.push(format!("{} {}: the bootstrap has one of this name", kind.message(), resource.name));
+                continue;
+            }
+            match parse(resource) {
+                Ok(value) => {
+                    let entry = Entry { value: Arc::new(value), version: resource.version.clone(), fixed: false };
+                    self.entries.insert(resource.name.clone(), entry);
+                }
+                Err(why) => refused.push(format!("{} {}: {why}", kind.message(), resource.name)),
+            }
+        }
+        let removed: BTreeSet<&String> = response.removed_resources.iter().collect();
+        self.entries.retain(|name, entry| entry.fixed || !removed.contains(name));
+        self.answered = true;
+        refused
+    }
+}
+
+impl Held {
+    /// What the bootstrap has of its own: encoded messages.
+    pub(super) fn from_bootstrap(clusters: &[Vec<u8>], listeners: &[Vec<u8>]) -> Result<Self, ControlError> {
+        let mut held = Self::default();
+        for bytes in clusters {
+            let message = decode::<ClusterMessage>(bytes, Kind::Cluster)?;
+            let parsed = Cluster::parse(&message).map_err(|why| unusable(Kind::Cluster, &message.name, &why))?;
+            held.clusters.fix(message.name, parsed);
+        }
+        for bytes in listeners {
+            let message = decode::<ListenerMessage>(bytes, Kind::Listener)?;
+            let parsed = Listener::parse(&message).and_then(|listener| {
+                check_target(&listener, &held.clusters)?;
+                Ok(listener)
+            });
+            let parsed = parsed.map_err(|why| unusable(Kind::Listener, &message.name, &why))?;
+            held.listeners.fix(message.name, parsed);
+        }
+        Ok(held)
+    }
+
+    /// Takes what is good of a response; returns what is not, each with its type, name, field, value and what would do.
+    pub(super) fn apply(&mut self, kind: Kind, response: &DeltaDiscoveryResponse) -> Vec<String> {
+        let Self { clusters, endpoints, listeners } = self;
+        match kind {
+            Kind::Cluster => clusters.apply(kind, response, |resource| Cluster::parse(&body::<ClusterMessage>(resource, kind)?)),
+            Kind::Endpoints => {
+                endpoints.apply(kind, response, |resource| Assignment::parse(&body::<ClusterLoadAssignment>(resource, kind)?))
+            }
+            Kind::Listener => listeners.apply(kind, response, |resource| {
+                let listener = Listener::parse(&body::<ListenerMessage>(resource, kind)?)?;
+                check_target(&listener, clusters)?;
+                Ok(listener)
+            }),
+        }
+    }
+
+    /// The names by which endpoints must be asked for.
+    pub(super) fn endpoint_names(&self) -> BTreeSet<String> {
+        self.clusters
+            .values()
+            .filter_map(|cluster| match &cluster.discovery {
+                Discovery::Eds(name) => Some(name.clone()),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// Drops the endpoints that nobody asks for any more.
+    pub(super) fn forget_endpoints_except(&mut self, names: &BTreeSet<String>) {
+        self.endpoints.entries.retain(|name, _| names.contains(name));
+    }
+
+    /// What is held of a kind, for a server that starts over.
+    pub(super) fn versions(&self, kind: Kind) -> std::collections::HashMap<String, String> {
+        match kind {
+            Kind::Cluster => self.clusters.versions().collect(),
+            Kind::Endpoints => self.endpoints.versions().collect(),
+            Kind::Listener => self.listeners.versions().collect(),
+        }
+    }
+}
+
+fn decode<T: prost::Message + Default>(bytes: &[u8], kind: Kind) -> Result<T, ControlError> {
+    T::decode(bytes).map_err(|error| ControlError::Config(format!("a {} of the bootstrap: {error}", kind.message())))
+}
+
+fn unusable(kind: Kind, name: &str, why: &Refusal) -> ControlError {
+    ControlError::Config(format!("the bootstrap's {} {name} cannot be served: {why}", kind.message()))
+}
+
+fn body<T: prost::Message + Default>(resource: &Resource, kind: Kind) -> Result<T, Refusal> {
+    match &resource.resource {
+        Some(any) => unpack(any, kind.message(), "resource"),
+        None => Err(Refusal::missing("resource", format!("expected a {}", kind.message()))),
+    }
+}
+
+/// An upstream speaks mutual TLS. Its cluster may still be on its way; it is looked at again when the snapshot is built.
+fn check_target(listener: &Listener, clusters: &Shelf<Cluster>) -> Result<(), Refusal> {
+    let Some(cluster) = clusters.get(&listener.cluster) else { return Ok(()) };
+    let plain = cluster.tls.is_none() && !matches!(cluster.discovery, Discovery::Aggregate(_));
+    match &listener.role {
+        Role::Upstream { .. } if plain => {
+            let wanted = "its cluster has no UpstreamTlsContext, and nothing leaves for the mesh without TLS";
+            Err(Refusal::new("filter_chains[0].filters.tcp_proxy.cluster", &listener.cluster, wanted))
+        }
+        Role::Upstream { .. } | Role::Public { .. } => Ok(()),
+    }
+}

@@ -1,0 +1,126 @@
+//! The client's side of the delta protocol: what is asked for, what is acknowledged, what is told after a reconnect.
+//!
+//! Invariant: the node is sent once a stream, in its first request; each response is answered by its nonce; a new stream begins
+//! with the versions of all that is held. Pure.
+
+use std::collections::BTreeSet;
+
+use envoy_types::pb::envoy::config::core::v3::{BuildVersion, Node, node};
+use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
+use envoy_types::pb::google::protobuf as well_known;
+use envoy_types::pb::google::rpc;
+use serde_json::Value as Json;
+
+use super::held::{Held, Kind};
+use super::refusal::type_url;
+use crate::config::envoy::Xds;
+
+/// Consul looks at the versions of what calls itself `envoy`; this is another program, and says so.
+const USER_AGENT: &str = "ringfence";
+/// `google.rpc.Code.INVALID_ARGUMENT`, with which Envoy nacks.
+const INVALID_ARGUMENT: i32 = 3;
+/// Bytes of a nack's reason: the server puts it into its log.
+const REASON_BYTES_MAX: usize = 8 * 1024;
+
+/// What is asked for on the stream.
+#[derive(Debug)]
+pub(super) struct Subscription {
+    node: Node,
+    /// Endpoints that are asked for on this stream.
+    names: BTreeSet<String>,
+}
+
+impl Subscription {
+    pub(super) fn new(settings: &Xds) -> Self {
+        Self { node: node(settings), names: BTreeSet::new() }
+    }
+
+    /// The first requests of a stream.
+    pub(super) fn open(&mut self, held: &Held) -> Vec<DeltaDiscoveryRequest> {
+        self.names = held.endpoint_names();
+        let kinds = Kind::ALL.into_iter().filter(|kind| *kind != Kind::Endpoints || !self.names.is_empty());
+        let mut requests: Vec<_> = kinds
+            .map(|kind| DeltaDiscoveryRequest {
+                type_url: type_url(kind.message()),
+                resource_names_subscribe: match kind {
+                    Kind::Endpoints => self.names.iter().cloned().collect(),
+                    // None at all is the wildcard.
+                    Kind::Cluster | Kind::Listener => Vec::new(),
+                },
+                initial_resource_versions: held.versions(kind),
+                ..DeltaDiscoveryRequest::default()
+            })
+            .collect();
+        if let Some(first) = requests.first_mut() {
+            first.node = Some(self.node.clone());
+        }
+        requests
+    }
+
+    /// Asks for the endpoints of new clusters and lets go of those of old ones.
+    pub(super) fn follow(&mut self, wanted: BTreeSet<String>) -> Option<DeltaDiscoveryRequest> {
+        if wanted == self.names {
+            return None;
+        }
+        let request = DeltaDiscoveryRequest {
+            type_url: type_url(Kind::Endpoints.message()),
+            resource_names_subscribe: wanted.difference(&self.names).cloned().collect(),
+            resource_names_unsubscribe: self.names.difference(&wanted).cloned().collect(),
+            ..DeltaDiscoveryRequest::default()
+        };
+        self.names = wanted;
+        Some(request)
+    }
+}
+
+/// The answer to a response: an ack, or a nack with every reason.
+pub(super) fn answer(type_url: &str, nonce: &str, refused: &[String]) -> DeltaDiscoveryRequest {
+    let error_detail = (!refused.is_empty()).then(|| {
+        let mut message = refused.join("\n");
+        if message.len() > REASON_BYTES_MAX {
+            let end = (0..=REASON_BYTES_MAX).rev().find(|at| message.is_char_boundary(*at)).unwrap_or(0);
+            message.truncate(end);
+        }
+        rpc::Status { code: INVALID_ARGUMENT, message, details: Vec::new() }
+    });
+    DeltaDiscoveryRequest {
+        type_url: type_url.to_owned(),
+        response_nonce: nonce.to_owned(),
+        error_detail,
+        ..DeltaDiscoveryRequest::default()
+    }
+}
+
+fn node(settings: &Xds) -> Node {
+    let version = BuildVersion {
+        version: None,
+        metadata: Some(well_known::Struct {
+            fields: [("label".to_owned(), value(&Json::from(env!("CARGO_PKG_VERSION"))))].into_iter().collect(),
+        }),
+    };
+    Node {
+        id: settings.node_id.clone(),
+        cluster: settings.node_cluster.clone(),
+        metadata: (!settings.node_metadata.is_empty()).then(|| fields(&settings.node_metadata)),
+        user_agent_name: USER_AGENT.to_owned(),
+        user_agent_version_type: Some(node::UserAgentVersionType::UserAgentBuildVersion(version)),
+        ..Node::default()
+    }
+}
+
+fn fields(map: &serde_json::Map<String, Json>) -> well_known::Struct {
+    well_known::Struct { fields: map.iter().map(|(key, found)| (key.clone(), value(found))).collect() }
+}
+
+fn value(json: &Json) -> well_known::Value {
+    use well_known::value::Kind as ValueKind;
+    let kind = match json {
+        Json::Null => ValueKind::NullValue(0),
+        Json::Bool(truth) => ValueKind::BoolValue(*truth),
+        Json::Number(number) => ValueKind::NumberValue(number.as_f64().unwrap_or_default()),
+        Json::String(text) => ValueKind::StringValue(text.clone()),
+        Json::Array(list) => ValueKind::ListValue(well_known::ListValue { values: list.iter().map(value).collect() }),
+        Json::Object(map) => ValueKind::StructValue(fields(map)),
+    };
+    well_known::Value { kind: Some(kind) }
+}

@@ -1,0 +1,243 @@
+//! TLS contexts of listeners and clusters: certificate, key, roots, versions, and who may answer.
+//!
+//! Invariant: a [`Material`] has a key that belongs to its certificate. Whether it is valid now and chains to its roots is
+//! looked at when it is put in use (`identity`), because the first changes by itself and the second in the middle of a root
+//! rotation. Secrets are wiped when dropped and never shown.
+
+use std::sync::Arc;
+
+use envoy_types::pb::envoy::config::core::v3 as core;
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as pb;
+use envoy_types::pb::envoy::r#type::matcher::v3 as matcher;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
+use zeroize::Zeroizing;
+
+use super::refusal::{Refusal, unpack};
+use crate::identity::SpiffeId;
+use crate::tls::TlsParams;
+use crate::tls::verify::CHAIN_CERTIFICATES_MAX;
+
+const UPSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext";
+const DOWNSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext";
+/// Identities that one target may have.
+const EXPECTED_MAX: usize = 1_024;
+
+/// What one context presents and trusts.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct Material {
+    pub(super) chain_pem: String,
+    pub(super) key_pem: Zeroizing<String>,
+    pub(super) roots_pem: String,
+    pub(super) params: TlsParams,
+}
+
+/// TLS of a cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Upstream {
+    pub(super) material: Arc<Material>,
+    pub(super) sni: Arc<str>,
+    /// Nobody may answer where it is empty.
+    pub(super) expected: Arc<[SpiffeId]>,
+}
+
+/// The context in a cluster's transport socket; `None` where it has none.
+pub(super) fn upstream(socket: Option<&core::TransportSocket>) -> Result<Option<Upstream>, Refusal> {
+    let Some(any) = typed(socket)? else { return Ok(None) };
+    let context: pb::UpstreamTlsContext = unpack(any, UPSTREAM, "transport_socket.typed_config")?;
+    let place = "transport_socket.typed_config.common_tls_context";
+    let common = common(context.common_tls_context.as_ref()).map_err(|why| why.under(place))?;
+    let validation = validation(common).map_err(|why| why.under(place))?;
+    let expected = expected(validation).map_err(|why| why.under(&format!("{place}.validation_context")))?;
+    let material = material(common, validation).map_err(|why| why.under(place))?;
+    Ok(Some(Upstream { material: Arc::new(material), sni: context.sni.as_str().into(), expected }))
+}
+
+/// The context in a filter chain's transport socket; `None` where it has none.
+#[expect(deprecated, reason = "Consul up to 1.10 sends match_subject_alt_names")]
+pub(super) fn downstream(socket: Option<&core::TransportSocket>) -> Result<Option<Arc<Material>>, Refusal> {
+    let Some(any) = typed(socket)? else { return Ok(None) };
+    let context: pb::DownstreamTlsContext = unpack(any, DOWNSTREAM, "transport_socket.typed_config")?;
+    if !context.require_client_certificate.as_ref().is_some_and(|required| required.value) {
+        let wanted = "a listener that asks for no client certificate has nobody to decide on: expected true";
+        return Err(Refusal::new("transport_socket.typed_config.require_client_certificate", "false", wanted));
+    }
+    let place = "transport_socket.typed_config.common_tls_context";
+    let common = common(context.common_tls_context.as_ref()).map_err(|why| why.under(place))?;
+    let validation = validation(common).map_err(|why| why.under(place))?;
+    if !validation.match_subject_alt_names.is_empty() || !validation.match_typed_subject_alt_names.is_empty() {
+        let wanted = "callers are decided on by the RBAC filter, expected no matchers";
+        return Err(Refusal::new(format!("{place}.validation_context.match_typed_subject_alt_names"), "present", wanted));
+    }
+    material(common, validation).map(|material| Some(Arc::new(material))).map_err(|why| why.under(place))
+}
+
+fn typed(socket: Option<&core::TransportSocket>) -> Result<Option<&envoy_types::pb::google::protobuf::Any>, Refusal> {
+    match socket {
+        None => Ok(None),
+        Some(core::TransportSocket { config_type: Some(core::transport_socket::ConfigType::TypedConfig(any)), .. }) => {
+            Ok(Some(any))
+        }
+        Some(socket) => {
+            Err(Refusal::new("transport_socket", &socket.name, "expected a TLS context in typed_config, or no transport socket"))
+        }
+    }
+}
+
+fn common(context: Option<&pb::CommonTlsContext>) -> Result<&pb::CommonTlsContext, Refusal> {
+    let context = context.ok_or_else(|| Refusal::missing("tls_certificates", "expected a certificate with its key inline"))?;
+    if !context.tls_certificate_sds_secret_configs.is_empty() {
+        let wanted = "secrets by name are not fetched: expected tls_certificates inline, as Consul sends for the mesh";
+        return Err(Refusal::new("tls_certificate_sds_secret_configs", "present", wanted));
+    }
+    if context.custom_handshaker.is_some() || context.custom_tls_certificate_selector.is_some() {
+        return Err(Refusal::new("custom_handshaker", "present", "expected a plain TLS context"));
+    }
+    Ok(context)
+}
+
+fn validation(context: &pb::CommonTlsContext) -> Result<&pb::CertificateValidationContext, Refusal> {
+    use pb::common_tls_context::ValidationContextType as Kind;
+    let found = match &context.validation_context_type {
+        Some(Kind::ValidationContext(found)) => found,
+        Some(_) => {
+            let wanted = "expected validation_context with trusted_ca inline";
+            return Err(Refusal::new("validation_context_type", "a context by name or combined", wanted));
+        }
+        None => return Err(Refusal::missing("validation_context", "expected trusted_ca inline")),
+    };
+    let refused = |field: &str, wanted: &str| Err(Refusal::new(format!("validation_context.{field}"), "present", wanted));
+    if let Some(custom) = &found.custom_validator_config {
+        let wanted = "bundles of peered trust domains are not used yet: expected trusted_ca alone";
+        return Err(Refusal::new("validation_context.custom_validator_config", &custom.name, wanted));
+    }
+    if !found.verify_certificate_hash.is_empty() || !found.verify_certificate_spki.is_empty() {
+        return refused("verify_certificate_hash", "pinned certificates are not checked: expected matchers of URIs");
+    }
+    if found.crl.is_some() {
+        return refused("crl", "revocation lists are not checked: expected none");
+    }
+    if found.allow_expired_certificate || found.trust_chain_verification != 0 {
+        return refused("trust_chain_verification", "peers are always verified: expected VERIFY_TRUST_CHAIN");
+    }
+    Ok(found)
+}
+
+/// Every matcher must be the exact URI of somebody.
+#[expect(deprecated, reason = "Consul up to 1.10 sends match_subject_alt_names")]
+fn expected(validation: &pb::CertificateValidationContext) -> Result<Arc<[SpiffeId]>, Refusal> {
+    let typed = validation.match_typed_subject_alt_names.iter().enumerate().map(|(index, san)| {
+        let field = format!("match_typed_subject_alt_names[{index}]");
+        if san.san_type == pb::subject_alt_name_matcher::SanType::Uri as i32 {
+            uri(san.matcher.as_ref(), field)
+        } else {
+            let kind = pb::subject_alt_name_matcher::SanType::try_from(san.san_type).map_or("unknown", |kind| kind.as_str_name());
+            Err(Refusal::new(format!("{field}.san_type"), kind, "an SVID is known by its URI: expected URI"))
+        }
+    });
+    let untyped = validation.match_subject_alt_names.iter().enumerate();
+    let untyped = untyped.map(|(index, san)| uri(Some(san), format!("match_subject_alt_names[{index}]")));
+    let mut ids = typed.chain(untyped).take(EXPECTED_MAX + 1).collect::<Result<Vec<_>, _>>()?;
+    if ids.len() > EXPECTED_MAX {
+        let wanted = format!("at most {EXPECTED_MAX} identities are expected of one cluster");
+        return Err(Refusal::new("match_subject_alt_names", ids.len(), wanted));
+    }
+    ids.sort();
+    ids.dedup();
+    Ok(ids.into())
+}
+
+fn uri(san: Option<&matcher::StringMatcher>, field: String) -> Result<SpiffeId, Refusal> {
+    match san.and_then(|san| san.match_pattern.as_ref()) {
+        Some(matcher::string_matcher::MatchPattern::Exact(uri)) => {
+            SpiffeId::parse(uri).map_err(|why| Refusal::new(format!("{field}.exact"), uri, why.to_string()))
+        }
+        Some(other) => Err(Refusal::new(field, format!("{other:?}"), "expected exact with a SPIFFE ID")),
+        None => Err(Refusal::missing(field, "expected exact with a SPIFFE ID")),
+    }
+}
+
+fn material(common: &pb::CommonTlsContext, validation: &pb::CertificateValidationContext) -> Result<Material, Refusal> {
+    let [certificate] = common.tls_certificates.as_slice() else {
+        let wanted = "expected exactly one certificate with its key inline";
+        return Err(Refusal::new("tls_certificates", format!("{} of them", common.tls_certificates.len()), wanted));
+    };
+    let chain_pem = inline(certificate.certificate_chain.as_ref(), "tls_certificates[0].certificate_chain")?;
+    let key_pem = Zeroizing::new(inline(certificate.private_key.as_ref(), "tls_certificates[0].private_key")?);
+    let roots_pem = inline(validation.trusted_ca.as_ref(), "validation_context.trusted_ca")?;
+    check_pair(&chain_pem, &key_pem)?;
+    check_roots(&roots_pem)?;
+    let params = params(common.tls_params.as_ref())?;
+    Ok(Material { chain_pem, key_pem, roots_pem, params })
+}
+
+fn inline(source: Option<&core::DataSource>, field: &str) -> Result<String, Refusal> {
+    use core::data_source::Specifier;
+    match source.and_then(|source| source.specifier.as_ref()) {
+        Some(Specifier::InlineString(text)) => Ok(text.clone()),
+        Some(Specifier::InlineBytes(bytes)) => {
+            String::from_utf8(bytes.clone()).map_err(|_| Refusal::new(field, "bytes that are no text", "expected PEM"))
+        }
+        Some(Specifier::Filename(path)) => Err(Refusal::new(format!("{field}.filename"), path, "expected PEM inline")),
+        Some(Specifier::EnvironmentVariable(name)) => {
+            Err(Refusal::new(format!("{field}.environment_variable"), name, "expected PEM inline"))
+        }
+        None => Err(Refusal::missing(field, "expected PEM inline")),
+    }
+}
+
+/// What Envoy refuses too: unreadable PEM, and a key of another certificate.
+fn check_pair(chain_pem: &str, key_pem: &str) -> Result<(), Refusal> {
+    let field = "tls_certificates[0].certificate_chain";
+    let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(chain_pem.as_bytes())
+        .take(CHAIN_CERTIFICATES_MAX + 1)
+        .collect::<Result<_, _>>()
+        .map_err(|error| Refusal::new(field, error, "expected CERTIFICATE blocks, leaf first"))?;
+    if chain.is_empty() || chain.len() > CHAIN_CERTIFICATES_MAX {
+        let wanted = format!("expected one to {CHAIN_CERTIFICATES_MAX}, leaf first");
+        return Err(Refusal::new(field, format!("{} certificates", chain.len()), wanted));
+    }
+    let field = "tls_certificates[0].private_key";
+    let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes())
+        .map_err(|_| Refusal::new(field, "unreadable", "expected one EC PRIVATE KEY, PRIVATE KEY or RSA PRIVATE KEY block"))?;
+    let signing = rustls::crypto::ring::sign::any_supported_type(&key);
+    let key = Zeroizing::new(key);
+    let signing = signing.map_err(|_| Refusal::new(field, "of no usable kind", "expected ECDSA, Ed25519 or RSA"))?;
+    drop(key);
+    CertifiedKey::new(chain, signing)
+        .keys_match()
+        .map_err(|_| Refusal::new(field, "of another certificate", "expected the key of certificate_chain's leaf"))
+}
+
+fn check_roots(roots_pem: &str) -> Result<(), Refusal> {
+    let field = "validation_context.trusted_ca";
+    let mut count = 0;
+    for root in CertificateDer::pem_slice_iter(roots_pem.as_bytes()) {
+        root.map_err(|error| Refusal::new(field, error, "expected CERTIFICATE blocks"))?;
+        count += 1;
+    }
+    if count == 0 { Err(Refusal::new(field, "no certificate", "expected CERTIFICATE blocks")) } else { Ok(()) }
+}
+
+/// Cipher suites and curves are not narrowed: what is spoken here is a subset of Envoy's defaults already.
+fn params(params: Option<&pb::TlsParameters>) -> Result<TlsParams, Refusal> {
+    use pb::tls_parameters::TlsProtocol;
+    let Some(params) = params else { return Ok(TlsParams::default()) };
+    let version = |number: i32| TlsProtocol::try_from(number).unwrap_or(TlsProtocol::TlsAuto);
+    let (least, most) = (version(params.tls_minimum_protocol_version), version(params.tls_maximum_protocol_version));
+    let tls12 = !matches!(least, TlsProtocol::TlSv13);
+    let tls13 = !matches!(most, TlsProtocol::TlSv10 | TlsProtocol::TlSv11 | TlsProtocol::TlSv12);
+    let too_old = matches!(most, TlsProtocol::TlSv10 | TlsProtocol::TlSv11);
+    if too_old || !(tls12 || tls13) {
+        let wanted = "TLS 1.2 and 1.3 are spoken: expected TLSv1_2, TLSv1_3 or TLS_AUTO";
+        return Err(Refusal::new("tls_params.tls_maximum_protocol_version", most.as_str_name(), wanted));
+    }
+    Ok(TlsParams { tls12, tls13 })
+}
+
+impl std::fmt::Debug for Material {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Material").field("key_pem", &"[redacted]").field("params", &self.params).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,209 @@
+//! Resources as Consul makes them for a sidecar.
+#![allow(
+    unreachable_pub,
+    missing_docs,
+    missing_debug_implementations,
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "a harness of tests"
+)]
+
+use std::net::SocketAddr;
+
+use envoy_types::pb::envoy::config::cluster::v3 as cluster;
+use envoy_types::pb::envoy::config::core::v3 as core;
+use envoy_types::pb::envoy::config::endpoint::v3 as endpoint;
+use envoy_types::pb::envoy::config::listener::v3 as listener;
+use envoy_types::pb::envoy::config::rbac::v3 as rbac;
+use envoy_types::pb::envoy::extensions::filters::network::rbac::v3::Rbac;
+use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_proxy;
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
+use envoy_types::pb::envoy::r#type::matcher::v3 as matcher;
+use envoy_types::pb::google::protobuf::{Any, BoolValue};
+use prost::Message;
+
+const API: &str = "type.googleapis.com/envoy";
+
+/// What a proxy presents and trusts.
+#[derive(Clone)]
+pub struct Material {
+    pub chain_pem: String,
+    pub key_pem: String,
+    pub roots_pem: String,
+}
+
+fn any(name: &str, message: &impl Message) -> Any {
+    Any { type_url: format!("{API}.{name}"), value: message.encode_to_vec() }
+}
+
+fn inline(text: &str) -> Option<core::DataSource> {
+    let specifier = core::data_source::Specifier::InlineString(text.to_owned());
+    Some(core::DataSource { specifier: Some(specifier), ..Default::default() })
+}
+
+fn common(material: &Material, expected: &[String]) -> Option<tls::CommonTlsContext> {
+    let certificate = tls::TlsCertificate {
+        certificate_chain: inline(&material.chain_pem),
+        private_key: inline(&material.key_pem),
+        ..Default::default()
+    };
+    let san = |uri: &String| tls::SubjectAltNameMatcher {
+        san_type: tls::subject_alt_name_matcher::SanType::Uri as i32,
+        matcher: Some(matcher::StringMatcher {
+            match_pattern: Some(matcher::string_matcher::MatchPattern::Exact(uri.clone())),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let validation = tls::CertificateValidationContext {
+        trusted_ca: inline(&material.roots_pem),
+        match_typed_subject_alt_names: expected.iter().map(san).collect(),
+        ..Default::default()
+    };
+    Some(tls::CommonTlsContext {
+        tls_params: Some(tls::TlsParameters::default()),
+        tls_certificates: vec![certificate],
+        validation_context_type: Some(tls::common_tls_context::ValidationContextType::ValidationContext(validation)),
+        ..Default::default()
+    })
+}
+
+fn socket(name: &str, context: &impl Message) -> Option<core::TransportSocket> {
+    let config = any(&format!("extensions.transport_sockets.tls.v3.{name}"), context);
+    let config_type = Some(core::transport_socket::ConfigType::TypedConfig(config));
+    Some(core::TransportSocket { name: "tls".into(), config_type })
+}
+
+fn address(at: SocketAddr) -> Option<core::Address> {
+    let socket = core::SocketAddress {
+        address: at.ip().to_string(),
+        port_specifier: Some(core::socket_address::PortSpecifier::PortValue(at.port().into())),
+        ..Default::default()
+    };
+    Some(core::Address { address: Some(core::address::Address::SocketAddress(socket)) })
+}
+
+pub fn assignment(name: &str, members: &[(SocketAddr, core::HealthStatus)]) -> endpoint::ClusterLoadAssignment {
+    let member = |(at, health): &(SocketAddr, core::HealthStatus)| endpoint::LbEndpoint {
+        health_status: *health as i32,
+        host_identifier: Some(endpoint::lb_endpoint::HostIdentifier::Endpoint(endpoint::Endpoint {
+            address: address(*at),
+            ..Default::default()
+        })),
+        ..Default::default()
+    };
+    let locality = endpoint::LocalityLbEndpoints { lb_endpoints: members.iter().map(member).collect(), ..Default::default() };
+    endpoint::ClusterLoadAssignment { cluster_name: name.into(), endpoints: vec![locality], ..Default::default() }
+}
+
+fn of_type(kind: cluster::cluster::DiscoveryType) -> Option<cluster::cluster::ClusterDiscoveryType> {
+    Some(cluster::cluster::ClusterDiscoveryType::Type(kind as i32))
+}
+
+/// `local_app`.
+pub fn app_cluster(app: SocketAddr) -> cluster::Cluster {
+    cluster::Cluster {
+        name: "local_app".into(),
+        cluster_discovery_type: of_type(cluster::cluster::DiscoveryType::Static),
+        load_assignment: Some(assignment("local_app", &[(app, core::HealthStatus::Unknown)])),
+        ..Default::default()
+    }
+}
+
+/// A target, found by EDS.
+pub fn target_cluster(name: &str, material: &Material, expected: &str) -> cluster::Cluster {
+    let context = tls::UpstreamTlsContext {
+        common_tls_context: common(material, &[expected.to_owned()]),
+        sni: name.into(),
+        ..Default::default()
+    };
+    let source = core::ConfigSource {
+        config_source_specifier: Some(core::config_source::ConfigSourceSpecifier::Ads(core::AggregatedConfigSource {})),
+        resource_api_version: core::ApiVersion::V3 as i32,
+        ..Default::default()
+    };
+    cluster::Cluster {
+        name: name.into(),
+        cluster_discovery_type: of_type(cluster::cluster::DiscoveryType::Eds),
+        eds_cluster_config: Some(cluster::cluster::EdsClusterConfig { eds_config: Some(source), ..Default::default() }),
+        transport_socket: socket("UpstreamTlsContext", &context),
+        ..Default::default()
+    }
+}
+
+/// A filter with its configuration, which has the name `config`.
+pub fn filter(name: &str, config: &str, message: &impl Message) -> listener::Filter {
+    let config = any(&format!("extensions.filters.network.{config}"), message);
+    listener::Filter { name: name.into(), config_type: Some(listener::filter::ConfigType::TypedConfig(config)) }
+}
+
+fn proxy_to(stat_prefix: &str, cluster: &str) -> listener::Filter {
+    let config = tcp_proxy::TcpProxy {
+        stat_prefix: stat_prefix.into(),
+        cluster_specifier: Some(tcp_proxy::tcp_proxy::ClusterSpecifier::Cluster(cluster.into())),
+        ..Default::default()
+    };
+    filter("envoy.filters.network.tcp_proxy", "tcp_proxy.v3.TcpProxy", &config)
+}
+
+/// The filter in which only `allowed` may come in, as Consul writes it.
+pub fn allow(allowed: &[&str]) -> listener::Filter {
+    let principal = |service: &&str| {
+        let regex =
+            matcher::RegexMatcher { regex: format!("^spiffe://[^/]+/ns/default/dc/[^/]+/svc/{service}$"), ..Default::default() };
+        let name = matcher::StringMatcher {
+            match_pattern: Some(matcher::string_matcher::MatchPattern::SafeRegex(regex)),
+            ..Default::default()
+        };
+        let who = rbac::principal::Authenticated { principal_name: Some(name) };
+        rbac::Principal { identifier: Some(rbac::principal::Identifier::Authenticated(who)) }
+    };
+    let policy = rbac::Policy {
+        permissions: vec![rbac::Permission { rule: Some(rbac::permission::Rule::Any(true)) }],
+        principals: allowed.iter().map(principal).collect(),
+        ..Default::default()
+    };
+    let policies = if allowed.is_empty() { vec![] } else { vec![("consul-intentions-layer4".to_owned(), policy)] };
+    let rules = rbac::Rbac { policies: policies.into_iter().collect(), ..Default::default() };
+    let config = Rbac { rules: Some(rules), stat_prefix: "connect_authz".into(), ..Default::default() };
+    filter("envoy.filters.network.rbac", "rbac.v3.RBAC", &config)
+}
+
+pub fn public_name(bind: SocketAddr) -> String {
+    format!("public_listener:{bind}")
+}
+
+pub fn public_listener(bind: SocketAddr, material: &Material, rbac: listener::Filter) -> listener::Listener {
+    let context = tls::DownstreamTlsContext {
+        common_tls_context: common(material, &[]),
+        require_client_certificate: Some(BoolValue { value: true }),
+        ..Default::default()
+    };
+    let chain = listener::FilterChain {
+        filters: vec![rbac, proxy_to("public_listener", "local_app")],
+        transport_socket: socket("DownstreamTlsContext", &context),
+        ..Default::default()
+    };
+    listener::Listener {
+        name: public_name(bind),
+        address: address(bind),
+        filter_chains: vec![chain],
+        traffic_direction: core::TrafficDirection::Inbound as i32,
+        ..Default::default()
+    }
+}
+
+pub fn upstream_name(label: &str, bind: SocketAddr) -> String {
+    format!("{label}:{bind}")
+}
+
+pub fn upstream_listener(label: &str, bind: SocketAddr, cluster: &str) -> listener::Listener {
+    let filters = vec![proxy_to(&format!("upstream.{label}.default.dc1"), cluster)];
+    listener::Listener {
+        name: upstream_name(label, bind),
+        address: address(bind),
+        filter_chains: vec![listener::FilterChain { filters, ..Default::default() }],
+        traffic_direction: core::TrafficDirection::Outbound as i32,
+        ..Default::default()
+    }
+}
