@@ -13,28 +13,44 @@
 
 mod access;
 mod callers;
+mod certs;
+mod clusters;
+mod commands;
 mod denials;
+mod dump;
+mod facts;
 mod health;
+mod listeners;
+mod logging;
 mod page;
+pub mod pages;
+mod proto_json;
 mod reach;
 mod routes;
 mod server;
 mod snapshot;
 mod upgrade;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, mpsc, watch};
 
-use crate::control::{Status, dump};
+use crate::config::LogLevel;
+use crate::config::envoy::PageListener;
+use crate::control::Status;
+use crate::control::dump::Receiver as Resources;
 use crate::mesh::Snapshot;
 use crate::store::Viewer;
 use crate::telemetry::hub::Hub;
 use crate::telemetry::log::{Destination, Reopener, Rfc3339};
 pub use upgrade::{Answer as UpgradeAnswer, Upgrade};
+
+pub use facts::Facts;
+pub use logging::{Apply, LIBRARIES};
 
 /// How often the hub is drained while workers have something to say.
 const TICK_MIN: Duration = Duration::from_millis(20);
@@ -60,8 +76,8 @@ pub enum Lifecycle {
 /// What a request asks of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// Stop accepting and let the open connections end.
-    Drain,
+    /// `/drain_listeners`: stop accepting; the open connections and the process go on.
+    Drain(Drain),
     /// End at once.
     Quit,
     /// Open log files again.
@@ -70,13 +86,56 @@ pub enum Action {
     Upgrade,
 }
 
+/// How `/drain_listeners` was asked for, with Envoy's meaning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Drain {
+    /// Accept until the drain time is over.
+    pub graceful: bool,
+    /// Only the listeners that peers come in by.
+    pub inbound_only: bool,
+    /// Never stop accepting.
+    pub skip_exit: bool,
+}
+
+impl Drain {
+    /// A parameter counts by being there.
+    fn new(parameters: &[(String, String)]) -> Self {
+        let has = |wanted: &str| parameters.iter().any(|(name, _)| name == wanted);
+        Self { graceful: has("graceful"), inbound_only: has("inboundonly"), skip_exit: has("skip_exit") }
+    }
+}
+
 /// How the port behaves.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug)]
 pub struct Settings {
     /// `-admin-access-log-path`; Envoy's default is `/dev/null`.
     pub access_log: Destination,
     /// Makes the access log open its file again; the same one as the connection log's.
     pub reopener: Reopener,
+    /// What the process says of itself.
+    pub facts: Facts,
+    /// Listeners for pages that are bound already.
+    pub pages: Vec<pages::Bound>,
+    /// Those that another process still has, and that are bound once it has left them.
+    pub late_pages: Vec<PageListener>,
+    /// Binds what is bound later.
+    pub bind_page: pages::Bind,
+    /// The log level at the start, and what changes it.
+    pub log_level: (LogLevel, Option<Apply>),
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            access_log: Destination::default(),
+            reopener: Reopener::default(),
+            facts: Facts::default(),
+            pages: Vec::new(),
+            late_pages: Vec::new(),
+            bind_page: |address| std::net::TcpListener::bind(address),
+            log_level: (LogLevel::Info, None),
+        }
+    }
 }
 
 /// Everything that the admin thread needs.
@@ -89,7 +148,7 @@ pub struct Context {
     /// What the control plane says of itself.
     pub status: watch::Receiver<Status>,
     /// What the xDS feeder has accepted; `None` has `/config_dump` made of the snapshot.
-    pub resources: dump::Receiver,
+    pub resources: Resources,
     /// What the process is doing.
     pub lifecycle: watch::Receiver<Lifecycle>,
     /// Whether it is being replaced.
@@ -109,15 +168,26 @@ struct Shared {
     hub: Mutex<Hub>,
     viewer: Viewer<Snapshot>,
     status: watch::Receiver<Status>,
-    #[expect(dead_code, reason = "what reads it comes with the next change")]
-    resources: dump::Receiver,
+    resources: Resources,
     lifecycle: watch::Receiver<Lifecycle>,
     upgrade: watch::Receiver<Upgrade>,
     actions: mpsc::Sender<Action>,
     access: Mutex<access::AccessLog>,
     /// Whether the process was ready once; see [`health`].
     was_ready: AtomicBool,
+    /// `/healthcheck/fail`.
+    health_failed: AtomicBool,
     start: Instant,
+    started: SystemTime,
+    facts: Facts,
+    levels: Mutex<logging::Levels>,
+    since: Mutex<facts::Since>,
+    /// Listeners for pages that do not depend on a registration.
+    fixed_pages: Vec<PageListener>,
+    late_pages: Vec<PageListener>,
+    bind_page: pages::Bind,
+    /// Listeners for pages that cannot be there now, and why.
+    page_failures: watch::Sender<Vec<(SocketAddr, String)>>,
 }
 
 /// Serves until the context's `closing` turns true, takes what workers say until `shutdown` does or its sender is gone; then ends the open requests, takes the workers' last events
@@ -128,9 +198,12 @@ pub async fn run(listener: TcpListener, mut context: Context, mut shutdown: watc
         tracing::debug!("another metrics recorder is installed; metrics of the control plane are not on /metrics");
     }
     let mut closing = context.closing.clone();
-    let shared = Arc::new(Shared::new(context));
+    let bound = std::mem::take(&mut context.settings.pages);
+    let shared = Arc::new(Shared::new(context, bound.iter().map(|one| one.page.clone()).collect()));
     let ticking = tokio::spawn(tick(Arc::clone(&shared)));
-    server::serve(listener, routes::router(Arc::clone(&shared)), &mut closing).await;
+    let router = routes::router(Arc::clone(&shared));
+    let pages = pages::run(Arc::clone(&shared), bound, router.clone(), closing.clone());
+    tokio::join!(server::serve(listener, None, router, &mut closing), pages);
     // The port may go to another process long before the last connection of this one ends. An error means the end as well.
     let _ = shutdown.wait_for(|shutdown| *shutdown).await;
     ticking.abort();
@@ -138,7 +211,7 @@ pub async fn run(listener: TcpListener, mut context: Context, mut shutdown: watc
 }
 
 impl Shared {
-    fn new(context: Context) -> Self {
+    fn new(context: Context, fixed_pages: Vec<PageListener>) -> Self {
         let Context { hub, viewer, status, resources, lifecycle, upgrade, actions, closing: _, settings } = context;
         Self {
             hub: Mutex::new(hub),
@@ -150,8 +223,31 @@ impl Shared {
             actions,
             access: Mutex::new(access::AccessLog::open(&settings.access_log, &settings.reopener)),
             was_ready: AtomicBool::new(false),
+            health_failed: AtomicBool::new(false),
             start: Instant::now(),
+            started: SystemTime::now(),
+            facts: settings.facts,
+            levels: Mutex::new(logging::Levels::new(settings.log_level.0, settings.log_level.1)),
+            since: Mutex::new(facts::Since::new()),
+            fixed_pages,
+            late_pages: settings.late_pages,
+            bind_page: settings.bind_page,
+            page_failures: watch::Sender::new(Vec::new()),
         }
+    }
+
+    /// Listeners for pages that are bound as they are asked for: by registrations, and what another process still has.
+    fn wanted_pages(&self) -> Vec<PageListener> {
+        let mut pages = self.late_pages.clone();
+        pages.extend(self.status.borrow().services.iter().flat_map(|service| service.pages.iter().cloned()));
+        pages
+    }
+
+    /// All listeners for pages.
+    fn pages(&self) -> Vec<PageListener> {
+        let mut pages = self.fixed_pages.clone();
+        pages.extend(self.wanted_pages());
+        pages
     }
 
     async fn finish(&self) {
@@ -188,6 +284,7 @@ async fn tick(shared: Arc<Shared>) {
             health::state(&shared, &hub);
         }
         shared.access.lock().await.flush();
+        shared.since.lock().await.note(&shared);
         pause = if events > 0 { TICK_MIN } else { (pause * 2).min(TICK_MAX) };
         tokio::time::sleep(pause).await;
     }

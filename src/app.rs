@@ -9,6 +9,7 @@
 mod callers;
 mod logs;
 mod notify;
+mod port;
 mod process;
 mod shelf;
 mod sidecar;

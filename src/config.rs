@@ -302,6 +302,8 @@ pub struct Consul {
     pub tls_resumption: bool,
     /// Most identities of local callers with a certificate at once; 0 where callers are not told apart.
     pub caller_identities_max: usize,
+    /// How Prometheus scrapes where a registration asks for a listener for it.
+    pub scrape: envoy::Scrape,
     /// The proxies to run.
     pub proxies: Vec<Proxy>,
 }
@@ -319,6 +321,7 @@ impl Default for Consul {
             mesh_gateway_service: "mesh-gateway".into(),
             tls_resumption: true,
             caller_identities_max: 0,
+            scrape: envoy::Scrape::default(),
             proxies: Vec::new(),
         }
     }

@@ -25,7 +25,7 @@ use std::time::SystemTime;
 use tokio::sync::watch;
 
 use crate::config;
-use crate::config::envoy::AccessLog;
+use crate::config::envoy::{AccessLog, PageListener};
 use crate::mesh::Snapshot;
 use crate::store::Publisher;
 
@@ -57,6 +57,8 @@ pub struct ServiceStatus {
     pub leaf_not_after: Option<SystemTime>,
     /// Times that a new leaf was published.
     pub rotations: u64,
+    /// Listeners for pages of the admin port that the registration asks for.
+    pub pages: Vec<PageListener>,
     /// What is missing or wrong, for a person; `None` when all is well.
     pub problem: Option<String>,
 }

@@ -36,6 +36,7 @@ use crate::ring::uring::Uring;
 use crate::store::{Reader, Wake};
 use crate::sys::handover::Inherited;
 use crate::sys::{self, EventFd, StreamOptions};
+use crate::telemetry::cells::Direction;
 use crate::telemetry::channel::Sender;
 
 pub use worker::callers::Attribution;
@@ -84,6 +85,10 @@ enum Order {
     Stop = 2,
 }
 
+/// Values of [`Orders::closed`].
+const INBOUND_CLOSED: u8 = 1;
+const ALL_CLOSED: u8 = 2;
+
 /// The order in force, shared with every worker. It only ever moves up.
 #[derive(Debug, Default)]
 struct Orders {
@@ -98,6 +103,9 @@ struct Orders {
     in_charge: AtomicBool,
     /// Every listener is bound: what is left beside them is wanted by none.
     settled: AtomicBool,
+    /// Which listeners are closed on purpose while the workers go on: none, those of inbound connections, all. It only
+    /// ever moves up.
+    closed: AtomicU8,
 }
 
 impl Orders {
@@ -107,6 +115,15 @@ impl Orders {
 
     fn drain_time(&self) -> Duration {
         Duration::from_millis(self.drain_ms.load(Ordering::Acquire))
+    }
+
+    /// Whether listeners of this direction are closed on purpose.
+    fn closed(&self, direction: Direction) -> bool {
+        let from = match direction {
+            Direction::Inbound => INBOUND_CLOSED,
+            Direction::Outbound => ALL_CLOSED,
+        };
+        self.closed.load(Ordering::Acquire) >= from
     }
 
     fn current(&self) -> Order {
@@ -192,6 +209,14 @@ impl Workers {
     pub fn drain(&self, time: Duration) {
         self.orders.drain_ms.store(u64::try_from(time.as_millis()).unwrap_or(u64::MAX), Ordering::Release);
         self.order(Order::Drain);
+    }
+
+    /// Closes the listeners, only those of inbound connections on demand. Live connections and the workers go on.
+    pub fn close_listeners(&self, inbound_only: bool) {
+        self.orders.closed.fetch_max(if inbound_only { INBOUND_CLOSED } else { ALL_CLOSED }, Ordering::AcqRel);
+        for wake in &self.wakes {
+            wake.signal();
+        }
     }
 
     /// Nobody else accepts at the sockets any more: this process is in charge of their files and of what is leased.

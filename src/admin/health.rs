@@ -51,6 +51,7 @@ pub(super) struct Problem {
 /// The state now.
 pub(super) fn state(shared: &Shared, hub: &Hub) -> State {
     match *shared.lifecycle.borrow() {
+        _ if shared.health_failed.load(Ordering::Relaxed) => State::Draining,
         Lifecycle::Starting => State::PreInitializing,
         Lifecycle::Draining => State::Draining,
         Lifecycle::Live if shared.was_ready.load(Ordering::Relaxed) => State::Live,
@@ -70,6 +71,9 @@ pub(super) fn problems(shared: &Shared, hub: &Hub) -> Vec<Problem> {
         let why = error.map_or_else(|| "it is being opened".to_owned(), |error| format!("it cannot be bound: {error}"));
         Problem { subject: bind.to_string(), problem: format!("{bound} of {wanted} workers listen; {why}") }
     }));
+    problems.extend(
+        shared.page_failures.borrow().iter().map(|(bind, why)| Problem { subject: bind.to_string(), problem: why.clone() }),
+    );
     for (subject, counts) in [("connection log", hub.log_counts()), ("access log", hub.access_log_counts())] {
         if counts.dropped > 0 {
             let problem = format!("{} lines were dropped: the sink is slow or fails", counts.dropped);

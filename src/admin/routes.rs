@@ -7,23 +7,26 @@
 use std::fmt::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use axum::Router;
 use axum::body::{Body, HttpBody};
-use axum::extract::{ConnectInfo, Extension, Request, State};
-use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::extract::{ConnectInfo, Extension, Query, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, any, post};
 use serde::Serialize;
 
+use super::commands::{self, COMMANDS};
 use super::health::{self, Problem};
 use super::snapshot::View;
-use super::{Action, Shared, access, callers, denials, page, reach, upgrade};
+use super::{Action, Drain, Shared, access, callers, certs, clusters, denials, dump, facts, listeners, page, reach, upgrade};
 
 pub(super) const TEXT: &str = "text/plain; charset=UTF-8";
-const JSON: &str = "application/json";
+pub(super) const JSON: &str = "application/json";
+const HTML: &str = "text/html; charset=UTF-8";
 /// The version of the text format that Prometheus' scrapers ask for.
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 const NOSNIFF: HeaderName = HeaderName::from_static("x-content-type-options");
@@ -32,39 +35,6 @@ pub(super) type Admin = State<Arc<Shared>>;
 /// What stands behind the `?`, in order.
 pub(super) type Parameters = Vec<(String, String)>;
 
-/// One command, for `/help` and for wrong paths.
-struct Command {
-    path: &'static str,
-    changes: bool,
-    help: &'static str,
-}
-
-const COMMANDS: &[Command] = &[
-    Command { path: "/", changes: false, help: "this list" },
-    Command {
-        path: "/airflow",
-        changes: false,
-        help: "page for people: who talks to whom; ?dag= ?task= ?run= preset its filter",
-    },
-    Command { path: "/callers", changes: false, help: "tasks, components and services with their sums, as JSON; ?dag=" },
-    Command { path: "/denials", changes: false, help: "the last denials and why, as JSON; ?dag= ?limit=" },
-    Command { path: "/denials/{id}", changes: false, help: "one denial, as JSON" },
-    Command { path: "/drain_listeners", changes: true, help: "stop accepting; open connections go on" },
-    Command { path: "/healthz", changes: false, help: "the process is alive; what is not well, as JSON" },
-    Command { path: "/help", changes: false, help: "this list" },
-    Command { path: "/metrics", changes: false, help: "metrics in Prometheus' text format" },
-    Command { path: "/quitquitquit", changes: true, help: "exit" },
-    Command { path: "/reach", changes: false, help: "would ?identity= be let in by ?to=, as JSON" },
-    Command { path: "/ready", changes: false, help: "200 LIVE when ready, otherwise 503 and the state" },
-    Command { path: "/reopen_logs", changes: true, help: "open log files again" },
-    Command { path: "/snapshot", changes: false, help: "what is being enforced, as JSON without secrets" },
-    Command {
-        path: "/upgrade",
-        changes: false,
-        help: "which process serves and whether another takes over, as JSON; POST starts one",
-    },
-];
-
 pub(super) fn router(shared: Arc<Shared>) -> Router {
     let router = COMMANDS.iter().fold(Router::new(), |router, command| router.route(command.path, handler(command.path)));
     let router = router.merge(page::parts());
@@ -72,7 +42,21 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
 }
 
 fn handler(path: &'static str) -> MethodRouter<Arc<Shared>> {
+    if let Some((status, text)) = facts::fixed(path) {
+        let fixed = any(move || async move { answer(status, TEXT, text) });
+        return if path == "/heapprofiler" { changing(move |_, _| answer(status, TEXT, text)) } else { fixed };
+    }
     match path {
+        "/" => any(index),
+        "/certs" => any(certs::certs),
+        "/clusters" => any(clusters::answer),
+        "/config_dump" => any(dump::config_dump),
+        "/init_dump" => any(facts::init_dump),
+        "/listeners" => any(listeners::listeners),
+        "/memory" => any(facts::memory),
+        "/memory/tcmalloc" => any(facts::memory_text),
+        "/runtime" => any(facts::runtime),
+        "/server_info" => any(facts::server_info),
         "/metrics" => any(metrics),
         "/ready" => any(ready),
         "/healthz" => any(healthz),
@@ -82,16 +66,36 @@ fn handler(path: &'static str) -> MethodRouter<Arc<Shared>> {
         "/denials" => any(denials::denials),
         "/denials/{id}" => any(denials::denial),
         "/reach" => any(reach::reach),
-        "/drain_listeners" => changing(Action::Drain),
-        "/quitquitquit" => changing(Action::Quit),
-        "/reopen_logs" => changing(Action::ReopenLogs),
-        "/upgrade" => changing(Action::Upgrade).get(upgrade::upgrade),
+        "/cpuprofiler" | "/allocprofiler" => {
+            changing(move |_, parameters| facts::profiler(path, parameter(parameters, "enable")))
+        }
+        "/drain_listeners" => changing(|shared, parameters| act(shared, Action::Drain(Drain::new(parameters)))),
+        "/healthcheck/fail" => changing(|shared, _| health_check(shared, true)),
+        "/healthcheck/ok" => changing(|shared, _| health_check(shared, false)),
+        "/logging" => post(logging).fallback(post_required),
+        "/quitquitquit" => changing(|shared, _| act(shared, Action::Quit)),
+        "/reopen_logs" => changing(|shared, _| act(shared, Action::ReopenLogs)),
+        "/runtime_modify" => changing(|_, parameters| facts::runtime_modify(parameters.len())),
+        "/upgrade" => changing(|shared, _| act(shared, Action::Upgrade)).get(upgrade::upgrade),
         _ => any(help),
     }
 }
 
-fn changing(action: Action) -> MethodRouter<Arc<Shared>> {
-    post(move |State(shared): Admin, request: Request| async move { act(&shared, action, &request) }).fallback(post_required)
+/// A command that takes POST only, and none from a browser page.
+fn changing(command: impl Fn(&Shared, &Parameters) -> Response + Clone + Send + Sync + 'static) -> MethodRouter<Arc<Shared>> {
+    let checked = move |State(shared): Admin, Query(parameters): Query<Parameters>, headers: HeaderMap| {
+        let refused = from_a_page(&headers);
+        let answer = refused.unwrap_or_else(|| command(&shared, &parameters));
+        async move { answer }
+    };
+    post(checked).fallback(post_required)
+}
+
+async fn logging(State(shared): Admin, Query(parameters): Query<Parameters>, headers: HeaderMap) -> Response {
+    match from_a_page(&headers) {
+        Some(refused) => refused,
+        None => shared.levels.lock().await.answer(&parameters),
+    }
 }
 
 /// What every request has in common: Envoy's headers and the access log.
@@ -108,7 +112,7 @@ async fn around(
     let headers = response.headers_mut();
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, max-age=0"));
     headers.insert(NOSNIFF, HeaderValue::from_static("nosniff"));
-    headers.insert(header::SERVER, HeaderValue::from_static("ringfence"));
+    headers.insert(header::SERVER, HeaderValue::from_static("envoy"));
     if let Some(asked) = asked {
         let bytes = response.body().size_hint().exact().unwrap_or_default();
         shared.access.lock().await.record(&asked, response.status().as_u16(), bytes, start.elapsed());
@@ -163,11 +167,22 @@ async fn snapshot(State(shared): Admin) -> Response {
     json(&View::new(&shared.viewer.current(), shared.viewer.acknowledged(), &hub))
 }
 
-fn act(shared: &Shared, action: Action, request: &Request) -> Response {
-    if request.headers().contains_key(header::ORIGIN) {
+/// The refusal of what a web page sent.
+fn from_a_page(headers: &HeaderMap) -> Option<Response> {
+    headers.contains_key(header::ORIGIN).then(|| {
         let text = "refused: the request comes from a web page; send it without an Origin header\n";
-        return answer(StatusCode::FORBIDDEN, TEXT, text);
-    }
+        answer(StatusCode::FORBIDDEN, TEXT, text)
+    })
+}
+
+/// `/healthcheck/fail` and `/healthcheck/ok`: what `/ready` says, and nothing else.
+fn health_check(shared: &Shared, failed: bool) -> Response {
+    shared.health_failed.store(failed, Ordering::Relaxed);
+    tracing::info!(failed, "health set on the admin port");
+    answer(StatusCode::OK, TEXT, "OK\n")
+}
+
+fn act(shared: &Shared, action: Action) -> Response {
     match shared.actions.try_send(action) {
         Ok(()) => {
             tracing::info!(?action, "asked for on the admin port");
@@ -186,26 +201,30 @@ async fn post_required(method: Method) -> Response {
     ([(header::ALLOW, "POST")], answer(StatusCode::METHOD_NOT_ALLOWED, TEXT, text)).into_response()
 }
 
+async fn index() -> Response {
+    answer(StatusCode::OK, HTML, commands::page())
+}
+
 async fn help() -> Response {
-    answer(StatusCode::OK, TEXT, format!("admin commands are:\n{}", list()))
+    answer(StatusCode::OK, TEXT, format!("admin commands are:\n{}", commands::list()))
 }
 
 async fn unknown() -> Response {
-    answer(StatusCode::NOT_FOUND, TEXT, format!("invalid path. admin commands are:\n{}", list()))
-}
-
-fn list() -> String {
-    COMMANDS.iter().fold(String::new(), |mut text, Command { path, changes, help }| {
-        let how = if *changes { " (POST)" } else { "" };
-        // Writing to a String cannot fail.
-        let _ = writeln!(text, "  {path}{how}: {help}");
-        text
-    })
+    answer(StatusCode::NOT_FOUND, TEXT, format!("invalid path. admin commands are:\n{}", commands::list()))
 }
 
 /// The value of a parameter; one without text asks for nothing.
 pub(super) fn parameter<'a>(parameters: &'a [(String, String)], name: &str) -> Option<&'a str> {
     parameters.iter().find(|(found, _)| found == name).map(|(_, value)| &**value).filter(|value| !value.is_empty())
+}
+
+/// Bytes in lower-case hexadecimal.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 pub(super) fn json(value: &impl Serialize) -> Response {

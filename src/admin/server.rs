@@ -15,9 +15,11 @@ use axum::extract::ConnectInfo;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
 
 /// Connections served at once.
 pub(super) const CONNECTIONS_MAX: usize = 64;
@@ -32,8 +34,8 @@ const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 /// Pause after a failed accept (descriptors ran out).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Accepts and serves until `shutdown` turns true or its sender is gone, and then until open requests have ended.
-pub(super) async fn serve(listener: TcpListener, router: Router, shutdown: &mut watch::Receiver<bool>) {
+/// Accepts and serves, over TLS where that is given, until `shutdown` turns true or its sender is gone, and then until open requests have ended.
+pub(super) async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>, router: Router, shutdown: &mut watch::Receiver<bool>) {
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let ending = shutdown.clone();
     let mut connections = JoinSet::new();
@@ -42,7 +44,19 @@ pub(super) async fn serve(listener: TcpListener, router: Router, shutdown: &mut 
             let (stream, peer, permit) = accept(&listener, &room).await;
             // Finished tasks are taken off here, so the set holds no more than there are permits.
             while connections.try_join_next().is_some() {}
-            connections.spawn(connection(stream, peer, permit, router.clone(), ending.clone()));
+            let (tls, router, ending) = (tls.clone(), router.clone(), ending.clone());
+            connections.spawn(async move {
+                let _permit = permit;
+                match tls {
+                    None => connection(stream, peer, router, ending).await,
+                    // A handshake that fails or takes too long concerns its client alone.
+                    Some(tls) => {
+                        if let Ok(Ok(stream)) = tokio::time::timeout(HEAD_TIMEOUT, tls.accept(stream)).await {
+                            connection(stream, peer, router, ending).await;
+                        }
+                    }
+                }
+            });
         }
     };
     tokio::select! {
@@ -73,9 +87,8 @@ async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> (TcpStream, So
 }
 
 async fn connection(
-    stream: TcpStream,
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     peer: SocketAddr,
-    _permit: OwnedSemaphorePermit,
     router: Router,
     mut shutdown: watch::Receiver<bool>,
 ) {

@@ -21,6 +21,8 @@ use crate::telemetry::record::Event;
 
 mod access_logs;
 mod callers;
+mod envoy;
+mod page_listeners;
 
 /// Would be seen in any answer that prints the key, as text, base64 or numbers.
 const KEY: &[u8] = b"SECRETSECRETSECRETSECRET";
@@ -32,6 +34,7 @@ struct Port {
     publisher: Publisher<Snapshot>,
     readers: Vec<Reader<Snapshot>>,
     status: watch::Sender<Status>,
+    resources: crate::control::dump::Sender,
     lifecycle: watch::Sender<Lifecycle>,
     actions: mpsc::Receiver<Action>,
     shutdown: watch::Sender<bool>,
@@ -51,6 +54,7 @@ async fn port_with(connection_log: Destination, settings: Settings) -> Port {
     let log = ConnectionLog::open(&connection_log, &settings.reopener).expect("opens");
     let (publisher, readers) = crate::store::new(Snapshot::default(), 1);
     let (status, status_seen) = watch::channel(Status::default());
+    let (resources, resources_seen) = crate::control::dump::channel();
     let (lifecycle, lifecycle_seen) = watch::channel(Lifecycle::default());
     let (_, upgrade) = watch::channel(Upgrade::default());
     let (actions_sent, actions) = mpsc::channel(1);
@@ -61,7 +65,7 @@ async fn port_with(connection_log: Destination, settings: Settings) -> Port {
         hub,
         viewer: publisher.viewer(),
         status: status_seen,
-        resources: dump::channel().1,
+        resources: resources_seen,
         lifecycle: lifecycle_seen,
         upgrade,
         actions: actions_sent,
@@ -69,7 +73,7 @@ async fn port_with(connection_log: Destination, settings: Settings) -> Port {
         settings,
     };
     let running = tokio::spawn(run(listener, context, shutdown_seen));
-    Port { address, worker, publisher, readers, status, lifecycle, actions, shutdown, running }
+    Port { address, worker, publisher, readers, status, resources, lifecycle, actions, shutdown, running }
 }
 
 async fn port() -> Port {
@@ -119,8 +123,8 @@ fn snapshot() -> Snapshot {
         id: id("db"),
         chain: vec![CertificateDer::from(b"leaf".to_vec()), CertificateDer::from(b"intermediate".to_vec())],
         key: PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(KEY.to_vec())),
-        not_before: std::time::SystemTime::UNIX_EPOCH,
-        not_after: std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1_767_323_045),
+        not_before: SystemTime::UNIX_EPOCH,
+        not_after: SystemTime::UNIX_EPOCH + Duration::from_secs(1_767_323_045),
         serial: "0a1b".into(),
     };
     let bundle = TrustBundle { trust_domain: "t.consul".into(), roots: vec![CertificateDer::from(b"root".to_vec())] };
@@ -218,6 +222,7 @@ async fn healthz_names_what_is_not_well() {
         leaf_serial: None,
         leaf_not_after: None,
         rotations: 0,
+        pages: Vec::new(),
         problem: Some("token has no service:write for db".into()),
     };
     port.status.send_replace(Status { ready: false, agent_reachable: false, services: vec![service], ..Status::default() });
@@ -308,11 +313,11 @@ async fn answers_carry_envoys_headers() {
 #[tokio::test]
 async fn an_unknown_path_lists_the_commands() {
     let port = port().await;
-    let answer = port.ask("GET", "/config_dump").await;
+    let answer = port.ask("GET", "/config_dumps").await;
     assert_eq!(answer.status, 404);
-    assert!(answer.body.starts_with("invalid path. admin commands are:\n  /: this list\n"), "{}", answer.body);
+    assert!(answer.body.starts_with("invalid path. admin commands are:\n  /: "), "{}", answer.body);
     assert!(answer.body.contains("\n  /quitquitquit (POST): exit\n"), "{}", answer.body);
-    assert!(port.ask("GET", "/").await.body.contains("  /metrics: "));
+    assert!(port.ask("GET", "/").await.body.contains("<a href=\"/metrics\">"));
 }
 
 #[tokio::test]
@@ -326,9 +331,11 @@ async fn what_changes_something_needs_post_and_no_browser() {
     }
     assert!(port.actions.try_recv().is_err(), "nothing was asked of the process");
 
-    for (path, action) in
-        [("/drain_listeners", Action::Drain), ("/reopen_logs", Action::ReopenLogs), ("/quitquitquit", Action::Quit)]
-    {
+    for (path, action) in [
+        ("/drain_listeners", Action::Drain(Drain::default())),
+        ("/reopen_logs", Action::ReopenLogs),
+        ("/quitquitquit", Action::Quit),
+    ] {
         let answer = port.ask("POST", path).await;
         assert_eq!((answer.status, answer.body.as_str()), (200, "OK\n"));
         assert_eq!(port.actions.recv().await, Some(action));

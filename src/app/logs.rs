@@ -7,7 +7,11 @@ use std::sync::OnceLock;
 
 use tracing_subscriber::EnvFilter;
 
+use crate::admin::{Apply, LIBRARIES};
 use crate::config::{LogLevel, Logging};
+
+/// The process's log, once it is started: its first level and what changes it.
+static STARTED: OnceLock<(LogLevel, Apply)> = OnceLock::new();
 
 /// The file that standard error was put onto.
 static FILE: OnceLock<PathBuf> = OnceLock::new();
@@ -48,7 +52,7 @@ pub fn init(logging: &Logging) {
     // lines hold headers and so tokens: they stay off whatever the level is.
     let filter = match logging.level {
         LogLevel::Off => EnvFilter::new(level),
-        _ => EnvFilter::new(format!("{level},hyper=warn,hyper_util=warn,rustls=warn,h2=warn,mio=warn")),
+        _ => EnvFilter::new(format!("{level},{LIBRARIES}")),
     };
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -56,8 +60,28 @@ pub fn init(logging: &Logging) {
         .with_target(false)
         // A reader that went away costs the line, never the process: told of it, the library would print and so panic.
         .log_internal_errors(false);
-    let started = if logging.json { builder.json().try_init() } else { builder.with_ansi(false).try_init() };
-    if started.is_err() {
-        tracing::debug!("logging was started before");
+    let (started, apply): (_, Apply) = if logging.json {
+        let builder = builder.json().with_filter_reloading();
+        let handle = builder.reload_handle();
+        (builder.try_init(), Apply::new(move |text| change(text, |filter| handle.reload(filter))))
+    } else {
+        let builder = builder.with_ansi(false).with_filter_reloading();
+        let handle = builder.reload_handle();
+        (builder.try_init(), Apply::new(move |text| change(text, |filter| handle.reload(filter))))
+    };
+    match started {
+        // Whoever is first has set it.
+        Ok(()) => _ = STARTED.set((logging.level, apply)),
+        Err(_) => tracing::debug!("logging was started before"),
     }
+}
+
+/// The level that logging was started with, and what changes it; nothing does where it was not started here.
+pub(super) fn level() -> (LogLevel, Option<Apply>) {
+    STARTED.get().map_or((LogLevel::Info, None), |(level, apply)| (*level, Some(apply.clone())))
+}
+
+fn change(directives: &str, reload: impl Fn(EnvFilter) -> Result<(), tracing_subscriber::reload::Error>) -> Result<(), String> {
+    let filter = EnvFilter::try_new(directives).map_err(|error| error.to_string())?;
+    reload(filter).map_err(|error| error.to_string())
 }

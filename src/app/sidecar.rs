@@ -1,7 +1,6 @@
 //! One sidecar: its workers, its rotation thread, its admin thread.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -9,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 
-use super::{AppError, callers, logs, threads};
+use super::{AppError, callers, logs, port, threads};
 use crate::admin::{self, Action, Lifecycle, Upgrade};
 use crate::airflow;
 use crate::config;
@@ -75,12 +74,13 @@ impl Sidecar {
         for wrong in &inherited.wrong {
             tracing::warn!("not taken over: {wrong}");
         }
-        let config::Sidecar { mut consul, xds, mut plane, admin: admin_settings, connection_log, access_logs, airflow, .. } =
-            settings;
-        let (listener, admin_address) = threads::bind_admin(admin_settings.bind, &mut inherited)?;
-        if let Some(path) = &admin_settings.address_path {
+        let (listener, admin_address) = threads::bind_admin(settings.admin.bind, &mut inherited)?;
+        if let Some(path) = &settings.admin.address_path {
             threads::write_admin_address(path, admin_address)?;
         }
+        let reopener = Reopener::default();
+        let port_settings = port::settings(&settings, admin_address, reopener.clone(), inherited.has_predecessor())?;
+        let config::Sidecar { mut consul, xds, mut plane, connection_log, access_logs, airflow, .. } = settings;
         let (prepared, attributions) =
             match airflow.map(|rules| callers::prepare(&rules, plane.workers, &mut inherited)).transpose()? {
                 Some((prepared, attributions)) => (Some(prepared), attributions),
@@ -95,7 +95,6 @@ impl Sidecar {
         plane.redirects = prepared.as_ref().map(callers::Prepared::redirects).unwrap_or_default();
         plane.lease_port = prepared.as_ref().and_then(callers::Prepared::lease_port);
         let redirects = plane.redirects.len() + usize::from(plane.lease_port.is_some());
-        let reopener = Reopener::default();
         let log = ConnectionLog::open(&Destination::from(&connection_log), &reopener)
             .map_err(|error| AppError::Config(format!("connection log: {error}")))?;
         let access_logs =
@@ -127,7 +126,7 @@ impl Sidecar {
             upgrade: upgrade_receiver,
             actions: actions_sender,
             closing: closing_receiver,
-            settings: admin::Settings { access_log: access_log(admin_settings.access_log), reopener: reopener.clone() },
+            settings: port_settings,
         };
 
         let workers = proxy::spawn(&plane, readers, senders, attributions, &mut inherited)
@@ -269,6 +268,11 @@ impl Sidecar {
         self.workers.drain(time);
     }
 
+    /// Closes listeners, only the inbound ones on demand; connections and the process go on.
+    pub(super) fn close_listeners(&self, inbound_only: bool) {
+        self.workers.close_listeners(inbound_only);
+    }
+
     /// [`Self::drain`], where the listening sockets stay for the next process: what has been accepted is served, and what comes
     /// later waits.
     pub(super) fn leave(&self, time: Duration) {
@@ -370,11 +374,6 @@ impl Sidecar {
         let joined = self.rotation.join().and_then(|()| self.admin.join()).and(airflow);
         joined.map_err(|_| AppError::Internal("a thread panicked".to_owned()))
     }
-}
-
-/// The flag is a path, and people write `/dev/stdout`.
-fn access_log(path: Option<PathBuf>) -> Destination {
-    path.map_or(Destination::None, |path| path.to_str().map_or_else(|| Destination::File(path.clone()), Destination::from))
 }
 
 /// Sockets that the workers hold when all is bound: TCP listeners on each worker, unix sockets on one.

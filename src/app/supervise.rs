@@ -13,7 +13,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::shelf::Shelf;
 use super::{AppError, Sidecar, notify, process};
-use crate::admin::Action;
+use crate::admin::{Action, Drain};
 use crate::config::{self, DataPlane};
 use crate::sys::handover::{self, Inherited, Successor};
 
@@ -82,8 +82,10 @@ struct Supervision {
     shelf: Shelf,
     /// READY=1 was sent.
     ready: bool,
-    /// The admin port asked for a drain: workers without connections are no fault.
+    /// Listeners were closed on the admin port's demand: that they are missing is no fault.
     listeners_drained: bool,
+    /// When the admin port's demand to close listeners is due, and whether only the inbound ones.
+    close_listeners: Option<(Instant, bool)>,
     /// When the drain must be over.
     drain_deadline: Option<Instant>,
     /// The process that is to take over, and until when it must be ready.
@@ -108,6 +110,7 @@ impl Supervision {
             shelf,
             ready: false,
             listeners_drained: false,
+            close_listeners: None,
             drain_deadline: None,
             successor: None,
             leaving: None,
@@ -130,10 +133,8 @@ impl Supervision {
             let next = match wake {
                 Wake::End => self.end_asked(sidecar),
                 Wake::Asked(Action::Quit) => Next::End,
-                Wake::Asked(Action::Drain) => {
-                    // Envoy's /drain_listeners: no new connections, the process stays until it is told to end.
-                    self.listeners_drained = true;
-                    sidecar.drain(self.drain_time);
+                Wake::Asked(Action::Drain(drain)) => {
+                    self.drain_listeners(drain);
                     Next::GoOn
                 }
                 Wake::Asked(Action::ReopenLogs) => {
@@ -178,6 +179,23 @@ impl Supervision {
         }
         self.drain_deadline = Some(Instant::now() + self.drain_time);
         Next::GoOn
+    }
+
+    /// Envoy's /drain_listeners: no new connections, the process and what is open stay until they are told to end.
+    fn drain_listeners(&mut self, drain: Drain) {
+        if drain.skip_exit {
+            tracing::info!("listeners go on: skip_exit was asked for, and open connections are never closed by a drain");
+            return;
+        }
+        let wait = if drain.graceful { self.drain_time } else { Duration::ZERO };
+        let at = Instant::now() + wait;
+        // The wider demand and the earlier time win.
+        let (at, inbound_only) = match self.close_listeners {
+            Some((before, only)) => (before.min(at), only && drain.inbound_only),
+            None => (at, drain.inbound_only),
+        };
+        tracing::info!(?wait, inbound_only, "listeners will be closed; open connections go on");
+        self.close_listeners = Some((at, inbound_only));
     }
 
     fn reload(&self, sidecar: &Sidecar) {
@@ -257,6 +275,10 @@ impl Supervision {
         sidecar.take_over_if_released();
         if !sidecar.has_predecessor() {
             self.shelf.follow(sidecar.listener_changes());
+        }
+        if let Some((_, inbound_only)) = self.close_listeners.take_if(|(at, _)| *at <= Instant::now()) {
+            self.listeners_drained = true;
+            sidecar.close_listeners(inbound_only);
         }
         if let Some(error) = sidecar.take_failure() {
             return Err(error);

@@ -30,20 +30,11 @@ pub(super) struct Normal {
 /// Flags of `consul connect envoy` and `consul connect proxy` that steer Envoy, its bootstrap or xDS.
 const FOR_ENVOY: &[(&str, Kind)] = &[
     ("envoy-binary", Kind::Value),
-    ("envoy-version", Kind::Value),
-    ("envoy-ready-bind-address", Kind::Value),
-    ("envoy-ready-bind-port", Kind::Value),
     ("grpc-addr", Kind::Value),
     ("grpc-ca-file", Kind::Value),
     ("grpc-ca-path", Kind::Value),
     ("no-central-config", Kind::Switch),
     ("omit-deprecated-tags", Kind::Switch),
-    ("prometheus-backend-port", Kind::Value),
-    ("prometheus-scrape-path", Kind::Value),
-    ("prometheus-ca-file", Kind::Value),
-    ("prometheus-ca-path", Kind::Value),
-    ("prometheus-cert-file", Kind::Value),
-    ("prometheus-key-file", Kind::Value),
     ("ignore-envoy-compatibility", Kind::Switch),
     ("enable-config-gen-logging", Kind::Switch),
     ("node-name", Kind::Value),
@@ -243,7 +234,7 @@ mod tests {
     fn what_only_envoy_understands_is_dropped_and_named() {
         let normal =
             run("-sidecar-for web -envoy-binary /usr/bin/envoy -grpc-addr=localhost:8502 -ignore-envoy-compatibility=true \
-             -no-central-config -prometheus-backend-port 9102 -node-name n1 -- -l debug --concurrency 2")
+             -no-central-config -node-name n1 -- -l debug --concurrency 2")
             .expect("accepted");
         assert_eq!(normal.arguments, ["--sidecar-for=web"]);
         assert_eq!(
@@ -253,7 +244,6 @@ mod tests {
                 "-grpc-addr",
                 "-ignore-envoy-compatibility",
                 "-no-central-config",
-                "-prometheus-backend-port",
                 "-node-name",
                 "-- -l debug --concurrency 2",
             ]

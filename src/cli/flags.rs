@@ -3,6 +3,8 @@
 //! Invariant: precedence is Consul's: a flag beats its variable; of tokens `-token-file` beats `-token`, that beats
 //! CONSUL_HTTP_TOKEN_FILE, that beats CONSUL_HTTP_TOKEN. Nothing here opens a file or a connection (names are resolved).
 
+mod pages;
+
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -24,6 +26,8 @@ pub(super) struct Sidecar {
     agent: Agent,
     #[command(flatten)]
     process: Process,
+    #[command(flatten)]
+    pages: pages::Pages,
 }
 
 /// Which proxies this process is.
@@ -177,6 +181,7 @@ impl Sidecar {
             proxies: self.proxies.resolve(environment)?,
             mesh_gateway_service: self.proxies.mesh_gateway_service.clone(),
             tls_resumption: self.process.tls_resumption,
+            scrape: self.pages.scrape()?,
             ..self.agent.resolve(environment)?
         };
         if consul.tls.skip_verify {
@@ -197,7 +202,13 @@ impl Sidecar {
             sidecar: config::Sidecar {
                 consul,
                 plane,
-                admin: config::Admin { bind: self.process.admin_bind, access_log, ..config::Admin::default() },
+                admin: config::Admin {
+                    bind: self.process.admin_bind,
+                    access_log,
+                    envoy_version: self.pages.envoy_version()?,
+                    address_path: None,
+                },
+                pages: self.pages.listeners()?,
                 connection_log: self.process.connection_log.clone(),
                 access_logs: self.process.access_logs(),
                 airflow: self.process.airflow.clone(),

@@ -10,6 +10,9 @@ use zeroize::Zeroizing;
 /// Envoy's default between two flushes of stats to sinks.
 pub const STATS_FLUSH_INTERVAL: Duration = Duration::from_secs(5);
 
+/// Consul's default of `-prometheus-scrape-path`.
+pub const SCRAPE_PATH: &str = "/metrics";
+
 /// Consul's xDS server, and who this proxy is to it.
 #[derive(Clone, PartialEq)]
 pub struct Xds {
@@ -137,6 +140,23 @@ pub struct PageTls {
     pub key_file: PathBuf,
     /// CAs of clients, PEM file or folder; none asks for no certificate.
     pub ca: Option<PathBuf>,
+}
+
+/// What flags of `consul connect envoy` say of the listener that `envoy_prometheus_bind_addr` asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scrape {
+    /// `-prometheus-scrape-path`.
+    pub path: String,
+    /// `-prometheus-backend-port`: what answers in the admin port's place.
+    pub backend: Option<SocketAddr>,
+    /// `-prometheus-cert-file` and its companions.
+    pub tls: Option<PageTls>,
+}
+
+impl Default for Scrape {
+    fn default() -> Self {
+        Self { path: SCRAPE_PATH.to_owned(), backend: None, tls: None }
+    }
 }
 
 /// How stats are tagged and where they are sent.

@@ -4,6 +4,7 @@
 //! Pure. Keys and defaults: Consul `agent/xds/config`, Envoy's where the built-in proxy differs (`config.rs`).
 
 mod access_logs;
+mod pages;
 mod upstream;
 
 use std::collections::BTreeMap;
@@ -16,7 +17,7 @@ use super::consul::watch::chain::not_default;
 use super::consul::wire;
 use super::opaque::Opaque;
 use crate::config;
-use crate::config::envoy::AccessLog;
+use crate::config::envoy::{AccessLog, PageListener, Scrape};
 use crate::mesh::{Bind, DenyReply, Outlier};
 
 use upstream::upstream;
@@ -36,6 +37,8 @@ pub(crate) struct Definition {
     pub(crate) upstreams: Vec<Upstream>,
     /// Of proxy-defaults, merged into the registration since Consul 1.15.
     pub(crate) access_logs: Vec<AccessLog>,
+    /// Listeners for pages of the admin port.
+    pub(crate) pages: Vec<PageListener>,
     /// What has no effect here or could not be read, for one line of log.
     pub(crate) warnings: Vec<String>,
 }
@@ -77,7 +80,7 @@ const HARMLESS_KEYS: [&str; 6] = [
 ];
 
 /// Reads a registration. `Err` is why this proxy must not run.
-pub(crate) fn parse(service: &wire::Service) -> Result<Definition, String> {
+pub(crate) fn parse(service: &wire::Service, scrape: &Scrape) -> Result<Definition, String> {
     if service.kind != "connect-proxy" {
         return Err(format!(
             "`{}` is registered with kind `{}`, not `connect-proxy`: -proxy-id wants the id of a sidecar registration",
@@ -93,6 +96,7 @@ pub(crate) fn parse(service: &wire::Service) -> Result<Definition, String> {
     refuse_keys(&config, "proxy.config")?;
     let mut warnings = Vec::new();
     let public = public(service, &config, &mut warnings)?;
+    let pages = pages::of(&config, scrape, &mut warnings);
     note_ignored(proxy, &config, &mut warnings);
     let name = Name {
         service: proxy.destination_service_name.clone(),
@@ -114,6 +118,7 @@ pub(crate) fn parse(service: &wire::Service) -> Result<Definition, String> {
         public,
         upstreams,
         access_logs,
+        pages,
         warnings,
     })
 }
@@ -156,7 +161,16 @@ pub(crate) fn from_flags(flags: &config::ServiceProxy, settings: &config::Consul
         .collect();
     unique_binds(public.as_ref(), &upstreams)?;
     let proxy_id = flags.name.clone();
-    Ok(Definition { proxy_id, name, datacenter: String::new(), public, upstreams, access_logs: Vec::new(), warnings: Vec::new() })
+    Ok(Definition {
+        proxy_id,
+        name,
+        datacenter: String::new(),
+        public,
+        upstreams,
+        access_logs: Vec::new(),
+        pages: Vec::new(),
+        warnings: Vec::new(),
+    })
 }
 
 fn app_address(text: &str) -> Result<App, String> {
@@ -300,7 +314,7 @@ mod tests {
 
     #[test]
     fn the_capture_becomes_listeners() {
-        let definition = parse(&service(|_| {})).expect("accepted");
+        let definition = parse(&service(|_| {}), &Scrape::default()).expect("accepted");
         let public = definition.public.expect("a public listener");
         assert_eq!(public.bind, Bind::Tcp("0.0.0.0:21500".parse().expect("address")));
         assert_eq!(public.app, App::Tcp { host: "127.0.0.1".into(), port: 8_793 });
@@ -313,16 +327,17 @@ mod tests {
         assert_eq!(warehouse.connect_timeout, Some(Duration::from_millis(2_500)));
         assert_eq!(definition.upstreams[2].bind, Bind::Unix { path: "/run/mesh/broker.sock".into(), mode: Some(0o660) });
         assert_eq!(definition.upstreams[3].mesh_gateway, "local");
-        assert_eq!(definition.warnings, ["proxy.config.envoy_prometheus_bind_addr has no effect"]);
+        assert_eq!(definition.pages.len(), 1);
+        assert_eq!(definition.warnings, [""; 0]);
     }
 
     #[test]
     fn what_changes_security_refuses_the_proxy() {
-        let refused = |change: fn(&mut Value)| parse(&service(change)).expect_err("refused");
+        let refused = |change: fn(&mut Value)| parse(&service(change), &Scrape::default()).expect_err("refused");
         for key in SECURITY_KEYS {
             let mut value = crate::control::fixture("agent-service-sidecar");
             value["Proxy"]["Config"][key] = json!("{}");
-            let error = parse(&serde_json::from_value(value).expect("parses")).expect_err("refused");
+            let error = parse(&serde_json::from_value(value).expect("parses"), &Scrape::default()).expect_err("refused");
             assert!(error.contains(key), "{error}");
         }
         assert!(refused(|v| v["Proxy"]["Upstreams"][0]["Config"]["envoy_cluster_json"] = json!("{}")).contains("warehouse"));
@@ -331,41 +346,48 @@ mod tests {
         assert!(refused(|v| v["Proxy"]["EnvoyExtensions"] = json!([{"Name":"builtin/wasm","Required":true}])).contains("wasm"));
         assert!(refused(|v| v["Kind"] = json!("")).contains("connect-proxy"));
         let transparent = serde_json::from_value(crate::control::fixture("agent-service-transparent")).expect("parses");
-        assert!(parse(&transparent).expect_err("refused").contains("transparent"));
+        assert!(parse(&transparent, &Scrape::default()).expect_err("refused").contains("transparent"));
     }
 
     #[test]
     fn what_has_no_effect_is_named() {
-        let definition = parse(&service(|v| {
-            v["Proxy"]["Expose"] = json!({"Checks": true});
-        }))
+        let definition = parse(
+            &service(|v| {
+                v["Proxy"]["Expose"] = json!({"Checks": true});
+            }),
+            &Scrape::default(),
+        )
         .expect("accepted");
-        for word in ["envoy_prometheus_bind_addr", "expose"] {
-            assert!(definition.warnings.iter().any(|warning| warning.contains(word)), "{word}: {:?}", definition.warnings);
-        }
+        assert!(definition.warnings.iter().any(|warning| warning.contains("expose")), "{:?}", definition.warnings);
     }
 
     #[test]
     fn binds_are_never_guessed_or_shared() {
-        let refused = |change: fn(&mut Value)| parse(&service(change)).expect_err("refused");
+        let refused = |change: fn(&mut Value)| parse(&service(change), &Scrape::default()).expect_err("refused");
         assert!(refused(|v| v["Proxy"]["Config"]["bind_port"] = json!(70_000)).contains("70000"));
         assert!(refused(|v| v["Address"] = json!("web.example")).contains("0.0.0.0"));
         assert!(refused(|v| v["Proxy"]["Upstreams"][1]["LocalBindPort"] = json!(15_432)).contains("old-warehouse"));
         assert!(refused(|v| v["Proxy"]["Upstreams"][2]["LocalBindSocketMode"] = json!("rw")).contains("octal"));
-        let bound = parse(&service(|v| {
-            v["Proxy"]["Config"]["bind_address"] = json!("::1");
-            v["Proxy"]["Config"]["bind_port"] = json!("9000");
-        }))
+        let bound = parse(
+            &service(|v| {
+                v["Proxy"]["Config"]["bind_address"] = json!("::1");
+                v["Proxy"]["Config"]["bind_port"] = json!("9000");
+            }),
+            &Scrape::default(),
+        )
         .expect("accepted");
         assert_eq!(bound.public.expect("public").bind, Bind::Tcp("[::1]:9000".parse().expect("address")));
     }
 
     #[test]
     fn peers_are_named_and_synthetic_upstreams_skipped() {
-        let definition = parse(&service(|v| {
-            v["Proxy"]["Upstreams"][1]["DestinationPeer"] = json!("east");
-            v["Proxy"]["Upstreams"][0] = json!({"DestinationName":"*","CentrallyConfigured":true});
-        }))
+        let definition = parse(
+            &service(|v| {
+                v["Proxy"]["Upstreams"][1]["DestinationPeer"] = json!("east");
+                v["Proxy"]["Upstreams"][0] = json!({"DestinationName":"*","CentrallyConfigured":true});
+            }),
+            &Scrape::default(),
+        )
         .expect("accepted");
         assert_eq!(definition.upstreams.len(), 4);
         assert_eq!(definition.upstreams[0].label, "old-warehouse?peer=east");

@@ -64,6 +64,7 @@ fn service_status(state: &State, index: usize, wall: SystemTime) -> ServiceStatu
         leaf_serial: svid.map(|svid| svid.serial.clone()),
         leaf_not_after: svid.map(|svid| svid.not_after),
         rotations: definition.map_or(0, |definition| state.identities.rotations(&definition.name)),
+        pages: definition.map(|definition| definition.pages.clone()).unwrap_or_default(),
         problem: problem(state, index, wall),
     }
 }

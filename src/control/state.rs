@@ -15,6 +15,7 @@ use super::definition::{self, App, Definition, Destination};
 use super::granted::Granted;
 use super::rotation::Identities;
 use crate::config;
+use crate::config::envoy::Scrape;
 use crate::policy::{DefaultPolicy, Intention, Intentions};
 
 /// How long a proxy whose registration went away keeps its listeners: registrations come back within a config reload.
@@ -34,6 +35,8 @@ pub(crate) enum Urgency {
 /// Everything known.
 #[derive(Debug)]
 pub(crate) struct State {
+    /// How pages for Prometheus are served.
+    pub(crate) scrape: Scrape,
     pub(crate) proxies: Vec<Proxy>,
     pub(crate) identities: Identities,
     pub(crate) policies: BTreeMap<Name, Policy>,
@@ -108,6 +111,7 @@ impl State {
             Proxy { source: source.clone(), definition, refusal, gone_since: None, was_ready: false }
         });
         Self {
+            scrape: settings.scrape.clone(),
             proxies: proxies.collect(),
             identities: Identities::new(workers, settings.tls_resumption),
             policies: BTreeMap::new(),
@@ -225,7 +229,7 @@ impl State {
     fn define(&mut self, index: usize, service: &super::consul::wire::Service) -> bool {
         let Some(proxy) = self.proxies.get_mut(index) else { return false };
         proxy.gone_since = None;
-        match definition::parse(service) {
+        match definition::parse(service, &self.scrape) {
             Ok(definition) => {
                 proxy.refusal = None;
                 let changed = proxy.definition.as_ref() != Some(&definition);

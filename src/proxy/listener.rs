@@ -79,6 +79,8 @@ pub(super) struct Listener {
     pub(super) router: Option<u32>,
     /// Its route is gone and its router is not: connections that took it live on.
     pub(super) outlived: bool,
+    /// Closed on purpose (`/drain_listeners`): its connections end when they are done.
+    pub(super) spared: bool,
 }
 
 /// What identifies a listener across snapshots.
@@ -121,6 +123,13 @@ pub(super) enum Place {
     Lease,
     Router(Arc<Router>),
     Route(Arc<Route>),
+}
+
+impl Place {
+    /// Which way its connections go.
+    pub(super) fn direction(&self) -> Direction {
+        if matches!(self, Self::Public(_)) { Direction::Inbound } else { Direction::Outbound }
+    }
 }
 
 /// Every listener that `snapshot` has, and those that lead to upstreams by other ways, which are `redirect`'s.
@@ -336,6 +345,7 @@ impl Listener {
             removed: false,
             router: None,
             outlived: false,
+            spared: false,
         }
     }
 
@@ -361,7 +371,7 @@ impl Listener {
 
     /// Whether its connections are to end within the drain time.
     pub(super) fn drains(&self) -> bool {
-        self.removed && !self.outlived
+        self.removed && !self.outlived && !self.spared
     }
 
     /// Most connections at once over all workers; `None` is unlimited.

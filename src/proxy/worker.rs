@@ -68,6 +68,8 @@ pub(super) struct Worker<R: Ring> {
     order: Order,
     /// What was left and no listener wanted is closed.
     settled: bool,
+    /// What was done about listeners that are closed on purpose.
+    closed: u8,
     drain_deadline: Option<Instant>,
     teardown_deadline: Option<Instant>,
     next_region_sweep: Instant,
@@ -107,6 +109,7 @@ impl<R: Ring> Worker<R> {
             handshakes: 0,
             order: Order::Run,
             settled: false,
+            closed: 0,
             drain_deadline: None,
             teardown_deadline: None,
             next_region_sweep: now,
@@ -236,6 +239,7 @@ impl<R: Ring> Worker<R> {
             self.ring.close_left();
             self.telemetry.cells.listener_changes.add(1);
         }
+        self.close_listeners_on_purpose();
         if self.drain_deadline.is_some_and(|deadline| deadline <= self.now()) {
             self.drain_deadline = None;
             self.close_all(CloseReason::Drained);

@@ -11,7 +11,9 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::{Child, Command};
+use std::sync::{Arc, LazyLock};
 
+use arc_swap::ArcSwap;
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
@@ -222,12 +224,29 @@ impl Inherited {
     }
 }
 
+/// Places that are not handed over, for the whole process: which sockets it has is no thread's own either.
+static WITHHELD: LazyLock<ArcSwap<Vec<Place>>> = LazyLock::new(ArcSwap::default);
+/// Places that are withheld at once.
+const WITHHELD_MAX: usize = 1_024;
+
+/// A socket at `place` stays with this process when another takes over: that one binds the place itself once it is free.
+pub fn withhold(place: Place) {
+    WITHHELD.rcu(|places| {
+        if places.len() >= WITHHELD_MAX || places.contains(&place) {
+            return Arc::clone(places);
+        }
+        Arc::new(places.iter().cloned().chain([place.clone()]).collect())
+    });
+}
+
 /// Every listening socket of this process, as a copy that a child inherits.
 fn listening() -> io::Result<Vec<(OwnedFd, Place)>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc/self/fd")?.flatten() {
         let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        if let Some(place) = place_of(fd) {
+        if let Some(place) = place_of(fd)
+            && !WITHHELD.load().contains(&place)
+        {
             found.push((inheritable(fd)?, place));
         }
     }

@@ -252,6 +252,7 @@ impl Feeder {
             leaf_serial: svid.map(|svid| svid.serial.clone()),
             leaf_not_after: svid.map(|svid| svid.not_after),
             rotations: self.identities.rotations,
+            pages: Vec::new(),
             problem: self.problem(waits),
         };
         let mut access_logs = Vec::new();

@@ -47,7 +47,9 @@ impl<R: Ring> Worker<R> {
         }
         if self.order == Order::Run {
             for (_, wanted) in wanted {
-                self.add_listener(wanted);
+                if !self.orders.closed(wanted.place.direction()) {
+                    self.add_listener(wanted);
+                }
             }
             self.link_routes();
             self.drop_connections_of_removed_listeners();

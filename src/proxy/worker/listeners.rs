@@ -279,6 +279,21 @@ impl<R: Ring> Worker<R> {
         }
     }
 
+    /// Those that the admin port had closed. Their connections stay.
+    pub(super) fn close_listeners_on_purpose(&mut self) {
+        let closed = self.orders.closed.load(Ordering::Acquire);
+        if std::mem::replace(&mut self.closed, closed) == closed {
+            return;
+        }
+        for index in 0..self.listeners.len() {
+            let Some(listener) = &mut self.listeners[index] else { continue };
+            if !listener.removed && !listener.part.is_route() && self.orders.closed(listener.cells.direction) {
+                listener.spared = true;
+                self.remove_listener(index);
+            }
+        }
+    }
+
     /// Stops accepting. The listener's place is kept until its last connection ends.
     pub(super) fn remove_listener(&mut self, index: usize) {
         let Some(listener) = &mut self.listeners[index] else { return };

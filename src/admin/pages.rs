@@ -1,0 +1,297 @@
+//! Listeners of their own for some of the admin port's pages: `/metrics` for Prometheus, `/stats`, `/ready`.
+//!
+//! Invariant: such a listener may be reached from elsewhere, so it serves what its routes name and nothing else, under the
+//! same bounds as the admin port. Those of the command line or a bootstrap are bound before the process starts; those of a
+//! registration come and go with it, and one that cannot be bound is told, once a reason, and tried again.
+//!
+//! Knows no command: a page is the admin port's own answer. A backend that does not answer costs the asker a 503.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::uri::PathAndQuery;
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use hyper_util::rt::TokioIo;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio_rustls::TlsAcceptor;
+use tower_service::Service;
+
+use super::routes::{self, TEXT};
+use super::{Shared, server};
+use crate::config::envoy::{PageAnswer, PageListener, PageRoute, PageTls, PathMatch};
+
+/// How often a listener that cannot be bound is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+/// Wait for a backend: connecting, and the head of its answer.
+const BACKEND_TIMEOUT: Duration = Duration::from_secs(10);
+/// Listeners at once.
+const LISTENERS_MAX: usize = 64;
+
+/// Why a listener for pages is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum PageError {
+    /// The address is taken or not this host's.
+    #[error("{name} cannot listen on {bind}: {source}; choose another address, or free this one")]
+    Bind {
+        /// The listener's name.
+        name: String,
+        /// Where.
+        bind: SocketAddr,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A TLS file is missing or holds something else.
+    #[error("{name}: {path}: {why}")]
+    Tls {
+        /// The listener's name.
+        name: String,
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+/// A listener that is bound.
+#[derive(Debug)]
+pub struct Bound {
+    pub(super) page: PageListener,
+    listener: std::net::TcpListener,
+    tls: Option<Tls>,
+}
+
+#[derive(Clone)]
+struct Tls(Arc<ServerConfig>);
+
+/// Binds an address for a listener; `app` has one that keeps it from being handed over.
+pub type Bind = fn(SocketAddr) -> io::Result<std::net::TcpListener>;
+
+/// Binds `page` and reads its TLS files.
+pub fn bind(page: PageListener, bind: Bind) -> Result<Bound, PageError> {
+    let tls = page.tls.as_ref().map(|tls| server_config(&page.name, tls)).transpose()?.map(Tls);
+    let bound = bind(page.bind).and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
+    match bound {
+        Ok(listener) => Ok(Bound { page, listener, tls }),
+        Err(source) => Err(PageError::Bind { name: page.name, bind: page.bind, source }),
+    }
+}
+
+/// Serves what is bound, and what registrations ask for as it comes and goes, until `closing` turns true.
+pub(super) async fn run(shared: Arc<Shared>, bound: Vec<Bound>, admin: Router, mut closing: watch::Receiver<bool>) {
+    let mut running = HashMap::new();
+    for one in bound {
+        start(&mut running, one, &admin, true);
+    }
+    let fixed = running.len();
+    let mut status = shared.status.clone();
+    loop {
+        follow(&shared, &mut running, &admin);
+        let missing = running.len() < (fixed + shared.wanted_pages().len()).min(LISTENERS_MAX);
+        tokio::select! {
+            _ = closing.wait_for(|closing| *closing) => break,
+            changed = status.changed() => if changed.is_err() { break },
+            () = tokio::time::sleep(RETRY), if missing => {}
+        }
+    }
+    // The feeder may be gone before the port closes.
+    let _ = closing.wait_for(|closing| *closing).await;
+}
+
+/// One listener that is served; dropped, it closes.
+struct Running {
+    page: PageListener,
+    /// Of the command line: it stays.
+    fixed: bool,
+    _close: watch::Sender<bool>,
+}
+
+fn start(running: &mut HashMap<SocketAddr, Running>, bound: Bound, admin: &Router, fixed: bool) {
+    let Bound { page, listener, tls } = bound;
+    let listener = match TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(listener = page.name, %error, "a listener for pages cannot be used");
+            return;
+        }
+    };
+    tracing::info!(listener = page.name, address = %page.bind, "listener for pages is open");
+    let (close, mut closed) = watch::channel(false);
+    let router = router(&page, admin.clone());
+    let acceptor = tls.map(|Tls(config)| TlsAcceptor::from(config));
+    tokio::spawn(async move { server::serve(listener, acceptor, router, &mut closed).await });
+    running.insert(page.bind, Running { page, fixed, _close: close });
+}
+
+/// Opens and closes listeners so that they are those that registrations want now.
+fn follow(shared: &Shared, running: &mut HashMap<SocketAddr, Running>, admin: &Router) {
+    let wanted = shared.wanted_pages();
+    running.retain(|_, one| one.fixed || wanted.contains(&one.page));
+    let mut failures = Vec::new();
+    for page in wanted {
+        let known = running.get(&page.bind).is_some_and(|one| one.page == page);
+        if known || running.len() >= LISTENERS_MAX {
+            continue;
+        }
+        if running.contains_key(&page.bind) {
+            failures.push((page.bind, format!("{}: another listener for pages has {}", page.name, page.bind)));
+            continue;
+        }
+        match bind(page.clone(), shared.bind_page) {
+            Ok(bound) => start(running, bound, admin, false),
+            Err(error) => failures.push((page.bind, error.to_string())),
+        }
+    }
+    shared.page_failures.send_if_modified(|told| {
+        let changed = *told != failures;
+        for (_, why) in failures.iter().filter(|failure| changed && !told.contains(failure)) {
+            tracing::error!("{why}; it is tried again");
+        }
+        *told = failures;
+        changed
+    });
+}
+
+/// What a listener serves.
+fn router(page: &PageListener, admin: Router) -> Router {
+    let routes: Arc<[PageRoute]> = page.routes.clone().into();
+    Router::new().fallback(move |request: Request| {
+        let (routes, admin) = (Arc::clone(&routes), admin.clone());
+        async move { serve(&routes, admin, request).await }
+    })
+}
+
+async fn serve(routes: &[PageRoute], mut admin: Router, mut request: Request) -> Response {
+    let path = request.uri().path();
+    let found = routes.iter().find_map(|route| Some((route, rest(&route.path, path)?)));
+    let Some((route, rest)) = found else { return StatusCode::NOT_FOUND.into_response() };
+    match &route.answer {
+        PageAnswer::Status(status) => StatusCode::from_u16(*status).unwrap_or(StatusCode::NOT_FOUND).into_response(),
+        PageAnswer::Admin { rewrite } => {
+            let Some(uri) = rewritten(request.uri(), rest, rewrite.as_deref()) else { return bad_path() };
+            *request.uri_mut() = uri;
+            // A router answers everything.
+            match admin.call(request).await {
+                Ok(response) => response,
+                Err(never) => match never {},
+            }
+        }
+        PageAnswer::Backend { address, rewrite } => {
+            let Some(uri) = rewritten(request.uri(), rest, rewrite.as_deref()) else { return bad_path() };
+            backend(*address, uri, request.method().clone(), request.headers().clone()).await
+        }
+    }
+}
+
+/// What follows the matched part of `path`; `None` when it does not match.
+fn rest<'a>(matched: &PathMatch, path: &'a str) -> Option<&'a str> {
+    match matched {
+        PathMatch::Exact(whole) => (path == whole).then_some(""),
+        PathMatch::Prefix(prefix) => path.strip_prefix(prefix.as_str()),
+    }
+}
+
+/// The path to ask for, with the query as it came.
+fn rewritten(uri: &Uri, rest: &str, rewrite: Option<&str>) -> Option<Uri> {
+    let path = rewrite.map_or_else(|| uri.path().to_owned(), |rewrite| format!("{rewrite}{rest}"));
+    let text = uri.query().map_or_else(|| path.clone(), |query| format!("{path}?{query}"));
+    let parsed: PathAndQuery = text.parse().ok()?;
+    Some(Uri::from(parsed))
+}
+
+fn bad_path() -> Response {
+    StatusCode::BAD_REQUEST.into_response()
+}
+
+/// Asks another local server in the asker's place, without a body.
+async fn backend(address: SocketAddr, uri: Uri, method: Method, headers: HeaderMap) -> Response {
+    match tokio::time::timeout(BACKEND_TIMEOUT, forward(address, uri, method, &headers)).await {
+        Ok(Ok(response)) => response,
+        Ok(Err(error)) => unavailable(address, &error),
+        Err(_) => unavailable(address, &io::Error::from(io::ErrorKind::TimedOut)),
+    }
+}
+
+async fn forward(address: SocketAddr, uri: Uri, method: Method, headers: &HeaderMap) -> io::Result<Response> {
+    let stream = TcpStream::connect(address).await?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(io::Error::other)?;
+    // Ends with the answer's body, or when the asker goes away.
+    tokio::spawn(connection);
+    let mut asked = axum::http::Request::new(Body::empty());
+    (*asked.method_mut(), *asked.uri_mut()) = (method, uri);
+    let host = HeaderValue::from_str(&address.to_string()).map_err(io::Error::other)?;
+    asked.headers_mut().insert(header::HOST, host);
+    for name in [header::ACCEPT, header::ACCEPT_ENCODING, header::USER_AGENT] {
+        if let Some(value) = headers.get(&name) {
+            asked.headers_mut().insert(name, value.clone());
+        }
+    }
+    let answer = sender.send_request(asked).await.map_err(io::Error::other)?;
+    Ok(answer.map(Body::new))
+}
+
+fn unavailable(address: SocketAddr, error: &io::Error) -> Response {
+    let text = format!("{address} does not answer: {error}\n");
+    routes::answer(StatusCode::SERVICE_UNAVAILABLE, TEXT, text)
+}
+
+fn server_config(name: &str, files: &PageTls) -> Result<Arc<ServerConfig>, PageError> {
+    let wrong = |path: &Path, why: String| PageError::Tls { name: name.to_owned(), path: path.display().to_string(), why };
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let chain = certificates(&files.cert_file).map_err(|why| wrong(&files.cert_file, why))?;
+    let key = PrivateKeyDer::from_pem_file(&files.key_file)
+        .map_err(|error| wrong(&files.key_file, format!("no private key can be read: {error}")))?;
+    let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
+        .with_safe_default_protocol_versions()
+        .map_err(|error| wrong(&files.cert_file, error.to_string()))?;
+    let builder = match &files.ca {
+        None => builder.with_no_client_auth(),
+        Some(ca) => {
+            let mut roots = RootCertStore::empty();
+            for certificate in authorities(ca).map_err(|why| wrong(ca, why))? {
+                roots.add(certificate).map_err(|error| wrong(ca, error.to_string()))?;
+            }
+            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build();
+            builder.with_client_cert_verifier(verifier.map_err(|error| wrong(ca, error.to_string()))?)
+        }
+    };
+    let config = builder.with_single_cert(chain, key);
+    config.map(Arc::new).map_err(|error| wrong(&files.key_file, format!("not the key of {}: {error}", files.cert_file.display())))
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    match read {
+        Ok(chain) if chain.is_empty() => Err("holds no certificate in PEM".to_owned()),
+        Ok(chain) => Ok(chain),
+        Err(error) => Err(format!("cannot be read: {error}")),
+    }
+}
+
+/// Of a file, or of each file in a folder that holds any.
+fn authorities(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    if !path.is_dir() {
+        return certificates(path);
+    }
+    let entries = std::fs::read_dir(path).map_err(|error| format!("cannot be read: {error}"))?;
+    let found: Vec<_> = entries.flatten().filter_map(|entry| certificates(&entry.path()).ok()).flatten().collect();
+    if found.is_empty() { Err("holds no certificate in PEM".to_owned()) } else { Ok(found) }
+}
+
+impl std::fmt::Debug for Tls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Tls")
+    }
+}
