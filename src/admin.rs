@@ -29,6 +29,7 @@ mod reach;
 mod routes;
 mod server;
 mod snapshot;
+mod stats;
 mod upgrade;
 
 use std::net::SocketAddr;
@@ -51,6 +52,7 @@ pub use upgrade::{Answer as UpgradeAnswer, Upgrade};
 
 pub use facts::Facts;
 pub use logging::{Apply, LIBRARIES};
+pub use stats::Settings as StatsSettings;
 
 /// How often the hub is drained while workers have something to say.
 const TICK_MIN: Duration = Duration::from_millis(20);
@@ -122,6 +124,8 @@ pub struct Settings {
     pub bind_page: pages::Bind,
     /// The log level at the start, and what changes it.
     pub log_level: (LogLevel, Option<Apply>),
+    /// How stats are named and sent.
+    pub stats: StatsSettings,
 }
 
 impl Default for Settings {
@@ -134,6 +138,7 @@ impl Default for Settings {
             late_pages: Vec::new(),
             bind_page: |address| std::net::TcpListener::bind(address),
             log_level: (LogLevel::Info, None),
+            stats: StatsSettings::default(),
         }
     }
 }
@@ -188,6 +193,7 @@ struct Shared {
     bind_page: pages::Bind,
     /// Listeners for pages that cannot be there now, and why.
     page_failures: watch::Sender<Vec<(SocketAddr, String)>>,
+    stats: stats::Pages,
 }
 
 /// Serves until the context's `closing` turns true, takes what workers say until `shutdown` does or its sender is gone; then ends the open requests, takes the workers' last events
@@ -201,12 +207,14 @@ pub async fn run(listener: TcpListener, mut context: Context, mut shutdown: watc
     let bound = std::mem::take(&mut context.settings.pages);
     let shared = Arc::new(Shared::new(context, bound.iter().map(|one| one.page.clone()).collect()));
     let ticking = tokio::spawn(tick(Arc::clone(&shared)));
+    let flushing = tokio::spawn(stats::flush(Arc::clone(&shared)));
     let router = routes::router(Arc::clone(&shared));
     let pages = pages::run(Arc::clone(&shared), bound, router.clone(), closing.clone());
     tokio::join!(server::serve(listener, None, router, &mut closing), pages);
     // The port may go to another process long before the last connection of this one ends. An error means the end as well.
     let _ = shutdown.wait_for(|shutdown| *shutdown).await;
     ticking.abort();
+    flushing.abort();
     shared.finish().await;
 }
 
@@ -233,6 +241,7 @@ impl Shared {
             late_pages: settings.late_pages,
             bind_page: settings.bind_page,
             page_failures: watch::Sender::new(Vec::new()),
+            stats: stats::Pages::new(settings.stats),
         }
     }
 

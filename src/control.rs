@@ -20,7 +20,7 @@ pub mod xds;
 pub use xds::run as run_xds;
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 
@@ -40,6 +40,20 @@ pub struct Status {
     pub services: Vec<ServiceStatus>,
     /// The access logs that Consul asks for, over all proxies.
     pub access_logs: Vec<AccessLog>,
+    /// What the proxies' definitions say of stats.
+    pub stats: StatsWishes,
+}
+
+/// What definitions say of stats, over all proxies: `envoy_stats_tags`, `envoy_statsd_url`, `envoy_dogstatsd_url` and
+/// `envoy_stats_flush_interval`. The first one to name a tag, a sink or the interval has its way.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StatsWishes {
+    /// Fixed tags.
+    pub tags: Vec<config::envoy::StatTag>,
+    /// Where stats are sent.
+    pub sinks: Vec<config::envoy::StatSink>,
+    /// Between two flushes.
+    pub flush_interval: Option<Duration>,
 }
 
 /// One proxy's state.

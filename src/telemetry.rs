@@ -12,3 +12,4 @@ pub mod hub;
 mod limiter;
 pub mod log;
 pub mod record;
+pub mod stats;

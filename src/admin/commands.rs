@@ -93,7 +93,19 @@ pub(super) const COMMANDS: &[Command] = &[
     shows("/runtime", "always empty: there are no runtime layers"),
     changes("/runtime_modify", "answered as by an Envoy without an admin layer"),
     shows("/server_info", "version, state, uptime and options, as JSON"),
+    changes("/reset_counters", "count what /stats shows from now on"),
     shows("/snapshot", "what is being enforced, as JSON without secrets"),
+    with(
+        shows("/stats", "Envoy's stats"),
+        &[
+            ("filter", "only stats whose name this regular expression finds"),
+            ("type", "Counters, Gauges, Histograms, TextReadouts or All"),
+            ("usedonly", "only those that were ever touched"),
+            ("format", "text, json or prometheus"),
+            ("histogram_buckets", "how histograms are shown"),
+        ],
+    ),
+    shows("/stats/prometheus", "the same with ringfence's own, in Prometheus' text format"),
     changes("/upgrade", "start the program's file anew and leave everything to it; GET tells how that went"),
 ];
 

@@ -22,7 +22,9 @@ use serde::Serialize;
 use super::commands::{self, COMMANDS};
 use super::health::{self, Problem};
 use super::snapshot::View;
-use super::{Action, Drain, Shared, access, callers, certs, clusters, denials, dump, facts, listeners, page, reach, upgrade};
+use super::{
+    Action, Drain, Shared, access, callers, certs, clusters, denials, dump, facts, listeners, page, reach, stats, upgrade,
+};
 
 pub(super) const TEXT: &str = "text/plain; charset=UTF-8";
 pub(super) const JSON: &str = "application/json";
@@ -77,6 +79,9 @@ fn handler(path: &'static str) -> MethodRouter<Arc<Shared>> {
         "/reopen_logs" => changing(|shared, _| act(shared, Action::ReopenLogs)),
         "/runtime_modify" => changing(|_, parameters| facts::runtime_modify(parameters.len())),
         "/upgrade" => changing(|shared, _| act(shared, Action::Upgrade)).get(upgrade::upgrade),
+        "/reset_counters" => post(reset_counters).fallback(post_required),
+        "/stats" => any(stats::stats),
+        "/stats/prometheus" => any(stats::prometheus),
         _ => any(help),
     }
 }
@@ -121,12 +126,25 @@ async fn around(
 }
 
 async fn metrics(State(shared): Admin) -> Response {
+    answer(StatusCode::OK, PROMETHEUS, own_metrics(&shared).await)
+}
+
+/// The `ringfence_*` families.
+pub(super) async fn own_metrics(shared: &Shared) -> String {
     let snapshot = shared.viewer.current();
     let mut hub = shared.hub.lock().await;
     // The newest events first: a scrape right after a connection shall see it.
     hub.drain();
     hub.exporter().publish_snapshot(&snapshot, shared.viewer.acknowledged());
-    answer(StatusCode::OK, PROMETHEUS, hub.render())
+    hub.render()
+}
+
+async fn reset_counters(State(shared): Admin, headers: HeaderMap) -> Response {
+    if let Some(refused) = from_a_page(&headers) {
+        return refused;
+    }
+    stats::reset(&shared).await;
+    answer(StatusCode::OK, TEXT, "OK\n")
 }
 
 async fn ready(State(shared): Admin) -> Response {

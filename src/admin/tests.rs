@@ -185,7 +185,7 @@ async fn ready_goes_through_envoys_states_and_stays_until_drain() {
     port.lifecycle.send_replace(Lifecycle::Live);
     is(&port, 503, "INITIALIZING\n").await;
     port.publisher.publish(snapshot());
-    port.status.send_replace(Status { ready: true, agent_reachable: true, services: Vec::new(), ..Status::default() });
+    port.status.send_replace(Status { ready: true, agent_reachable: true, ..Status::default() });
     is(&port, 503, "INITIALIZING\n").await;
     let _public = port.listener_up(21_000);
     is(&port, 503, "INITIALIZING\n").await;
@@ -225,7 +225,7 @@ async fn healthz_names_what_is_not_well() {
         pages: Vec::new(),
         problem: Some("token has no service:write for db".into()),
     };
-    port.status.send_replace(Status { ready: false, agent_reachable: false, services: vec![service], ..Status::default() });
+    port.status.send_replace(Status { services: vec![service], ..Status::default() });
     let _public = port.listener_up(21_000);
     let error = std::io::Error::from_raw_os_error(libc::EADDRINUSE);
     port.worker.send(Event::BindFailed { bind: tcp(9_191), error });

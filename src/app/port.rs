@@ -40,6 +40,10 @@ pub(super) fn settings(
         late_pages,
         bind_page,
         log_level: logs::level(),
+        stats: admin::StatsSettings {
+            consul_tags: sidecar.xds.is_none() && sidecar.stats.tags.is_empty(),
+            stats: sidecar.stats.clone(),
+        },
     })
 }
 

@@ -34,7 +34,6 @@ const FOR_ENVOY: &[(&str, Kind)] = &[
     ("grpc-ca-file", Kind::Value),
     ("grpc-ca-path", Kind::Value),
     ("no-central-config", Kind::Switch),
-    ("omit-deprecated-tags", Kind::Switch),
     ("ignore-envoy-compatibility", Kind::Switch),
     ("enable-config-gen-logging", Kind::Switch),
     ("node-name", Kind::Value),

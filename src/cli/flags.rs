@@ -115,6 +115,12 @@ struct Process {
     /// Log of requests to the admin port
     #[arg(long, value_name = "FILE", default_value = "/dev/null")]
     admin_access_log_path: PathBuf,
+    /// Leave series that stayed zero out of /stats/prometheus, as ?usedonly does
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false", hide_possible_values = true, action = clap::ArgAction::Set)]
+    stats_usedonly: bool,
+    /// Leave out the tags that Consul's metrics had before 1.9 (consul_service and its like)
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false", hide_possible_values = true, action = clap::ArgAction::Set)]
+    omit_deprecated_tags: bool,
     /// Worker threads, each with its own io_uring [default: the cores this process may use]
     #[arg(long, value_name = "N", value_parser = values::workers)]
     workers: Option<usize>,
@@ -212,6 +218,11 @@ impl Sidecar {
                 connection_log: self.process.connection_log.clone(),
                 access_logs: self.process.access_logs(),
                 airflow: self.process.airflow.clone(),
+                stats: config::envoy::Stats {
+                    omit_unused: self.process.stats_usedonly,
+                    omit_deprecated_tags: self.process.omit_deprecated_tags,
+                    ..config::envoy::Stats::default()
+                },
                 ..config::Sidecar::default()
             },
             logging: config::Logging { level: self.process.log_level, json: self.process.log_json },

@@ -172,11 +172,20 @@ pub struct Stats {
     pub flush_interval: Duration,
     /// Series that stayed zero are left out of Prometheus' format, as with `?usedonly`.
     pub omit_unused: bool,
+    /// `-omit-deprecated-tags`: of Consul's tags only the names since 1.9, where this process brings them itself.
+    pub omit_deprecated_tags: bool,
 }
 
 impl Default for Stats {
     fn default() -> Self {
-        Self { tags: Vec::new(), default_tags: true, sinks: Vec::new(), flush_interval: STATS_FLUSH_INTERVAL, omit_unused: false }
+        Self {
+            tags: Vec::new(),
+            default_tags: true,
+            sinks: Vec::new(),
+            flush_interval: STATS_FLUSH_INTERVAL,
+            omit_unused: false,
+            omit_deprecated_tags: false,
+        }
     }
 }
 

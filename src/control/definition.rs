@@ -5,6 +5,7 @@
 
 mod access_logs;
 mod pages;
+mod stats;
 mod upstream;
 
 use std::collections::BTreeMap;
@@ -12,6 +13,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::StatsWishes;
 use super::consul::watch::Name;
 use super::consul::watch::chain::not_default;
 use super::consul::wire;
@@ -39,6 +41,8 @@ pub(crate) struct Definition {
     pub(crate) access_logs: Vec<AccessLog>,
     /// Listeners for pages of the admin port.
     pub(crate) pages: Vec<PageListener>,
+    /// What it says of stats.
+    pub(crate) stats: StatsWishes,
     /// What has no effect here or could not be read, for one line of log.
     pub(crate) warnings: Vec<String>,
 }
@@ -97,6 +101,7 @@ pub(crate) fn parse(service: &wire::Service, scrape: &Scrape) -> Result<Definiti
     let mut warnings = Vec::new();
     let public = public(service, &config, &mut warnings)?;
     let pages = pages::of(&config, scrape, &mut warnings);
+    let stats = stats::wishes(&config, &environment, &mut warnings);
     note_ignored(proxy, &config, &mut warnings);
     let name = Name {
         service: proxy.destination_service_name.clone(),
@@ -119,8 +124,14 @@ pub(crate) fn parse(service: &wire::Service, scrape: &Scrape) -> Result<Definiti
         upstreams,
         access_logs,
         pages,
+        stats,
         warnings,
     })
+}
+
+/// A variable of the environment, which statsd's addresses may name.
+fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
 /// A service that exists only on the command line.
@@ -169,6 +180,7 @@ pub(crate) fn from_flags(flags: &config::ServiceProxy, settings: &config::Consul
         upstreams,
         access_logs: Vec::new(),
         pages: Vec::new(),
+        stats: StatsWishes::default(),
         warnings: Vec::new(),
     })
 }

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use super::consul::watch::Key;
 use super::definition::{Definition, Destination};
 use super::state::{Proxy, State, chain_ask, health_key};
-use super::{ServiceStatus, Status};
+use super::{ServiceStatus, StatsWishes, Status};
 use crate::config;
 use crate::config::envoy::AccessLog;
 use crate::policy::DefaultPolicy;
@@ -25,6 +25,7 @@ pub(crate) fn status(state: &mut State, published: bool, agent_reachable: bool, 
         agent_reachable,
         services,
         access_logs: access_logs(state),
+        stats: stats_wishes(state),
     }
 }
 
@@ -37,6 +38,14 @@ fn access_logs(state: &State) -> Vec<AccessLog> {
         }
     }
     logs
+}
+
+fn stats_wishes(state: &State) -> StatsWishes {
+    let mut wishes = StatsWishes::default();
+    for of_one in state.proxies.iter().filter_map(|proxy| proxy.definition.as_ref()).map(|definition| &definition.stats) {
+        wishes.add(of_one);
+    }
+    wishes
 }
 
 fn is_complete(state: &State, proxy: &Proxy) -> bool {

@@ -120,6 +120,8 @@ pub(super) struct Connection {
     pub(super) raw: bool,
     /// If it says nothing in time, it speaks no TLS.
     pub(super) silent_is_raw: bool,
+    /// The far leg counts as open.
+    pub(super) far_open: bool,
     reset: bool,
 }
 
@@ -182,6 +184,7 @@ impl Connection {
             left_gate: false,
             raw: false,
             silent_is_raw: false,
+            far_open: false,
             reset: false,
         }
     }
@@ -280,6 +283,8 @@ impl Connection {
         self.step_began = io.now;
         self.stage = Stage::Connecting;
         io.cells.connect_attempts.add(1);
+        io.cells.far_active.add(1);
+        self.far_open = true;
         match io.ring.open(&remote) {
             Ok(socket) => {
                 self.legs[leg].socket = Some(socket);
@@ -290,6 +295,7 @@ impl Connection {
             Err(error) => {
                 // Our own want of descriptors: no word against the endpoint.
                 io.cells.connect_failures.add(1);
+                self.count_far_end(io.cells);
                 self.facts.detail = Some(format!("no socket could be opened: {error}; raise LimitNOFILE").into());
                 self.close(io, self.connect_failure(), true)
             }
@@ -337,10 +343,21 @@ impl Connection {
     /// Takes the failed far leg down; ends in `AppFailed` or `EndpointFailed` once it is quiet.
     pub(super) fn retreat<R: Ring>(&mut self, io: &mut Io<'_, R>, reason: CloseReason) -> Next {
         io.cells.connect_failures.add(1);
+        if reason == CloseReason::ConnectTimeout {
+            io.cells.connect_timeouts.add(1);
+        }
+        self.count_far_end(io.cells);
         self.stage = Stage::Retreat(reason);
         self.deadline = None;
         self.cancel_pending(io);
         self.settle(io)
+    }
+
+    /// The far leg that was counted as open is gone, or as good as.
+    pub(super) fn count_far_end(&mut self, cells: &ListenerCells) {
+        if std::mem::take(&mut self.far_open) {
+            cells.far_active.sub(1);
+        }
     }
 
     fn far_leg(&self) -> usize {

@@ -240,6 +240,7 @@ impl Connection {
         self.facts.tls_suite = Some(established.suite);
         self.facts.tls_resumed = established.resumed;
         io.cells.handshakes.add(1);
+        io.cells.count_suite(established.suite);
         if established.resumed {
             io.cells.handshakes_resumed.add(1);
         }

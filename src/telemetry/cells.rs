@@ -94,11 +94,30 @@ pub struct ListenerCells {
     pub connect_attempts: Cell,
     /// Of those, failed ones (timeouts included).
     pub connect_failures: Cell,
+    /// Of the failed ones, those that took too long.
+    pub connect_timeouts: Cell,
+    /// Far legs open or being opened now (gauge).
+    pub far_active: Cell,
+    /// TLS handshakes completed, by cipher suite; see [`Self::count_suite`].
+    pub suites: [Cell; SUITES.len()],
     /// Endpoints ejected by passive health checking (total).
     pub ejections: Cell,
     /// Connections ended, by reason.
     pub closed: [Cell; CloseReason::ALL.len()],
 }
+
+/// The cipher suites that are told apart: registered number, TLS version and OpenSSL's name, as Envoy's stats have them.
+pub const SUITES: [(u16, &str, &str); 9] = [
+    (0x1301, "TLSv1.3", "TLS_AES_128_GCM_SHA256"),
+    (0x1302, "TLSv1.3", "TLS_AES_256_GCM_SHA384"),
+    (0x1303, "TLSv1.3", "TLS_CHACHA20_POLY1305_SHA256"),
+    (0xc02b, "TLSv1.2", "ECDHE-ECDSA-AES128-GCM-SHA256"),
+    (0xc02c, "TLSv1.2", "ECDHE-ECDSA-AES256-GCM-SHA384"),
+    (0xc02f, "TLSv1.2", "ECDHE-RSA-AES128-GCM-SHA256"),
+    (0xc030, "TLSv1.2", "ECDHE-RSA-AES256-GCM-SHA384"),
+    (0xcca8, "TLSv1.2", "ECDHE-RSA-CHACHA20-POLY1305"),
+    (0xcca9, "TLSv1.2", "ECDHE-ECDSA-CHACHA20-POLY1305"),
+];
 
 impl ListenerCells {
     /// All zero.
@@ -116,8 +135,18 @@ impl ListenerCells {
             handshakes_resumed: Cell::default(),
             connect_attempts: Cell::default(),
             connect_failures: Cell::default(),
+            connect_timeouts: Cell::default(),
+            far_active: Cell::default(),
+            suites: std::array::from_fn(|_| Cell::default()),
             ejections: Cell::default(),
             closed: std::array::from_fn(|_| Cell::default()),
+        }
+    }
+
+    /// Counts a handshake by its cipher suite's number. Only the owning worker may call it.
+    pub fn count_suite(&self, suite: u16) {
+        if let Some(place) = SUITES.iter().position(|(number, ..)| *number == suite) {
+            self.suites[place].add(1);
         }
     }
 }

@@ -8,6 +8,7 @@
 
 pub(crate) mod callers;
 mod denials;
+mod durations;
 mod failures;
 mod listeners;
 mod series;
@@ -28,9 +29,10 @@ use crate::config::envoy::AccessLog;
 
 pub use callers::{Callers, Counts, Speaker};
 pub use denials::{DENIALS_MAX, Denial, Denials};
+pub use durations::{Durations, Sample, Span};
 pub use failures::{Failure, Failures};
 pub use listeners::{Listener, Listeners, Serves, Unbound, WorkerListener};
-pub use series::{Key, Series, Totals};
+pub use series::{Key, Series, Share, Totals};
 pub use tries::{Seen, Tries, Try};
 
 /// Events taken from the rings by one [`Hub::drain`].
@@ -82,6 +84,7 @@ pub struct Hub {
     exporter: Exporter,
     listeners: Listeners,
     series: Series,
+    durations: Durations,
     callers: Callers,
     denials: Denials,
     failures: Failures,
@@ -104,6 +107,7 @@ impl Hub {
             exporter: Exporter::new(),
             listeners: Listeners::new(workers),
             series: Series::default(),
+            durations: Durations::default(),
             callers: Callers::default(),
             denials: Denials::default(),
             failures: Failures::default(),
@@ -172,10 +176,10 @@ impl Hub {
         match event {
             Event::Connection(record) => self.closed(&record, now),
             Event::ListenerUp { bind, cells } => {
-                self.series.add(&cells);
+                self.series.add(worker, &cells);
                 self.listeners.up(worker, bind, &cells);
             }
-            Event::RouteUp { cells } => self.series.add(&cells),
+            Event::RouteUp { cells } => self.series.add(worker, &cells),
             Event::ListenerDown { bind } => self.listeners.down(worker, &bind),
             Event::BindFailed { bind, error } => self.listeners.bind_failed(worker, bind, &error),
             Event::AcceptFailed { bind, error } => self.listeners.accept_failed(bind, &error, now),
@@ -194,6 +198,7 @@ impl Hub {
 
     fn closed(&mut self, record: &ConnectionRecord, now: Instant) {
         self.exporter.observe(record);
+        self.durations.observe(record);
         self.callers.count(record);
         self.failures.note(record);
         if let Some(id) = record.denial {
@@ -238,6 +243,21 @@ impl Hub {
     /// The listeners' counters, added up.
     pub fn series(&self) -> &Series {
         &self.series
+    }
+
+    /// How long connections took.
+    pub fn durations(&self) -> &Durations {
+        &self.durations
+    }
+
+    /// The same, to begin an interval or take samples out.
+    pub fn durations_mut(&mut self) -> &mut Durations {
+        &mut self.durations
+    }
+
+    /// Connections that each worker has open now, in the workers' order.
+    pub fn worker_connections(&self) -> Vec<u64> {
+        self.receivers.iter().map(|receiver| receiver.cells.connections.value()).collect()
     }
 
     /// Who of this host talked to whom.

@@ -213,6 +213,11 @@ impl Builder {
 }
 
 impl Metrics {
+    /// A page that was fetched.
+    pub fn of(page: String) -> Self {
+        Self(page)
+    }
+
     /// Adds up every sample of `name` that carries all `labels`.
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> u64 {
         let wanted = labels.iter().map(|(key, value)| format!("{key}=\"{value}\"")).collect::<Vec<_>>();

@@ -17,7 +17,7 @@ use super::resolver::{Answer, Resolver};
 use super::stream::{Event, Opener};
 use super::subscription::{Subscription, answer};
 use crate::config::envoy::Xds;
-use crate::control::{Command, ControlError, ServiceStatus, Status};
+use crate::control::{Command, ControlError, ServiceStatus, StatsWishes, Status};
 use crate::mesh::Snapshot;
 use crate::store::Publisher;
 
@@ -261,7 +261,14 @@ impl Feeder {
                 access_logs.push(log.clone());
             }
         }
-        let next = Status { ready: self.was_ready, agent_reachable: self.reachable, services: vec![service], access_logs };
+        let next = Status {
+            ready: self.was_ready,
+            agent_reachable: self.reachable,
+            services: vec![service],
+            access_logs,
+            // A bootstrap says it all at the start.
+            stats: StatsWishes::default(),
+        };
         self.status.send_if_modified(|status| {
             let changed = *status != next;
             if changed {

@@ -317,7 +317,7 @@ impl<R: Ring> Worker<R> {
         if connection.facts.reason == CloseReason::DeniedByPeer && connection.facts.denial.is_none() {
             connection.facts.denial = Some(self.next_denial());
         }
-        let Connection { slot, listener: index, accepted, endpoint, mut facts, left_gate, .. } = *connection;
+        let Connection { slot, listener: index, accepted, endpoint, mut facts, left_gate, far_open, .. } = *connection;
         facts.total = self.ring.now() - accepted;
         if let Some(listener) = &mut self.listeners[index as usize] {
             listener.live -= 1;
@@ -328,6 +328,9 @@ impl<R: Ring> Worker<R> {
                 // What it hands on counts there.
                 Role::Router(_) => listener.cells.connections.add(1),
                 _ => listener.cells.active.sub(1),
+            }
+            if far_open {
+                listener.cells.far_active.sub(1);
             }
             listener.cells.closed[facts.reason as usize].add(1);
             if let (Some(address), Some(balancer)) = (endpoint, listener.role.balancer_mut()) {

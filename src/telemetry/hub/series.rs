@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::telemetry::cells::{Cell, Direction, ListenerCells};
+use crate::telemetry::cells::{Cell, Direction, ListenerCells, SUITES};
 use crate::telemetry::close::CloseReason;
 
 /// Listeners told apart by name, over the life of the process.
@@ -52,13 +52,50 @@ pub struct Totals {
     pub connect_attempts: u64,
     /// Of those, failed ones.
     pub connect_failures: u64,
+    /// Of the connects that failed, those that took too long.
+    pub connect_timeouts: u64,
+    /// Far legs open or being opened now.
+    pub far_active: u64,
+    /// TLS handshakes completed, by cipher suite.
+    pub suites: [u64; SUITES.len()],
     /// Endpoints ejected.
     pub ejections: u64,
     /// Connections ended, by reason.
     pub closed: [u64; CloseReason::ALL.len()],
 }
 
+/// What one worker counted for one key.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Share {
+    /// Connections accepted.
+    pub connections: u64,
+    /// Connections open now.
+    pub active: u64,
+}
+
 impl Totals {
+    /// Adds what `other` counted.
+    pub fn merge(&mut self, other: &Self) {
+        let pairs = [
+            (&mut self.connections, other.connections),
+            (&mut self.active, other.active),
+            (&mut self.allowed, other.allowed),
+            (&mut self.bytes_from_mesh, other.bytes_from_mesh),
+            (&mut self.bytes_to_mesh, other.bytes_to_mesh),
+            (&mut self.handshakes, other.handshakes),
+            (&mut self.handshakes_resumed, other.handshakes_resumed),
+            (&mut self.connect_attempts, other.connect_attempts),
+            (&mut self.connect_failures, other.connect_failures),
+            (&mut self.connect_timeouts, other.connect_timeouts),
+            (&mut self.far_active, other.far_active),
+            (&mut self.ejections, other.ejections),
+        ];
+        let lists = self.suites.iter_mut().zip(other.suites).chain(self.closed.iter_mut().zip(other.closed));
+        for (mine, theirs) in pairs.into_iter().chain(lists) {
+            *mine = mine.wrapping_add(theirs);
+        }
+    }
+
     fn add(&mut self, cells: &ListenerCells) {
         let add = |sum: &mut u64, cell: &Cell| *sum = sum.wrapping_add(cell.value());
         add(&mut self.connections, &cells.connections);
@@ -70,7 +107,12 @@ impl Totals {
         add(&mut self.handshakes_resumed, &cells.handshakes_resumed);
         add(&mut self.connect_attempts, &cells.connect_attempts);
         add(&mut self.connect_failures, &cells.connect_failures);
+        add(&mut self.connect_timeouts, &cells.connect_timeouts);
+        add(&mut self.far_active, &cells.far_active);
         add(&mut self.ejections, &cells.ejections);
+        for (sum, cell) in self.suites.iter_mut().zip(&cells.suites) {
+            add(sum, cell);
+        }
         for (sum, cell) in self.closed.iter_mut().zip(&cells.closed) {
             add(sum, cell);
         }
@@ -83,34 +125,39 @@ pub struct Series(BTreeMap<Key, Entry>);
 
 #[derive(Debug, Default)]
 struct Entry {
-    live: Vec<Arc<ListenerCells>>,
+    /// Each with its worker.
+    live: Vec<(usize, Arc<ListenerCells>)>,
     retired: Totals,
+    /// Connections of the retired cells, by worker.
+    retired_of: Vec<u64>,
 }
 
 impl Series {
     /// Counts `cells` in from now on.
-    pub(super) fn add(&mut self, cells: &Arc<ListenerCells>) {
+    pub(super) fn add(&mut self, worker: usize, cells: &Arc<ListenerCells>) {
         let mut key = Key { direction: cells.direction, service: Arc::clone(&cells.service), upstream: cells.upstream.clone() };
         if self.0.len() >= SERIES_MAX && !self.0.contains_key(&key) {
             key = Key::other(cells.direction);
         }
         let live = &mut self.0.entry(key).or_default().live;
-        if !live.iter().any(|known| Arc::ptr_eq(known, cells)) {
-            live.push(Arc::clone(cells));
+        if !live.iter().any(|(_, known)| Arc::ptr_eq(known, cells)) {
+            live.push((worker, Arc::clone(cells)));
         }
     }
 
     /// Folds the cells that no worker holds any more.
     pub(super) fn fold(&mut self) {
         for entry in self.0.values_mut() {
-            let retired = &mut entry.retired;
-            entry.live.retain_mut(|cells| {
+            let (retired, retired_of) = (&mut entry.retired, &mut entry.retired_of);
+            entry.live.retain_mut(|(worker, cells)| {
                 // `get_mut` sees the worker's last writes: its drop of the count happened before.
                 let gone = Arc::get_mut(cells);
                 if let Some(cells) = gone {
                     retired.add(cells);
                     // Nothing can be open on a listener that nobody holds.
-                    retired.active = 0;
+                    (retired.active, retired.far_active) = (0, 0);
+                    retired_of.resize(retired_of.len().max(*worker + 1), 0);
+                    retired_of[*worker] += cells.connections.value();
                     return false;
                 }
                 true
@@ -122,9 +169,22 @@ impl Series {
     pub fn totals(&self) -> impl Iterator<Item = (&Key, Totals)> {
         self.0.iter().map(|(key, entry)| {
             let mut totals = entry.retired.clone();
-            entry.live.iter().for_each(|cells| totals.add(cells));
+            entry.live.iter().for_each(|(_, cells)| totals.add(cells));
             (key, totals)
         })
+    }
+
+    /// How the connections of `key` are spread over the workers, by worker.
+    pub fn shares(&self, key: &Key) -> Vec<Share> {
+        let Some(entry) = self.0.get(key) else { return Vec::new() };
+        let retired = entry.retired_of.iter().map(|connections| Share { connections: *connections, active: 0 });
+        let mut shares: Vec<Share> = retired.collect();
+        for (worker, cells) in &entry.live {
+            shares.resize(shares.len().max(worker + 1), Share::default());
+            shares[*worker].connections += cells.connections.value();
+            shares[*worker].active += cells.active.value();
+        }
+        shares
     }
 }
 
@@ -146,14 +206,19 @@ mod tests {
     fn workers_are_added_up_and_twice_the_same_cells_count_once() {
         let mut series = Series::default();
         let workers = [cells("db"), cells("db")];
-        for cells in workers.iter().chain(&workers) {
-            series.add(cells);
+        for (worker, cells) in workers.iter().enumerate().chain(workers.iter().enumerate()) {
+            series.add(worker, cells);
         }
         workers[0].connections.add(3);
         workers[1].connections.add(4);
         workers[1].closed[CloseReason::Denied as usize].add(2);
         let totals = only(&series);
         assert_eq!((totals.connections, totals.closed[CloseReason::Denied as usize]), (7, 2));
+        let key = series.totals().next().expect("one").0.clone();
+        assert_eq!(series.shares(&key).iter().map(|share| share.connections).collect::<Vec<_>>(), [3, 4]);
+        drop(workers);
+        series.fold();
+        assert_eq!(series.shares(&key).iter().map(|share| share.connections).collect::<Vec<_>>(), [3, 4], "folded");
     }
 
     #[test]
@@ -161,7 +226,7 @@ mod tests {
         let mut series = Series::default();
         for round in 1..=100 {
             let cells = cells("db");
-            series.add(&cells);
+            series.add(0, &cells);
             cells.bytes_to_mesh.add(10);
             cells.active.add(1);
             series.fold();
@@ -179,7 +244,7 @@ mod tests {
         for index in 0..SERIES_MAX + 5 {
             let cells = cells(&format!("s{index}"));
             cells.connections.add(1);
-            series.add(&cells);
+            series.add(0, &cells);
         }
         assert_eq!(series.totals().count(), SERIES_MAX + 1);
         let other = series.totals().find(|(key, _)| &*key.service == "other").expect("shared").1;

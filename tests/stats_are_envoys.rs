@@ -1,0 +1,225 @@
+//! `/stats` is Envoy's: names, tags and pages that scripts, scrapers and Consul's UI read, with numbers that balance under load,
+//! and sinks that get them.
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::net::UdpSocket;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use support::sidecar::Metrics;
+use support::traffic::{self, Live};
+use support::{Agent, Echo, Pair, Sidecar, bytes, wait_for, wait_until};
+
+/// A stat's value on the text page.
+fn number(page: &str, name: &str) -> u64 {
+    let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+    line.unwrap_or_else(|| panic!("no {name}")).parse().expect("a number")
+}
+
+fn text(sidecar: &Sidecar, query: &str) -> String {
+    sidecar.client().get(&format!("/stats{query}")).ok("stats").body
+}
+
+fn prometheus(sidecar: &Sidecar, query: &str) -> Metrics {
+    Metrics::of(sidecar.client().get(&format!("/stats/prometheus{query}")).ok("stats").body)
+}
+
+/// The sum of one stat over the scopes that begin and end so.
+fn sum(page: &str, scope: &str, name: &str) -> u64 {
+    let lines = page.lines().filter(|line| line.starts_with(scope) && !line.contains(".worker_"));
+    let values = lines.filter_map(|line| line.split_once(&format!(".{name}: ")).map(|(_, value)| value));
+    values.map(|value| value.parse::<u64>().expect("a number")).sum()
+}
+
+#[test]
+fn counters_balance_under_churn() {
+    let app = Echo::start();
+    let pair = Pair::tuned(Agent::start(), app.address, |web| web.workers(2), |db| db.workers(2), |define| define);
+    let mut pair = pair.wait_open();
+    let live = (0..5).map(|_| Live::open(pair.upstream)).collect::<Vec<_>>();
+    for seed in 0..60 {
+        pair.echo(&bytes(seed, 5_000)).expect("an echo");
+        traffic::reset(traffic::connect(pair.upstream).expect("web's upstream listens"));
+    }
+    for (sidecar, far) in [(&pair.web, "cluster.db."), (&pair.db, "cluster.local_app")] {
+        wait_until("opened = closed + active, on both sides", support::PATIENCE, || {
+            let page = text(sidecar, "");
+            let listener = |name| sum(&page, "listener.", name);
+            let cluster = |name| sum(&page, far, name);
+            listener("downstream_cx_active") == 5
+                && listener("downstream_cx_total") == listener("downstream_cx_destroy") + 5
+                && cluster("upstream_cx_active") == 5
+                && cluster("upstream_cx_total") == cluster("upstream_cx_destroy") + 5
+                && listener("downstream_cx_total") >= 65
+        });
+    }
+    drop(live);
+    wait_until("bytes in = bytes out over the pair", support::PATIENCE, || {
+        let (web, db) = (text(&pair.web, ""), text(&pair.db, ""));
+        let upstream = "tcp.upstream.db.default.dc1.downstream_cx";
+        let received = number(&web, &format!("{upstream}_rx_bytes_total"));
+        received >= 60 * 5_000
+            && received == number(&db, "tcp.public_listener.downstream_cx_rx_bytes_total")
+            && received == number(&db, "cluster.local_app.upstream_cx_tx_bytes_total")
+            && sum(&web, "cluster.db.", "upstream_cx_rx_bytes_total")
+                == number(&db, "tcp.public_listener.downstream_cx_tx_bytes_total")
+            && sum(&web, "listener.", "downstream_cx_active") + sum(&web, "cluster.db.", "upstream_cx_active") == 0
+    });
+    let db = text(&pair.db, "");
+    assert_eq!(number(&db, "connect_authz.rbac.denied"), 0);
+    assert!(number(&db, "connect_authz.rbac.allowed") >= 65);
+    assert!(sum(&db, "listener.", "ssl.handshake") >= sum(&db, "listener.", "ssl.session_reused"));
+    assert_eq!(sum(&db, "listener.", "ssl.versions.TLSv1.3"), sum(&db, "listener.", "ssl.handshake"));
+    pair.assert_healthy();
+}
+
+#[test]
+fn pages_are_asked_for_as_envoys_are() {
+    let app = Echo::start();
+    let pair = Pair::local(app.address).wait_open();
+    let client = pair.web.client();
+    for (path, said) in [
+        ("/stats?filter=(", "Invalid re2 regex: "),
+        ("/stats/prometheus?filter=(", "Invalid re2 regex: "),
+        ("/stats?format=bogus", "usage: /stats?format=(html|active-html|json|prometheus|text)\n\n"),
+        ("/stats?type=bogus", "invalid &type= param"),
+    ] {
+        let answer = client.get(path);
+        assert!(answer.status == 400 && answer.body.starts_with(said), "{path}: {} {}", answer.status, answer.body);
+    }
+    // What `consul troubleshoot proxy` asks.
+    let answer = client.get("/stats?format=json&filter=upstream_cx_connect_fail&type=Counters").ok("stats").json();
+    let stats = answer["stats"].as_array().expect("a list");
+    assert!(stats.iter().any(|stat| stat["name"] == "cluster.local_app.upstream_cx_connect_fail" && stat["value"] == 0));
+    assert!(client.get("/stats?format=json&filter=update_rejected").ok("stats").body.contains("cds.update_rejected"));
+    assert_eq!(text(&pair.web, "?filter=^server.live$"), "server.live: 1\n");
+    assert_eq!(client.get("/reset_counters").status, 405);
+
+    let (all, used) = (text(&pair.web, ""), text(&pair.web, "?usedonly"));
+    assert!(used.lines().count() * 2 < all.lines().count(), "most series stay zero");
+    let names = |page: &str| page.lines().map(|line| line.split(": ").next().unwrap_or_default().to_owned()).collect::<Vec<_>>();
+    assert!(names(&used).iter().all(|name| names(&all).contains(name)));
+
+    let counted = "tcp.upstream.db.default.dc1.downstream_cx_total";
+    let before = number(&text(&pair.web, ""), counted);
+    assert!(before >= 1);
+    assert_eq!(client.post("/reset_counters", &Value::Null).ok("reset").body, "OK\n");
+    assert_eq!(number(&text(&pair.web, ""), counted), 0);
+    pair.echo(b"again").expect("an echo");
+    wait_until("counted again", support::PATIENCE, || number(&text(&pair.web, ""), counted) == 1);
+    let ours = pair.web.metrics().sum("ringfence_connections_total", &[("upstream", "db")]);
+    assert_eq!(ours, before + 1, "ringfence's own counters only grow");
+}
+
+/// The selectors of Consul 1.10's UI (prometheus.js), for a service at layer 4.
+#[test]
+fn consuls_ui_finds_its_series() {
+    let app = Echo::start();
+    let pair = Pair::local(app.address).wait_open();
+    pair.echo(&bytes(1, 1_000)).expect("an echo");
+    let source = |service| {
+        [("consul_source_service", service), ("consul_source_datacenter", "dc1"), ("consul_source_namespace", "default")]
+    };
+    let with = |service, more: &[(&'static str, &'static str)]| {
+        source(service).iter().copied().chain(more.iter().copied()).collect::<Vec<_>>()
+    };
+    let inbound = with("db", &[("envoy_tcp_prefix", "public_listener")]);
+    let upstream = with(
+        "web",
+        &[("envoy_tcp_prefix", "upstream"), ("consul_upstream_service", "db"), ("consul_upstream_datacenter", "dc1")],
+    );
+    let downstream = with(
+        "web",
+        &[
+            ("consul_destination_service", "db"),
+            ("consul_destination_datacenter", "dc1"),
+            ("consul_destination_namespace", "default"),
+            ("envoy_cluster_name", "db"),
+        ],
+    );
+    let (web, db) = (prometheus(&pair.web, ""), prometheus(&pair.db, ""));
+    for (page, labels, family) in [
+        (&db, &inbound, "envoy_tcp_downstream_cx"),
+        (&web, &upstream, "envoy_tcp_downstream_cx"),
+        (&web, &downstream, "envoy_cluster_upstream_cx"),
+    ] {
+        assert!(page.sum(&format!("{family}_total"), labels) >= 2, "{family} {labels:?}\n{}", page.text());
+        for direction in ["rx", "tx"] {
+            assert!(page.sum(&format!("{family}_{direction}_bytes_total"), labels) >= 1_000, "{family} {direction} {labels:?}");
+        }
+    }
+    assert_eq!(web.sum("envoy_control_plane_connected_state", &source("web")), 1);
+    assert!(web.has("ringfence_connections_total"), "ringfence's own families follow");
+    assert!(prometheus(&pair.web, "?usedonly").text().len() * 2 < web.text().len());
+    // A text page is well-formed only if no series is there twice.
+    let series: Vec<&str> = web
+        .text()
+        .lines()
+        .filter(|line| !line.starts_with('#') && !line.is_empty())
+        .filter_map(|line| line.rsplit_once(' ').map(|(series, _)| series))
+        .collect();
+    assert_eq!(series.iter().collect::<BTreeSet<_>>().len(), series.len());
+}
+
+#[test]
+fn a_sink_of_the_registration_gets_growth_gauges_and_durations() {
+    let app = Echo::start();
+    let sink = UdpSocket::bind("127.0.0.1:0").expect("a free port");
+    sink.set_read_timeout(Some(Duration::from_secs(10))).expect("read timeout");
+    let url = format!("udp://{}", sink.local_addr().expect("bound"));
+    let define = |definition: support::Definition| {
+        let definition = definition.config("envoy_dogstatsd_url", url.clone()).config("envoy_stats_flush_interval", "100ms");
+        definition.config("envoy_stats_tags", json!(["team=finance"]))
+    };
+    let pair = Pair::tuned(Agent::start(), app.address, |web| web, |db| db, define).wait_open();
+    for _ in 0..20 {
+        pair.echo(b"x").expect("an echo");
+    }
+    let counted = text(&pair.db, "?filter=tcp.public_listener.downstream_cx_total");
+    let counted = number(&counted, "tcp.public_listener.downstream_cx_total");
+    let (mut grown, mut gauge, mut timing) = (0, false, false);
+    wait_for("everything in the sink", support::PATIENCE, || {
+        let mut datagram = [0; 65_536];
+        let length = sink.recv(&mut datagram).map_err(|error| error.to_string())?;
+        for line in String::from_utf8_lossy(&datagram[..length]).lines() {
+            assert!(line.starts_with("envoy.") && line.contains("team:finance"), "{line}");
+            let of_db = line.contains("consul.source.service:db");
+            if let Some(rest) = line.strip_prefix("envoy.tcp.downstream_cx_total:") {
+                assert!(rest.contains("|c|#") && rest.contains("envoy.tcp_prefix:public_listener") && of_db, "{line}");
+                grown += rest.split('|').next().and_then(|number| number.parse::<u64>().ok()).expect("a number");
+            }
+            gauge |= line.starts_with("envoy.server.live:1|g|#");
+            timing |= line.starts_with("envoy.listener.downstream_cx_length_ms:") && line.contains("|ms|#");
+        }
+        if grown == counted && gauge && timing { Ok(()) } else { Err(format!("{grown} of {counted}, {gauge}, {timing}")) }
+    });
+}
+
+/// Each metric that a panel of the dashboard asks for is one that is exported.
+#[test]
+fn the_dashboard_asks_for_what_is_exported() {
+    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/dist/grafana/ringfence.json")).expect("is there");
+    let dashboard: Value = serde_json::from_str(&text).expect("JSON");
+    let mut expressions = Vec::new();
+    support::find_all(&dashboard, "expr", &mut expressions);
+    let app = Echo::start();
+    let pair = Pair::local(app.address).wait_open();
+    let pages = format!("{}{}", prometheus(&pair.web, "").text(), prometheus(&pair.db, "").text());
+    let mut exported: BTreeSet<&str> = pages.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+    // Some are there only once something happened, such as a task's connection.
+    exported.extend(ringfence::telemetry::export::METRICS.iter().map(|metric| metric.name));
+    let names = regex::Regex::new(r"\b(?:envoy|ringfence)_\w+").expect("well-formed");
+    let labels: BTreeSet<&str> = ["envoy_tcp_prefix", "envoy_tls_certificate"].into();
+    let mut asked = BTreeSet::new();
+    for expression in &expressions {
+        asked.extend(
+            names.find_iter(expression.as_str().expect("text")).map(|name| name.as_str()).filter(|name| !labels.contains(name)),
+        );
+    }
+    assert!(asked.len() > 30, "{} metrics in {} queries", asked.len(), expressions.len());
+    let missing: Vec<&&str> =
+        asked.iter().filter(|name| !exported.contains(name.strip_suffix("_bucket").unwrap_or(name))).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}
