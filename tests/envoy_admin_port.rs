@@ -299,14 +299,14 @@ fn listeners_are_closed_on_demand_and_connections_go_on() {
     // Never stops accepting; then only after the drain time; then at once.
     assert_eq!(ask(web.admin, "POST", "/drain_listeners?graceful&skip_exit").body, "OK\n");
     assert_eq!(ask(web.admin, "POST", "/drain_listeners?inboundonly").body, "OK\n");
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    support::pause(std::time::Duration::from_millis(300));
     support::traffic::echo(upstream, b"outbound goes on").expect("an echo");
     assert!(TcpStream::connect(db.public).is_ok(), "the other process is not concerned");
     assert_eq!(ask(web.admin, "POST", "/drain_listeners?graceful").body, "OK\n");
     support::traffic::echo(upstream, b"within the drain time").expect("an echo");
     support::wait_until("the listener closes", PATIENCE, || TcpStream::connect(upstream).is_err());
     // Beyond the drain time, which is for the end of the process.
-    std::thread::sleep(std::time::Duration::from_millis(1_500));
+    support::pause(std::time::Duration::from_millis(1_500));
     back(&mut open);
     assert_eq!(ask(web.admin, "GET", "/ready").body, "LIVE\n");
     web.process.assert_running();

@@ -49,11 +49,11 @@ pub enum Principal {
     /// Everybody.
     Any,
     /// All of these.
-    And(Vec<Principal>),
+    And(Vec<Self>),
     /// One of these.
-    Or(Vec<Principal>),
+    Or(Vec<Self>),
     /// Not this one.
-    Not(Box<Principal>),
+    Not(Box<Self>),
     /// A peer with a verified certificate, and with this identity where one is given.
     Authenticated(Option<Text>),
     /// A peer that connects from this network.
@@ -66,11 +66,11 @@ pub enum Permission {
     /// Everything.
     Any,
     /// All of these.
-    And(Vec<Permission>),
+    And(Vec<Self>),
     /// One of these.
-    Or(Vec<Permission>),
+    Or(Vec<Self>),
     /// Not this.
-    Not(Box<Permission>),
+    Not(Box<Self>),
     /// A connection to an address in this network.
     DestinationIp(Network),
     /// A connection to a port in this range.

@@ -86,6 +86,7 @@ fn settle(options: &Options, mut bootstrap: Bootstrap, environment: &Environment
             plane: config::DataPlane {
                 workers: options.concurrency.unwrap_or(defaults.workers),
                 drain_time: options.drain_time.unwrap_or(defaults.drain_time),
+                restart_drain_time: options.drain_time.unwrap_or(defaults.restart_drain_time),
                 ..defaults
             },
             admin: config::Admin {

@@ -281,7 +281,7 @@ impl Feeder {
     /// What is missing before the proxy is complete, for a person.
     fn waits_for(&self) -> Option<String> {
         let late = self.opened.is_some_and(|opened| opened.elapsed() >= FIRST_ANSWER_TIMEOUT);
-        if !self.held.listeners.answered && !(late && self.held.clusters.answered) {
+        if !(self.held.listeners.answered || late && self.held.clusters.answered) {
             return Some("waiting for listeners from the xDS server".to_owned());
         }
         let needs_identity = build::materials(&self.held).next().is_some();
