@@ -90,10 +90,10 @@ pub(super) const COMMANDS: &[Command] = &[
     with(shows("/reach", "would an identity be let in, as JSON"), &[("identity", "who asks"), ("to", "the upstream")]),
     shows("/ready", "200 LIVE when ready, otherwise 503 and the state"),
     changes("/reopen_logs", "open log files again"),
+    changes("/reset_counters", "count what /stats shows from now on"),
     shows("/runtime", "always empty: there are no runtime layers"),
     changes("/runtime_modify", "answered as by an Envoy without an admin layer"),
     shows("/server_info", "version, state, uptime and options, as JSON"),
-    changes("/reset_counters", "count what /stats shows from now on"),
     shows("/snapshot", "what is being enforced, as JSON without secrets"),
     with(
         shows("/stats", "Envoy's stats"),
@@ -106,7 +106,7 @@ pub(super) const COMMANDS: &[Command] = &[
         ],
     ),
     shows("/stats/prometheus", "the same with ringfence's own, in Prometheus' text format"),
-    changes("/upgrade", "start the program's file anew and leave everything to it; GET tells how that went"),
+    shows("/upgrade", "start the program's file anew and leave everything to it; GET tells how that went"),
 ];
 
 /// The list of `/help` and of wrong paths.
