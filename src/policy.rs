@@ -156,6 +156,11 @@ impl Intentions {
         self.filters.as_deref().unwrap_or_default()
     }
 
+    /// Whether nothing at all is learned yet, so that whoever comes may wait a moment for it.
+    pub fn is_unknown(&self) -> bool {
+        self.default == DefaultPolicy::Unknown && self.ordered.is_empty() && self.filters.is_none()
+    }
+
     /// What holds when none matches.
     pub fn default_policy(&self) -> DefaultPolicy {
         self.default

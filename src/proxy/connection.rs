@@ -234,7 +234,7 @@ impl Connection {
                 let waited_for = if self.asked && self.facts.caller.is_none() {
                     "nobody could tell in time who opened it; see the process's log"
                 } else {
-                    "no certificate or no endpoint came in time; see the agent's state at /healthz"
+                    "no certificate, no intentions or no endpoint came in time; see the agent's state at /healthz"
                 };
                 self.facts.detail = Some(waited_for.into());
                 self.close(io, CloseReason::NoIdentity, true)

@@ -41,6 +41,9 @@ impl<R: Ring> Worker<R> {
     fn start_inbound(&mut self, connection: &mut Connection) -> Next {
         let service = self.service(connection);
         let Some(identity) = &service.identity else { return self.hold(connection) };
+        if service.intentions.is_unknown() {
+            return self.hold(connection);
+        }
         if self.handshakes >= self.plane.handshakes_max {
             return self.end(connection, CloseReason::Limit, "too many handshakes at once");
         }
@@ -94,7 +97,7 @@ impl<R: Ring> Worker<R> {
         }
     }
 
-    /// Waits for the first certificate or endpoints, within bounds.
+    /// Waits for the first certificate, intentions or endpoints, within bounds.
     fn hold(&mut self, connection: &mut Connection) -> Next {
         if connection.held {
             return Next::Wait;
