@@ -92,7 +92,7 @@ def restart_kept(deployment: Deployment, report: Report) -> None:
     )
     held = tries.get("one_connection", 0)
     report.note(
-        f"{name}: the task that holds one connection through it needed try {held}; longest pause of new connections {pause:.1f} s"
+        f"{name}: the task that holds one connection through it needed try {held}; new connections paused {pause:.1f} s at most"
     )
     # As it was before, for what comes next.
     sidecar.stop_manager()
