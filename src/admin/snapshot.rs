@@ -67,6 +67,9 @@ struct IntentionsView {
     default: &'static str,
     /// In evaluation order: the first whose source matches wins.
     ordered: Vec<IntentionView>,
+    /// Policies of the RBAC filters that stand in place of intentions where Consul's xDS feeds this process.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    policies: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -206,7 +209,11 @@ impl From<&Intentions> for IntentionsView {
             DefaultPolicy::Deny => "deny",
             DefaultPolicy::Unknown => "unknown",
         };
-        Self { default, ordered: intentions.ordered().iter().map(IntentionView::from).collect() }
+        Self {
+            default,
+            ordered: intentions.ordered().iter().map(IntentionView::from).collect(),
+            policies: intentions.filters().iter().flat_map(|rules| rules.texts()).map(ToString::to_string).collect(),
+        }
     }
 }
 

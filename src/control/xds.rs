@@ -4,8 +4,9 @@
 //! `listener`, `tls_context`, `rbac`) into values that `build` makes a snapshot of; what cannot be served is refused with its
 //! type, name, field and value, and the last good state stays (`held`).
 //!
-//! Invariant: what a listener enforces in Envoy is enforced here, or the listener is refused; nothing of it is dropped in
-//! silence. A changed leaf or RBAC closes no connection that is still allowed. Knows no proxy, and the HTTP API not at all.
+//! Invariant: whom a listener lets in and how it is encrypted in Envoy holds here too, or the listener is refused. What only
+//! tunes it has the process's own settings instead: keepalive, balancing over workers, idle time, further attempts, panic
+//! threshold. A changed leaf or RBAC closes no connection that is still allowed. Knows no proxy, and the HTTP API not at all.
 
 pub mod access_log;
 pub mod bootstrap;

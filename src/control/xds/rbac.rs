@@ -41,7 +41,11 @@ fn parse(policy: &pb::Policy) -> Result<(Vec<Permission>, Vec<Principal>), Refus
     Ok((each(&policy.permissions, "permissions", permission)?, each(&policy.principals, "principals", principal)?))
 }
 
+/// At least one, as Envoy wants it: all of none would be everybody.
 fn each<T, P>(list: &[T], field: &str, parse: fn(&T) -> Result<P, Refusal>) -> Result<Vec<P>, Refusal> {
+    if list.is_empty() {
+        return Err(Refusal::new(field, "empty", "expected one or more"));
+    }
     let parsed = list.iter().enumerate().map(|(index, one)| parse(one).map_err(|why| why.under(&format!("{field}[{index}]"))));
     parsed.collect()
 }
@@ -173,6 +177,14 @@ pub(super) mod tests {
         assert!(decide(&empty, "web").is_err());
         empty.rules = None;
         assert!(decide(&empty, "web").is_ok());
+    }
+
+    #[test]
+    fn a_set_of_nobody_is_refused_where_it_would_be_everybody() {
+        let set = pb::principal::Set { ids: Vec::new() };
+        let nobody = pb::Principal { identifier: Some(pb::principal::Identifier::AndIds(set)) };
+        let told = rules(&filter(pb::rbac::Action::Allow, vec![nobody])).expect_err("refused").to_string();
+        assert!(told.contains("principals[0].and_ids.ids: empty"), "{told}");
     }
 
     #[test]

@@ -224,6 +224,10 @@ fn check_roots(roots_pem: &str) -> Result<(), Refusal> {
 fn params(params: Option<&pb::TlsParameters>) -> Result<TlsParams, Refusal> {
     use pb::tls_parameters::TlsProtocol;
     let Some(params) = params else { return Ok(TlsParams::default()) };
+    if !params.cipher_suites.is_empty() {
+        let wanted = "the suites are those of rustls, all with forward secrecy and AEAD, and cannot be narrowed: expected none";
+        return Err(Refusal::new("tls_params.cipher_suites", params.cipher_suites.join(","), wanted));
+    }
     let version = |number: i32| TlsProtocol::try_from(number).unwrap_or(TlsProtocol::TlsAuto);
     let (least, most) = (version(params.tls_minimum_protocol_version), version(params.tls_maximum_protocol_version));
     let tls12 = !matches!(least, TlsProtocol::TlSv13);
