@@ -243,7 +243,7 @@ fn a_server_that_is_away_changes_nothing_and_is_told_what_is_held() {
 }
 
 #[test]
-fn a_resource_that_cannot_be_served_is_refused_with_the_reason_and_the_old_one_stays() {
+fn a_way_in_that_cannot_be_served_is_refused_with_the_reason_and_lets_nobody_in_until_it_can() {
     let app = Echo::start();
     let pair = Pair::start(app.address);
     let mut live = Live::open(pair.upstream);
@@ -255,12 +255,16 @@ fn a_resource_that_cannot_be_served_is_refused_with_the_reason_and_the_old_one_s
     let told = pair.db.server.wait_answered(from, LISTENER).expect("a nack");
     assert!(told.contains(&resources::public_name(pair.public)) && told.contains("envoy.filters.network.wasm"), "{told}");
     assert!(told.contains("filter_chains[0].filters[0].name") && !told.contains("PRIVATE"), "{told}");
-    live.ping().expect("the live connection");
-    round_trip(pair.upstream, b"as before").expect("the old listener serves");
+    // Whom the new one denies is not known, so nobody stays or comes.
+    live.wait_cut(PATIENCE);
+    assert!(round_trip(pair.upstream, b"meanwhile").is_err(), "let in by a policy that is not in force any more");
     wait_for("the status tells it", PATIENCE, || {
         let problem = pair.db.sidecar.status().services[0].problem.clone().unwrap_or_default();
         if problem.contains("envoy.filters.network.wasm") { Ok(()) } else { Err(problem) }
     });
+    pair.allow(&["web"]);
+    wait_for("let in again", PATIENCE, || round_trip(pair.upstream, b"mended").map_err(|error| error.to_string()));
+    wait_until("the problem is over", PATIENCE, || pair.db.sidecar.status().services[0].problem.is_none());
     pair.stop();
 }
 

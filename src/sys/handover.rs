@@ -239,13 +239,17 @@ pub fn withhold(place: Place) {
     });
 }
 
+pub(super) fn is_withheld(place: &Place) -> bool {
+    WITHHELD.load().contains(place)
+}
+
 /// Every listening socket of this process, as a copy that a child inherits.
 fn listening() -> io::Result<Vec<(OwnedFd, Place)>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc/self/fd")?.flatten() {
         let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
         if let Some(place) = place_of(fd)
-            && !WITHHELD.load().contains(&place)
+            && !is_withheld(&place)
         {
             found.push((inheritable(fd)?, place));
         }

@@ -90,10 +90,14 @@ impl Flusher {
 
     /// Counters become what was added since the last flush.
     fn grown(&mut self, mut stats: Vec<Stat>) -> Vec<Stat> {
+        // Of counters that are gone nothing is kept.
+        let mut before = std::mem::take(&mut self.last);
         for stat in stats.iter_mut().filter(|stat| stat.used) {
             if let Value::Counter(count) = &mut stat.value {
-                let last = self.last.entry((stat.owner, stat.name.clone())).or_default();
-                (*last, *count) = (*count, count.saturating_sub(*last));
+                let key = (stat.owner, stat.name.clone());
+                let last = before.remove(&key).unwrap_or_default();
+                self.last.insert(key, *count);
+                *count = count.saturating_sub(last);
             }
         }
         stats

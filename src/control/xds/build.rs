@@ -83,13 +83,13 @@ pub(super) fn service(held: &Held, around: &Surroundings<'_>, old: Option<&Arc<S
     Built { service, notes }
 }
 
-/// Every TLS context in force, the listeners' first.
+/// Every TLS context in force that is not out of date, the listeners' first.
 pub(super) fn materials(held: &Held) -> impl Iterator<Item = &Arc<Material>> {
-    let of_listeners = held.listeners.values().filter_map(|listener| match &listener.role {
+    let of_listeners = held.listeners.up_to_date().filter_map(|listener| match &listener.role {
         Role::Public { material, .. } => Some(material),
         Role::Upstream { .. } => None,
     });
-    of_listeners.chain(held.clusters.values().filter_map(|cluster| cluster.tls.as_ref().map(|tls| &tls.material)))
+    of_listeners.chain(held.clusters.up_to_date().filter_map(|cluster| cluster.tls.as_ref().map(|tls| &tls.material)))
 }
 
 /// The names that must be resolved, and how often.

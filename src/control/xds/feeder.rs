@@ -23,6 +23,8 @@ use crate::store::Publisher;
 
 /// Events of the stream that may wait.
 const EVENTS_MAX: usize = 64;
+/// Refusals of one kind that are told.
+const REFUSED_MAX: usize = 100;
 /// How often clocks are looked at: a leaf that was refused for its time may be good now.
 const TICK: Duration = Duration::from_secs(1);
 /// How long a first answer is waited for before the proxy counts as complete without it, as Envoy's `initial_fetch_timeout`.
@@ -149,9 +151,9 @@ impl Feeder {
                 let result = if refused.is_empty() { "accepted" } else { "rejected" };
                 metrics::counter!("ringfence_xds_updates_total", "type" => kind.short(), "result" => result).increment(1);
                 for why in &refused {
-                    tracing::error!(resource = %why, "a resource is refused; the one before it, if any, stays in force");
+                    tracing::error!(resource = %why, "a resource is refused; the one before it, if any, stays, but a way in lets nobody in until it is understood");
                 }
-                self.refused[kind as usize].clone_from(&refused);
+                self.remember(kind, response, &refused);
                 refused
             }
             None => vec![format!("{}: nobody asked for resources of this type", response.type_url)],
@@ -160,6 +162,16 @@ impl Feeder {
         let wanted = self.held.endpoint_names();
         self.held.forget_endpoints_except(&wanted);
         self.subscribe(wanted);
+    }
+
+    /// A refusal is told until the resource of that name is taken or removed.
+    fn remember(&mut self, kind: Kind, response: &DeltaDiscoveryResponse, refused: &[String]) {
+        let known = &mut self.refused[kind as usize];
+        let named = response.resources.iter().map(|resource| &resource.name).chain(&response.removed_resources);
+        let told: BTreeSet<String> = named.map(|name| format!("{} {name}: ", kind.message())).collect();
+        known.retain(|why| !told.iter().any(|of_name| why.starts_with(of_name)));
+        known.extend(refused.iter().cloned());
+        known.truncate(REFUSED_MAX);
     }
 
     fn subscribe(&mut self, wanted: BTreeSet<String>) {

@@ -1,7 +1,9 @@
 //! The resources that are in force: the last good state of each.
 //!
 //! Invariant: a resource that is refused leaves the one before it where it is, and its version with it; the good ones of the
-//! same response are taken (so does Envoy, and nacks the response). What is held was understood whole.
+//! same response are taken (so does Envoy, and nacks the response). What is held was understood whole. Policy is no such
+//! state: a way in whose newest listener is not understood lets nobody in, because whom that one denies is not known, and
+//! what is out of date brings no roots.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -77,6 +79,8 @@ struct Entry<T> {
     version: String,
     /// From the bootstrap: the server can neither change nor remove it.
     fixed: bool,
+    /// A newer version of it was refused.
+    outdated: bool,
 }
 
 impl<T> Default for Shelf<T> {
@@ -94,8 +98,13 @@ impl<T> Shelf<T> {
         self.entries.values().map(|entry| &entry.value)
     }
 
+    /// Those of which nothing newer was refused.
+    pub(super) fn up_to_date(&self) -> impl Iterator<Item = &Arc<T>> {
+        self.entries.values().filter(|entry| !entry.outdated).map(|entry| &entry.value)
+    }
+
     fn fix(&mut self, name: String, value: T) {
-        self.entries.insert(name, Entry { value: Arc::new(value), version: String::new(), fixed: true });
+        self.entries.insert(name, Entry { value: Arc::new(value), version: String::new(), fixed: true, outdated: false });
     }
 
     fn versions(&self) -> impl Iterator<Item = (String, String)> {
@@ -122,10 +131,16 @@ impl<T> Shelf<T> {
             }
             match parse(resource) {
                 Ok(value) => {
-                    let entry = Entry { value: Arc::new(value), version: resource.version.clone(), fixed: false };
+                    let entry =
+                        Entry { value: Arc::new(value), version: resource.version.clone(), fixed: false, outdated: false };
                     self.entries.insert(resource.name.clone(), entry);
                 }
-                Err(why) => refused.push(format!("{} {}: {why}", kind.message(), resource.name)),
+                Err(why) => {
+                    refused.push(format!("{} {}: {why}", kind.message(), resource.name));
+                    if let Some(entry) = self.entries.get_mut(&resource.name) {
+                        entry.outdated = true;
+                    }
+                }
             }
         }
         let removed: BTreeSet<&String> = response.removed_resources.iter().collect();
@@ -164,11 +179,17 @@ impl Held {
             Kind::Endpoints => {
                 endpoints.apply(kind, response, |resource| Assignment::parse(&body::<ClusterLoadAssignment>(resource, kind)?))
             }
-            Kind::Listener => listeners.apply(kind, response, |resource| {
-                let listener = Listener::parse(&body::<ListenerMessage>(resource, kind)?)?;
-                check_target(&listener, clusters)?;
-                Ok(listener)
-            }),
+            Kind::Listener => {
+                let refused = listeners.apply(kind, response, |resource| {
+                    let listener = Listener::parse(&body::<ListenerMessage>(resource, kind)?)?;
+                    check_target(&listener, clusters)?;
+                    Ok(listener)
+                });
+                for entry in listeners.entries.values_mut().filter(|entry| entry.outdated) {
+                    Arc::make_mut(&mut entry.value).deny_all();
+                }
+                refused
+            }
         }
     }
 

@@ -20,8 +20,8 @@ use super::refusal::{Refusal, message_name, unpack};
 use super::tls_context::{self, Material};
 use crate::config::envoy::AccessLog;
 use crate::mesh::Bind;
-use crate::policy::Intentions;
 use crate::policy::network::Rules;
+use crate::policy::{DefaultPolicy, Intentions};
 
 const TCP_PROXY: &str = "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy";
 const RBAC: &str = "envoy.extensions.filters.network.rbac.v3.RBAC";
@@ -89,6 +89,10 @@ impl Listener {
             return Err(Refusal::missing(format!("{place}.filters"), wanted));
         };
         let tls = tls_context::downstream(chain.transport_socket.as_ref()).map_err(|why| why.under(place))?;
+        if tls.is_some() && !filters.rbac {
+            let wanted = "without it every certificate of the mesh would be let in: expected envoy.filters.network.rbac first";
+            return Err(Refusal::missing(format!("{place}.filters"), wanted));
+        }
         let role = match tls {
             Some(material) => Role::Public {
                 material,
@@ -108,6 +112,15 @@ impl Listener {
         let mut access_logs = access_logs(&message.access_log)?;
         access_logs.extend(filters.access_logs);
         Ok(Self { name: message.name.clone(), bind, role, cluster, access_logs })
+    }
+}
+
+impl Listener {
+    /// Lets nobody in any more.
+    pub(super) fn deny_all(&mut self) {
+        if let Role::Public { intentions, .. } = &mut self.role {
+            *intentions = Arc::new(Intentions::new(Vec::new(), DefaultPolicy::Deny));
+        }
     }
 }
 

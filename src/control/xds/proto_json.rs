@@ -272,6 +272,21 @@ fn or_top(place: &str) -> String {
     if place.is_empty() { "the top".to_owned() } else { place.to_owned() }
 }
 
+/// Fields that hold keys, tokens or passwords.
+const SECRET_FIELDS: [&str; 11] = [
+    "inline_string",
+    "inlineString",
+    "inline_bytes",
+    "inlineBytes",
+    "value",
+    "private_key",
+    "privateKey",
+    "initial_metadata",
+    "initialMetadata",
+    "password",
+    "credentials",
+];
+
 fn wrong_value(json: &Json, path: &serde_path_to_error::Path, error: &serde_json::Error) -> ProtoJsonError {
     use serde_path_to_error::Segment;
     let mut value = Some(json);
@@ -291,14 +306,21 @@ fn wrong_value(json: &Json, path: &serde_path_to_error::Path, error: &serde_json
             Segment::Enum { .. } | Segment::Unknown => {}
         }
     }
-    // Keys and tokens stand in fields of these names.
-    let secret = ["inline_string", "inlineString", "inline_bytes", "inlineBytes", "value"].contains(&name);
+    // Keys and tokens stand in fields of these names, or by mistake in their place.
+    let secret = SECRET_FIELDS.contains(&name) || place.split(['.', '[']).any(|part| SECRET_FIELDS.contains(&part));
     let shown = match value {
         Some(value @ (Json::Bool(_) | Json::Number(_) | Json::String(_))) if !secret => value.to_string(),
         _ => String::new(),
     };
     let shown = if (1..=SHOWN_MAX).contains(&shown.len()) { format!(", not {shown}") } else { String::new() };
-    ProtoJsonError::Value { place: or_top(&place), why: error.to_string(), shown }
+    let text = error.to_string();
+    // Serde quotes a string that it did not expect, whole.
+    let why = match text.rfind(", expected ") {
+        Some(at) if text.starts_with("invalid type: string") || secret => format!("invalid value: {}", &text[at + 2..]),
+        None if secret => "invalid value".to_owned(),
+        _ => text,
+    };
+    ProtoJsonError::Value { place: or_top(&place), why, shown }
 }
 
 #[cfg(test)]
@@ -322,6 +344,23 @@ mod tests {
         assert_eq!(bootstrap.static_resources.expect("it has resources").clusters[0].name, "a");
         let ads = bootstrap.dynamic_resources.and_then(|dynamic| dynamic.ads_config).expect("it has ADS");
         assert_eq!(ads.grpc_services[0].initial_metadata[0].value, "t");
+    }
+
+    #[test]
+    fn a_key_or_token_in_the_wrong_place_is_not_told() {
+        let protos = Protos::load();
+        let inline = json!({ "tls_certificates": [{ "private_key": "HIDDEN-KEY" }] });
+        let typed = json!({ "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+            "common_tls_context": inline });
+        let cluster = json!({ "name": "a", "transport_socket": { "name": "tls", "typed_config": typed } });
+        let service = json!({ "envoy_grpc": { "cluster_name": "a" }, "initial_metadata": "HIDDEN-TOKEN" });
+        for json in [
+            json!({ "static_resources": { "clusters": [cluster] } }),
+            json!({ "dynamic_resources": { "ads_config": { "api_type": "DELTA_GRPC", "grpc_services": [service] } } }),
+        ] {
+            let told = protos.decode::<Bootstrap>(&json).expect_err("refused").to_string();
+            assert!(!told.contains("HIDDEN"), "{told}");
+        }
     }
 
     #[test]

@@ -243,6 +243,9 @@ fn a_bad_resource_is_refused_alone_and_the_one_before_it_stays() {
     let after = bench.build();
     assert!(Arc::ptr_eq(before.public.as_ref().expect("there"), after.public.as_ref().expect("stays")));
     assert!(after.upstreams.iter().any(|upstream| upstream.bind.to_string() == "127.0.0.1:16380"), "the good one is taken");
+    // Whom the refused one denies is not known.
+    assert!(before.intentions.decide(&bench.ca.id("broker")).is_ok(), "the one before let peers in");
+    assert!(after.intentions.decide(&bench.ca.id("broker")).is_err(), "policy is not kept over a refusal");
     assert_eq!(bench.held.versions(Kind::Listener)["public_listener:0.0.0.0:21500"], "3");
     assert_eq!(bench.held.versions(Kind::Listener)[name], "4");
 }
