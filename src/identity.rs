@@ -180,6 +180,19 @@ pub struct TrustBundle {
     pub trust_domain: Arc<str>,
     /// Every root that Consul lists, active or not.
     pub roots: Vec<CertificateDer<'static>>,
+    /// Other trust domains that this one is peered with, each named once and none of them ours.
+    pub peers: Vec<PeerBundle>,
+}
+
+/// The roots of a peered trust domain. They vouch for that domain and for no other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerBundle {
+    /// Its name, lower case.
+    pub trust_domain: Arc<str>,
+    /// Its roots, at least one.
+    pub roots: Vec<CertificateDer<'static>>,
+    /// Whether its services may call ours, as far as intentions let them; otherwise they only answer.
+    pub calls: bool,
 }
 
 fn is_trust_domain(text: &str) -> bool {

@@ -7,84 +7,26 @@ mod resources;
 mod support;
 #[path = "support/xds.rs"]
 mod xds;
+#[path = "support/xds_proxy.rs"]
+mod xds_proxy;
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use envoy_types::pb::envoy::config::core::v3::HealthStatus;
 use prost::Message as _;
-use ringfence::app::Sidecar as InProcess;
-use ringfence::config;
-use ringfence::tls::fixtures::{Ca, Leaf, chain_pem, key_pem, now};
-use zeroize::Zeroizing;
+use ringfence::tls::fixtures::{Ca, Leaf, now};
 
 use resources::Material;
 use support::traffic::{Live, round_trip};
 use support::{Agent, Definition, Echo, Mesh as _, PATIENCE, Sidecar, ports, wait_for, wait_until};
 use xds::{CLUSTER, ENDPOINTS, LISTENER, Seen, XdsServer};
+use xds_proxy::{Proxy, material};
 
 const TOKEN: &str = "3f1c5e1a-0000-4000-8000-5ec4e7000001";
 const TRUST_DOMAIN: &str = "11111111-2222-3333-4444-555555555555.consul";
 /// Revocations are promised at once; a loaded machine gets more.
 const CUT_MAX: Duration = Duration::from_secs(2);
-
-/// A proxy with its own xDS server.
-struct Proxy {
-    server: XdsServer,
-    sidecar: InProcess,
-}
-
-impl Proxy {
-    fn start(service: &str, server: XdsServer, token: &str) -> Self {
-        let address = config::envoy::GrpcAddress::Tcp(server.address.ip().to_string(), server.address.port());
-        let xds = config::envoy::Xds {
-            node_id: format!("{service}-sidecar-proxy"),
-            node_cluster: service.to_owned(),
-            node_metadata: serde_json::Map::new(),
-            server: Some(config::envoy::GrpcServer {
-                addresses: vec![address],
-                tls: None,
-                connect_timeout: Duration::from_secs(1),
-            }),
-            initial_metadata: vec![("x-consul-token".to_owned(), Zeroizing::new(token.to_owned()))],
-            static_listeners: Vec::new(),
-            static_clusters: Vec::new(),
-            bootstrap: serde_json::Value::Null,
-        };
-        let settings = config::Sidecar {
-            xds: Some(xds),
-            plane: config::DataPlane { workers: 1, pin: false, ..config::DataPlane::default() },
-            admin: config::Admin { bind: SocketAddr::from(([127, 0, 0, 1], 0)), ..config::Admin::default() },
-            connection_log: config::LogTarget::None,
-            ..config::Sidecar::default()
-        };
-        Self { server, sidecar: InProcess::start(settings).expect("the sidecar starts") }
-    }
-
-    fn wait_ready(&self) {
-        wait_for("the sidecar is ready", PATIENCE, || {
-            if self.sidecar.is_ready() { Ok(()) } else { Err(format!("{:?}\n{:?}", self.sidecar.status(), self.server.seen())) }
-        });
-    }
-
-    fn serial(&self) -> Option<String> {
-        self.sidecar.status().services.first()?.leaf_serial.clone()
-    }
-
-    fn stop(self) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        runtime.block_on(self.sidecar.stop()).expect("the sidecar stops");
-    }
-}
-
-fn material(ca: &Ca, leaf: &Leaf) -> Material {
-    let svid = ca.issue(leaf);
-    Material {
-        chain_pem: chain_pem(&svid.chain),
-        key_pem: key_pem(&svid.key),
-        roots_pem: chain_pem(std::slice::from_ref(ca.certificate())),
-    }
-}
 
 /// `web` with an upstream `db`, each fed by a server of its own.
 struct Pair {

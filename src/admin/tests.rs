@@ -127,7 +127,8 @@ fn snapshot() -> Snapshot {
         not_after: SystemTime::UNIX_EPOCH + Duration::from_secs(1_767_323_045),
         serial: "0a1b".into(),
     };
-    let bundle = TrustBundle { trust_domain: "t.consul".into(), roots: vec![CertificateDer::from(b"root".to_vec())] };
+    let bundle =
+        TrustBundle { trust_domain: "t.consul".into(), roots: vec![CertificateDer::from(b"root".to_vec())], peers: Vec::new() };
     let deny = Intention {
         id: "intention-id".into(),
         source: "web".into(),

@@ -301,7 +301,7 @@ impl Recipe {
 fn union(old: &TrustBundle, new: &TrustBundle) -> TrustBundle {
     let mut roots = new.roots.clone();
     roots.extend(old.roots.iter().filter(|root| !new.roots.contains(root)).cloned());
-    TrustBundle { trust_domain: Arc::clone(&new.trust_domain), roots }
+    TrustBundle { trust_domain: Arc::clone(&new.trust_domain), roots, peers: new.peers.clone() }
 }
 
 fn alarm(svid: &Svid, now: SystemTime) -> Alarm {

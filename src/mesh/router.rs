@@ -332,6 +332,28 @@ impl fmt::Display for Network {
     }
 }
 
+impl ServerName {
+    /// Whether it takes `name`, in whatever case.
+    pub fn takes(&self, name: &str) -> bool {
+        let name = name.to_ascii_lowercase();
+        match self {
+            Self::Exact(known) => **known == *name,
+            Self::Under(suffix) => name.len() > suffix.len() && name.ends_with(&**suffix),
+        }
+    }
+}
+
+impl fmt::Display for Match {
+    /// For people and names: `10.0.0.0/8 *.db.consul port 5432 tls`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut words: Vec<String> = self.networks.iter().map(ToString::to_string).collect();
+        words.extend(self.server_names.iter().map(ToString::to_string));
+        words.extend(self.port.map(|port| format!("port {port}")));
+        words.extend(self.tls.map(|tls| if tls { "tls" } else { "raw" }.to_owned()));
+        if words.is_empty() { f.write_str("all") } else { f.write_str(&words.join(" ")) }
+    }
+}
+
 impl fmt::Display for ServerName {
     /// As `server_names` writes it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -16,7 +16,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixT
 
 use super::provider::algorithms;
 use super::verify::{Role, Trust, VerifyError};
-use crate::identity::{SpiffeId, Svid, TrustBundle};
+use crate::identity::{PeerBundle, SpiffeId, Svid, TrustBundle};
 
 /// The datacenter in the URIs of its SVIDs.
 pub const DATACENTER: &str = "dc1";
@@ -132,7 +132,12 @@ impl Ca {
     /// A bundle of this CA's root and others.
     pub fn bundle_with(&self, others: &[&Self]) -> Arc<TrustBundle> {
         let roots = std::iter::once(self).chain(others.iter().copied()).map(|ca| ca.root.clone()).collect();
-        Arc::new(TrustBundle { trust_domain: self.trust_domain.as_str().into(), roots })
+        Arc::new(TrustBundle { trust_domain: self.trust_domain.as_str().into(), roots, peers: Vec::new() })
+    }
+
+    /// This CA's domain as one that others are peered with.
+    pub fn as_peer(&self, calls: bool) -> PeerBundle {
+        PeerBundle { trust_domain: self.trust_domain.as_str().into(), roots: vec![self.root.clone()], calls }
     }
 
     /// The SPIFFE ID of a service here.

@@ -1,8 +1,8 @@
 //! SPIFFE verification for both roles.
 //!
-//! A peer passes when its chain ends in a root of the bundle, every certificate on the path is valid now, the leaf is no CA
-//! and carries exactly one URI SAN, that URI is a SPIFFE ID of the bundle's trust domain, and: where we dialed, it is one of
-//! the expected IDs; where we accepted, it names a service. The same as Envoy under Consul, which also checks the trust domain.
+//! A peer passes when every certificate on its path is valid now, the leaf is no CA and carries exactly one URI SAN, that URI
+//! is a SPIFFE ID of a trust domain in the bundle, the path ends in a root of that very domain, and: where we dialed, it is one
+//! of the expected IDs; where we accepted, it names a service. The same as Envoy under Consul, which also checks the trust domain.
 //!
 //! Invariant: nothing is skipped by the cache but work already done: a hit means that this very chain passed for this very
 //! bundle and role, and that now still lies in the validity of all certificates on its path. The expected IDs and the
@@ -92,13 +92,21 @@ impl VerifyError {
 
 /// A trust bundle made ready for verification. One a worker and identity.
 pub(super) struct Trust {
-    anchors: Vec<TrustAnchor<'static>>,
-    /// Validity of the root behind the anchor of the same index: webpki ignores a root's dates, Envoy does not.
-    validity: Vec<Validity>,
-    trust_domain: Box<str>,
+    own: Domain,
+    peers: Vec<Domain>,
     /// Names the bundle's contents in cache keys, so that a new generation with other roots never meets an old entry.
     digest: [u8; 32],
     algorithms: WebPkiSupportedAlgorithms,
+}
+
+/// One trust domain and the roots that vouch for it and for no other.
+struct Domain {
+    name: Box<str>,
+    anchors: Vec<TrustAnchor<'static>>,
+    /// Validity of the root behind the anchor of the same index: webpki ignores a root's dates, Envoy does not.
+    validity: Vec<Validity>,
+    /// Whether its services may call.
+    calls: bool,
 }
 
 /// Seconds since the epoch, both inclusive.
@@ -110,18 +118,16 @@ struct Validity {
 
 impl Trust {
     pub(super) fn new(bundle: &TrustBundle, algorithms: WebPkiSupportedAlgorithms) -> Result<Self, BundleError> {
-        let mut anchors = Vec::with_capacity(bundle.roots.len());
-        let mut validity = Vec::with_capacity(bundle.roots.len());
-        for (index, root) in bundle.roots.iter().enumerate() {
-            let (anchor, dates) = load::anchor(index, root)?;
-            anchors.push(anchor);
-            validity.push(dates);
+        let own = Domain::new(&bundle.trust_domain, &bundle.roots, true)?;
+        let mut digest = cache::digest(bundle.trust_domain.as_bytes(), bundle.roots.iter().map(AsRef::as_ref));
+        let mut peers = Vec::with_capacity(bundle.peers.len());
+        for peer in &bundle.peers {
+            peers.push(Domain::new(&peer.trust_domain, &peer.roots, peer.calls)?);
+            let calls = [u8::from(peer.calls)];
+            let parts = [peer.trust_domain.as_bytes(), &calls].into_iter();
+            digest = cache::digest(&digest, parts.chain(peer.roots.iter().map(AsRef::as_ref)));
         }
-        if anchors.is_empty() {
-            return Err(BundleError::Empty { trust_domain: bundle.trust_domain.to_string() });
-        }
-        let digest = cache::digest(bundle.trust_domain.as_bytes(), bundle.roots.iter().map(AsRef::as_ref));
-        Ok(Self { anchors, validity, trust_domain: bundle.trust_domain.to_lowercase().into(), digest, algorithms })
+        Ok(Self { own, peers, digest, algorithms })
     }
 
     /// The checks of both roles but for the expected IDs, from the cache where possible.
@@ -168,10 +174,12 @@ impl Trust {
         role: Role,
         now: UnixTime,
     ) -> Result<(SpiffeId, Validity), VerifyError> {
-        let validity = self.check_chain(leaf, intermediates, role, now)?;
-        let id = spiffe_id(leaf)?;
-        if id.trust_domain() != &*self.trust_domain {
-            return Err(VerifyError::TrustDomain { presented: id, expected: self.trust_domain.clone() });
+        let claimed = spiffe_id(leaf);
+        let domain = self.domain(claimed.as_ref().ok(), role);
+        let validity = self.check_chain(domain, leaf, intermediates, role, now)?;
+        let id = claimed?;
+        if id.trust_domain() != &*domain.name {
+            return Err(VerifyError::TrustDomain { presented: id, expected: domain.name.clone() });
         }
         if role == Role::Server && !matches!(id.kind(), Kind::Service(_)) {
             return Err(VerifyError::NotService(id));
@@ -179,9 +187,17 @@ impl Trust {
         Ok((id, validity))
     }
 
-    /// Builds a path to a root and returns the time in which all of it is valid.
+    /// The domain whose roots decide on who claims to be `claimed`; ours where it is nobody we know of.
+    fn domain(&self, claimed: Option<&SpiffeId>, role: Role) -> &Domain {
+        let known = |domain: &&Domain| claimed.is_some_and(|id| id.trust_domain() == &*domain.name);
+        let peers = self.peers.iter().filter(|domain| role == Role::Client || domain.calls);
+        peers.into_iter().find(known).unwrap_or(&self.own)
+    }
+
+    /// Builds a path to a root of `domain` and returns the time in which all of it is valid.
     fn check_chain(
         &self,
+        domain: &Domain,
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         role: Role,
@@ -198,18 +214,34 @@ impl Trust {
             Role::Client => KeyUsage::server_auth(),
             Role::Server => KeyUsage::client_auth(),
         };
-        let check_path = |path: &VerifiedPath<'_>| self.check_path(path, now);
+        let check_path = |path: &VerifiedPath<'_>| domain.check_path(path, now);
         let end_entity = EndEntityCert::try_from(leaf).map_err(VerifyError::Chain)?;
         let path = end_entity
-            .verify_for_usage(self.algorithms.all, &self.anchors, &candidates, now, usage, None, Some(&check_path))
+            .verify_for_usage(self.algorithms.all, &domain.anchors, &candidates, now, usage, None, Some(&check_path))
             .map_err(VerifyError::Chain)?;
 
-        let mut validity = self.anchor_validity(path.anchor()).unwrap_or(Validity { not_before: 0, not_after: u64::MAX });
+        let mut validity = domain.anchor_validity(path.anchor()).unwrap_or(Validity { not_before: 0, not_after: u64::MAX });
         validity = validity.and(certificate_validity(leaf)?);
         for certificate in path.intermediate_certificates() {
             validity = validity.and(certificate_validity(&certificate.der())?);
         }
         Ok(validity)
+    }
+}
+
+impl Domain {
+    fn new(name: &str, roots: &[CertificateDer<'static>], calls: bool) -> Result<Self, BundleError> {
+        let mut anchors = Vec::with_capacity(roots.len());
+        let mut validity = Vec::with_capacity(roots.len());
+        for (index, root) in roots.iter().enumerate() {
+            let (anchor, dates) = load::anchor(index, root)?;
+            anchors.push(anchor);
+            validity.push(dates);
+        }
+        if anchors.is_empty() {
+            return Err(BundleError::Empty { trust_domain: name.to_owned() });
+        }
+        Ok(Self { name: name.to_lowercase().into(), anchors, validity, calls })
     }
 
     /// What webpki leaves out: the root's dates, and that an issuer may sign certificates.
@@ -244,8 +276,9 @@ impl Trust {
 impl std::fmt::Debug for Trust {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Trust")
-            .field("trust_domain", &self.trust_domain)
-            .field("roots", &self.anchors.len())
+            .field("trust_domain", &self.own.name)
+            .field("roots", &self.own.anchors.len())
+            .field("peers", &self.peers.len())
             .finish_non_exhaustive()
     }
 }

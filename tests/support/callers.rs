@@ -189,6 +189,6 @@ fn identity(service: &str) -> Arc<Identity> {
         not_after: now + Duration::from_secs(71 * 3_600 + 30),
         serial: "0a1b".into(),
     };
-    let bundle = TrustBundle { trust_domain: "t.consul".into(), roots: Vec::new() };
+    let bundle = TrustBundle { trust_domain: "t.consul".into(), roots: Vec::new(), peers: Vec::new() };
     Arc::new(Identity { svid: Arc::new(svid), bundle: Arc::new(bundle), tls: Vec::new() })
 }

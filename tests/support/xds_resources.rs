@@ -1,5 +1,6 @@
 //! Resources as Consul makes them for a sidecar.
 #![allow(
+    dead_code,
     unreachable_pub,
     missing_docs,
     missing_debug_implementations,
@@ -42,11 +43,6 @@ fn inline(text: &str) -> Option<core::DataSource> {
 }
 
 fn common(material: &Material, expected: &[String]) -> Option<tls::CommonTlsContext> {
-    let certificate = tls::TlsCertificate {
-        certificate_chain: inline(&material.chain_pem),
-        private_key: inline(&material.key_pem),
-        ..Default::default()
-    };
     let san = |uri: &String| tls::SubjectAltNameMatcher {
         san_type: tls::subject_alt_name_matcher::SanType::Uri as i32,
         matcher: Some(matcher::StringMatcher {
@@ -55,9 +51,38 @@ fn common(material: &Material, expected: &[String]) -> Option<tls::CommonTlsCont
         }),
         ..Default::default()
     };
-    let validation = tls::CertificateValidationContext {
-        trusted_ca: inline(&material.roots_pem),
-        match_typed_subject_alt_names: expected.iter().map(san).collect(),
+    validated(
+        material,
+        tls::CertificateValidationContext {
+            trusted_ca: inline(&material.roots_pem),
+            match_typed_subject_alt_names: expected.iter().map(san).collect(),
+            ..Default::default()
+        },
+    )
+}
+
+/// Roots by trust domain, as Consul sends them where there are peers.
+fn by_domain(domains: &[(&str, &str)]) -> tls::CertificateValidationContext {
+    let domain = |(name, roots): &(&str, &str)| tls::spiffe_cert_validator_config::TrustDomain {
+        name: (*name).to_owned(),
+        trust_bundle: inline(roots),
+        ..Default::default()
+    };
+    let config = tls::SpiffeCertValidatorConfig { trust_domains: domains.iter().map(domain).collect(), ..Default::default() };
+    let config = any("extensions.transport_sockets.tls.v3.SPIFFECertValidatorConfig", &config);
+    tls::CertificateValidationContext {
+        custom_validator_config: Some(core::TypedExtensionConfig {
+            name: "envoy.tls.cert_validator.spiffe".into(),
+            typed_config: Some(config),
+        }),
+        ..Default::default()
+    }
+}
+
+fn validated(material: &Material, validation: tls::CertificateValidationContext) -> Option<tls::CommonTlsContext> {
+    let certificate = tls::TlsCertificate {
+        certificate_chain: inline(&material.chain_pem),
+        private_key: inline(&material.key_pem),
         ..Default::default()
     };
     Some(tls::CommonTlsContext {
@@ -174,16 +199,34 @@ pub fn public_name(bind: SocketAddr) -> String {
 }
 
 pub fn public_listener(bind: SocketAddr, material: &Material, rbac: listener::Filter) -> listener::Listener {
+    public_with(bind, ending(common(material, &[]), rbac, "local_app"))
+}
+
+/// A public listener that peers of these trust domains may come to, each with its roots.
+pub fn peered_listener(
+    bind: SocketAddr,
+    material: &Material,
+    rbac: listener::Filter,
+    domains: &[(&str, &str)],
+) -> listener::Listener {
+    public_with(bind, ending(validated(material, by_domain(domains)), rbac, "local_app"))
+}
+
+/// A filter chain that ends mutual TLS.
+fn ending(context: Option<tls::CommonTlsContext>, rbac: listener::Filter, cluster: &str) -> listener::FilterChain {
     let context = tls::DownstreamTlsContext {
-        common_tls_context: common(material, &[]),
+        common_tls_context: context,
         require_client_certificate: Some(BoolValue { value: true }),
         ..Default::default()
     };
-    let chain = listener::FilterChain {
-        filters: vec![rbac, proxy_to("public_listener", "local_app")],
+    listener::FilterChain {
+        filters: vec![rbac, proxy_to("public_listener", cluster)],
         transport_socket: socket("DownstreamTlsContext", &context),
         ..Default::default()
-    };
+    }
+}
+
+fn public_with(bind: SocketAddr, chain: listener::FilterChain) -> listener::Listener {
     listener::Listener {
         name: public_name(bind),
         address: address(bind),
@@ -204,6 +247,78 @@ pub fn upstream_listener(label: &str, bind: SocketAddr, cluster: &str) -> listen
         address: address(bind),
         filter_chains: vec![listener::FilterChain { filters, ..Default::default() }],
         traffic_direction: core::TrafficDirection::Outbound as i32,
+        ..Default::default()
+    }
+}
+
+/// A listener filter as Consul 1.10 sends it: without a type.
+fn listener_filter(name: &str) -> listener::ListenerFilter {
+    listener::ListenerFilter { name: format!("envoy.filters.listener.{name}"), ..Default::default() }
+}
+
+fn sni_cluster() -> listener::FilterChain {
+    let sni = listener::Filter { name: "envoy.filters.network.sni_cluster".into(), ..Default::default() };
+    listener::FilterChain { filters: vec![sni, proxy_to("gateway", "")], ..Default::default() }
+}
+
+fn gateway_listener(bind: SocketAddr, filters: &[&str], chains: Vec<listener::FilterChain>) -> listener::Listener {
+    listener::Listener {
+        name: upstream_name("default", bind),
+        address: address(bind),
+        listener_filters: filters.iter().map(|name| listener_filter(name)).collect(),
+        filter_chains: chains,
+        ..Default::default()
+    }
+}
+
+/// What a mesh gateway listens with.
+pub fn mesh_gateway(bind: SocketAddr) -> listener::Listener {
+    gateway_listener(bind, &["tls_inspector"], vec![sni_cluster()])
+}
+
+/// What a terminating gateway listens with: a chain a service, each with the service's own certificate.
+pub fn terminating_gateway(bind: SocketAddr, services: Vec<(&str, &Material, listener::Filter)>) -> listener::Listener {
+    let chain = |(sni, material, rbac): (&str, &Material, listener::Filter)| listener::FilterChain {
+        filter_chain_match: Some(listener::FilterChainMatch { server_names: vec![sni.to_owned()], ..Default::default() }),
+        ..ending(common(material, &[]), rbac, sni)
+    };
+    let chains = services.into_iter().map(chain).chain([sni_cluster()]).collect();
+    gateway_listener(bind, &["tls_inspector"], chains)
+}
+
+/// What a transparent proxy lets clients out by: the upstream at its virtual address, the rest where it was going.
+pub fn outbound_listener(bind: SocketAddr, at: std::net::IpAddr, cluster: &str) -> listener::Listener {
+    let range = core::CidrRange {
+        address_prefix: at.to_string(),
+        prefix_len: Some(envoy_types::pb::google::protobuf::UInt32Value { value: 32 }),
+    };
+    let chain = |cluster: &str, ranges: Vec<core::CidrRange>| listener::FilterChain {
+        filter_chain_match: Some(listener::FilterChainMatch { prefix_ranges: ranges, ..Default::default() }),
+        filters: vec![proxy_to("upstream", cluster)],
+        ..Default::default()
+    };
+    listener::Listener {
+        traffic_direction: core::TrafficDirection::Outbound as i32,
+        default_filter_chain: Some(chain("original-destination", Vec::new())),
+        ..gateway_listener(bind, &["original_dst"], vec![chain(cluster, vec![range])])
+    }
+}
+
+/// Where nothing is chosen: the connection goes on to where it was going.
+pub fn original_cluster() -> cluster::Cluster {
+    cluster::Cluster {
+        name: "original-destination".into(),
+        cluster_discovery_type: of_type(cluster::cluster::DiscoveryType::OriginalDst),
+        lb_policy: cluster::cluster::LbPolicy::ClusterProvided as i32,
+        ..Default::default()
+    }
+}
+
+/// A cluster that TLS is passed on to, or an app in plain: found by EDS.
+pub fn plain_cluster(name: &str) -> cluster::Cluster {
+    cluster::Cluster {
+        name: name.into(),
+        cluster_discovery_type: of_type(cluster::cluster::DiscoveryType::Eds),
         ..Default::default()
     }
 }

@@ -1,7 +1,9 @@
-//! From the held resources to the service that workers enforce: a pure function of both and of what was published before.
+//! From the held resources to the service and routers that workers enforce: a pure function of both and of what was published before.
 //!
 //! Invariant: a part that did not change is the very same `Arc`. An upstream whose endpoints are not known yet keeps the targets
 //! that it had; one that never had any has none (workers hold its connections). What cannot be served is left out and named.
+
+mod routes;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -11,12 +13,14 @@ use std::time::Duration;
 use super::cluster::{Cluster, Discovery};
 use super::endpoint::{Assignment, Host, Place};
 use super::held::Held;
-use super::listener::{Listener, Role};
+use super::identity::Identities;
+use super::listener::{Ending, Listener, Role};
 use super::tls_context::Material;
 use crate::config;
 use crate::control::build::{keep, keep_text};
 use crate::control::consul::watch::hosts::ADDRESSES_MAX;
-use crate::mesh::{Address, DenyReply, Endpoint, Identity, PublicListener, Service, Target, Upstream};
+use crate::mesh::router::Router;
+use crate::mesh::{Address, Bind, DenyReply, Endpoint, Identity, PublicListener, Service, Snapshot, Target, Upstream};
 use crate::policy::Intentions;
 
 /// How deep aggregates may lie in each other.
@@ -25,70 +29,198 @@ const AGGREGATE_DEPTH_MAX: usize = 8;
 /// What is resolved.
 pub(super) type Hosts = BTreeMap<String, Vec<IpAddr>>;
 
-/// What a service is made of besides the resources.
+/// What a snapshot is made of besides the resources.
 pub(super) struct Surroundings<'a> {
     pub(super) proxy_id: &'a str,
-    /// The service's name until the certificate tells it.
+    /// The service's name until the certificate tells it, and that of a gateway.
     pub(super) cluster: &'a str,
     pub(super) hosts: &'a Hosts,
-    pub(super) identity: Option<&'a Arc<Identity>>,
+    pub(super) identities: &'a Identities,
 }
 
-/// A service, and what of the resources is not in it.
+/// What is published, and what of the resources is not in it.
 pub(super) struct Built {
     pub(super) service: Arc<Service>,
+    pub(super) routers: Vec<Arc<Router>>,
     pub(super) notes: Vec<String>,
 }
 
-/// The service that the resources describe. `old` is what was published last.
-pub(super) fn service(held: &Held, around: &Surroundings<'_>, old: Option<&Arc<Service>>) -> Built {
-    let mut notes = Vec::new();
-    let (mut public, mut intentions) = (None, None);
-    let mut upstreams: Vec<Arc<Upstream>> = Vec::new();
-    let old_upstreams = old.map_or(&[][..], |old| &old.upstreams);
-    for listener in held.listeners.values() {
-        match &listener.role {
-            Role::Public { .. } if public.is_some() => {
-                notes.push(format!("listener {}: a second public listener", listener.name))
-            }
-            Role::Public { intentions: policy, max_connections, .. } => {
-                match public_listener(held, around.hosts, listener, *max_connections) {
-                    Ok(next) => {
-                        public = Some(keep(next, old.and_then(|old| old.public.as_ref())));
-                        intentions = Some(keep((**policy).clone(), old.map(|old| &old.intentions)));
-                    }
-                    Err(why) => notes.push(format!("listener {}: {why}", listener.name)),
+/// The service and the routers that the resources describe. `old` is what was published last.
+pub(super) fn mesh(held: &Held, around: &Surroundings<'_>, old: &Snapshot) -> Built {
+    let mut builder = Builder { held, around, notes: Vec::new() };
+    let service = builder.service(old.services.first());
+    let routed = held.listeners.values().filter_map(|listener| match &listener.role {
+        Role::Router(routes) => Some((listener, routes)),
+        Role::Public(_) | Role::Upstream { .. } => None,
+    });
+    let routers = routed.filter_map(|(listener, routes)| builder.router(listener, routes, &old.routers)).collect();
+    Built { service, routers, notes: builder.notes }
+}
+
+/// All that is looked at while a snapshot is built.
+struct Builder<'a> {
+    held: &'a Held,
+    around: &'a Surroundings<'a>,
+    notes: Vec<String>,
+}
+
+/// What is spoken to the members of an upstream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Spoken {
+    Tls,
+    /// What the client speaks, as it is.
+    AsItCame,
+}
+
+impl Builder<'_> {
+    fn service(&mut self, old: Option<&Arc<Service>>) -> Arc<Service> {
+        let (mut public, mut intentions) = (None, None);
+        let mut upstreams: Vec<Arc<Upstream>> = Vec::new();
+        let old_upstreams = old.map_or(&[][..], |old| &old.upstreams);
+        let identity = self.identity().map(Arc::clone);
+        for listener in self.held.listeners.values() {
+            let built = match &listener.role {
+                Role::Public(_) if public.is_some() => Err("a second public listener".to_owned()),
+                Role::Public(ending) => self.public_listener(listener, ending).map(|next| {
+                    public = Some(keep(next, old.and_then(|old| old.public.as_ref())));
+                    intentions = Some(keep((*ending.intentions).clone(), old.map(|old| &old.intentions)));
+                }),
+                Role::Upstream { label, cluster } => {
+                    let old = old_upstreams.iter().find(|old| old.bind == listener.bind && *old.name == **label);
+                    let next = self.upstream(cluster, label, &listener.bind, Spoken::Tls, old);
+                    next.map(|next| upstreams.push(next))
                 }
+                Role::Router(_) => Ok(()),
+            };
+            if let Err(why) = built {
+                self.notes.push(format!("listener {}: {why}", listener.name));
             }
-            Role::Upstream { label } => match upstream(held, around.hosts, listener, label, old_upstreams) {
-                Ok(next) => upstreams.push(next),
-                Err(why) => notes.push(format!("listener {}: {why}", listener.name)),
-            },
         }
+        let name = identity.as_ref().and_then(|identity| identity.svid.id.service_name());
+        let name = name.map_or(self.around.cluster, |name| &*name.service);
+        let unknown = || keep(Intentions::unknown(), old.map(|old| &old.intentions));
+        let next = Service {
+            name: keep_text(old.map(|old| &old.name), name),
+            proxy_id: keep_text(old.map(|old| &old.proxy_id), self.around.proxy_id),
+            identity,
+            intentions: intentions.unwrap_or_else(unknown),
+            public,
+            upstreams,
+        };
+        keep_service(next, old)
     }
-    let name = around.identity.and_then(|identity| identity.svid.id.service_name()).map_or(around.cluster, |name| &*name.service);
-    let unknown = || keep(Intentions::unknown(), old.map(|old| &old.intentions));
-    let next = Service {
-        name: keep_text(old.map(|old| &old.name), name),
-        proxy_id: keep_text(old.map(|old| &old.proxy_id), around.proxy_id),
-        identity: around.identity.map(Arc::clone),
-        intentions: intentions.unwrap_or_else(unknown),
-        public,
-        upstreams,
-    };
-    let service = match old {
-        Some(old) if unchanged(old, &next) => Arc::clone(old),
-        _ => Arc::new(next),
-    };
-    Built { service, notes }
+
+    /// What the service shows. A gateway that ends TLS for others has nothing to show of its own.
+    fn identity(&self) -> Option<&Arc<Identity>> {
+        let mut endings = self.held.listeners.values().filter_map(|listener| match &listener.role {
+            Role::Public(ending) => Some(ending),
+            Role::Upstream { .. } | Role::Router(_) => None,
+        });
+        if let Some(ending) = endings.next() {
+            return self.around.identities.of(&ending.material);
+        }
+        if self.held.listeners.values().any(|listener| listener.endings().next().is_some()) {
+            return None;
+        }
+        let mut in_use = self.around.identities.in_use();
+        in_use.next().filter(|_| in_use.next().is_none())
+    }
+
+    fn public_listener(&self, listener: &Listener, ending: &Ending) -> Result<PublicListener, String> {
+        let cluster = self.cluster(&ending.cluster)?;
+        let app = self.app(cluster)?;
+        if app.is_empty() {
+            return Err(format!("cluster {} has no address for the app", cluster.name));
+        }
+        Ok(PublicListener {
+            bind: listener.bind.clone(),
+            app,
+            local_connect_timeout: cluster.connect_timeout,
+            handshake_timeout: config::HANDSHAKE_TIMEOUT,
+            max_inbound_connections: ending.max_connections,
+        })
+    }
+
+    fn cluster(&self, name: &str) -> Result<&Cluster, String> {
+        self.held.clusters.get(name).map(|cluster| &**cluster).ok_or_else(|| format!("cluster {name} is not there"))
+    }
+
+    /// Every address of an app that is reached in plain.
+    fn app(&self, cluster: &Cluster) -> Result<Vec<Address>, String> {
+        if cluster.tls.is_some() {
+            return Err(format!("cluster {} speaks TLS, and the app behind a public listener is reached in plain", cluster.name));
+        }
+        let members = members(self.held, cluster).ok_or_else(|| format!("cluster {} has no endpoints yet", cluster.name))?;
+        let mut app = Vec::new();
+        for place in members.places() {
+            match &place.host {
+                Host::Unix(path) => app.push(Address::Unix(path.clone())),
+                Host::Tcp(..) => app.extend(addresses(place, self.around.hosts).into_iter().map(Address::Tcp)),
+            }
+        }
+        Ok(app)
+    }
+
+    fn upstream(
+        &self,
+        cluster: &str,
+        label: &str,
+        bind: &Bind,
+        spoken: Spoken,
+        old: Option<&Arc<Upstream>>,
+    ) -> Result<Arc<Upstream>, String> {
+        let mut leaves = Vec::new();
+        collect(self.held, cluster, 0, &mut leaves)?;
+        // What decides on the connection as a whole is said by the outermost cluster, what decides on members by the first.
+        let outer = self.cluster(cluster)?;
+        let first = leaves.first().ok_or_else(|| format!("cluster {cluster} has no members"))?;
+        let old_targets = old.map_or(&[][..], |old| &old.targets);
+        let mut targets: Vec<Arc<Target>> = Vec::new();
+        for cluster in &leaves {
+            let (sni, expected) = match (&cluster.tls, spoken) {
+                (Some(tls), Spoken::Tls) => (Arc::clone(&tls.sni), Arc::clone(&tls.expected)),
+                (None, Spoken::Tls) => return Err(format!("cluster {} has no UpstreamTlsContext", cluster.name)),
+                (Some(_), Spoken::AsItCame) => {
+                    return Err(format!("cluster {} speaks TLS of its own, which is not done here", cluster.name));
+                }
+                (None, Spoken::AsItCame) => ("".into(), [].into()),
+            };
+            let Some(members) = members(self.held, cluster) else {
+                let prefix = format!("{}#", cluster.name);
+                targets.extend(old_targets.iter().filter(|old| *old.id == *cluster.name || old.id.starts_with(&prefix)).cloned());
+                continue;
+            };
+            let none = Vec::new();
+            let priorities = if members.priorities.is_empty() { std::slice::from_ref(&none) } else { &members.priorities };
+            for (priority, places) in priorities.iter().enumerate() {
+                let id = if priority == 0 { cluster.name.clone() } else { format!("{}#{priority}", cluster.name) };
+                let next = Target {
+                    id: id.as_str().into(),
+                    sni: Arc::clone(&sni),
+                    expected: Arc::clone(&expected),
+                    endpoints: endpoints(places, self.around.hosts).into(),
+                    access: None,
+                };
+                targets.push(keep(next, old_targets.iter().find(|old| *old.id == *id)));
+            }
+        }
+        let next = Upstream {
+            name: keep_text(old.map(|old| &old.name), label),
+            bind: bind.clone(),
+            connect_timeout: first.connect_timeout,
+            balance: first.balance,
+            max_connections: outer.max_connections.or(first.max_connections),
+            outlier: first.outlier,
+            deny_reply: DenyReply::Close,
+            targets,
+        };
+        Ok(keep(next, old))
+    }
 }
 
 /// Every TLS context in force that is not out of date, the listeners' first.
 pub(super) fn materials(held: &Held) -> impl Iterator<Item = &Arc<Material>> {
-    let of_listeners = held.listeners.up_to_date().filter_map(|listener| match &listener.role {
-        Role::Public { material, .. } => Some(material),
-        Role::Upstream { .. } => None,
-    });
+    let of_listeners = held.listeners.up_to_date().flat_map(|listener| listener.endings()).map(|ending| &ending.material);
     of_listeners.chain(held.clusters.up_to_date().filter_map(|cluster| cluster.tls.as_ref().map(|tls| &tls.material)))
 }
 
@@ -108,7 +240,8 @@ pub(super) fn names(held: &Held) -> BTreeMap<String, Duration> {
 
 /// The first cluster behind a listener whose members are still asked for.
 pub(super) fn waits_for(held: &Held) -> Option<&str> {
-    held.listeners.values().find_map(|listener| waiting(held, &listener.cluster, 0))
+    let mut named = held.listeners.values().flat_map(|listener| listener.clusters());
+    named.find_map(|cluster| waiting(held, cluster, 0))
 }
 
 fn waiting<'a>(held: &'a Held, name: &'a str, depth: usize) -> Option<&'a str> {
@@ -119,6 +252,13 @@ fn waiting<'a>(held: &'a Held, name: &'a str, depth: usize) -> Option<&'a str> {
             members.iter().find_map(|member| waiting(held, member, depth + 1))
         }
         _ => None,
+    }
+}
+
+fn keep_service(next: Service, old: Option<&Arc<Service>>) -> Arc<Service> {
+    match old {
+        Some(old) if unchanged(old, &next) => Arc::clone(old),
+        _ => Arc::new(next),
     }
 }
 
@@ -135,80 +275,6 @@ fn unchanged(old: &Service, next: &Service) -> bool {
         && old.public == next.public
         && old.upstreams.len() == next.upstreams.len()
         && old.upstreams.iter().zip(&next.upstreams).all(|(a, b)| Arc::ptr_eq(a, b))
-}
-
-fn public_listener(held: &Held, hosts: &Hosts, listener: &Listener, max_connections: u32) -> Result<PublicListener, String> {
-    let cluster = held.clusters.get(&listener.cluster).ok_or_else(|| format!("cluster {} is not there", listener.cluster))?;
-    if cluster.tls.is_some() {
-        return Err(format!("cluster {} speaks TLS, and the app behind a public listener is reached in plain", cluster.name));
-    }
-    let members = members(held, cluster).ok_or_else(|| format!("cluster {} has no endpoints yet", cluster.name))?;
-    let mut app = Vec::new();
-    for place in members.places() {
-        match &place.host {
-            Host::Unix(path) => app.push(Address::Unix(path.clone())),
-            Host::Tcp(..) => app.extend(addresses(place, hosts).into_iter().map(Address::Tcp)),
-        }
-    }
-    if app.is_empty() {
-        return Err(format!("cluster {} has no address for the app", cluster.name));
-    }
-    Ok(PublicListener {
-        bind: listener.bind.clone(),
-        app,
-        local_connect_timeout: cluster.connect_timeout,
-        handshake_timeout: config::HANDSHAKE_TIMEOUT,
-        max_inbound_connections: max_connections,
-    })
-}
-
-fn upstream(
-    held: &Held,
-    hosts: &Hosts,
-    listener: &Listener,
-    label: &str,
-    old_upstreams: &[Arc<Upstream>],
-) -> Result<Arc<Upstream>, String> {
-    let old = old_upstreams.iter().find(|old| old.bind == listener.bind && *old.name == *label);
-    let mut leaves = Vec::new();
-    collect(held, &listener.cluster, 0, &mut leaves)?;
-    // What decides on the connection as a whole is said by the outermost cluster, what decides on members by the first.
-    let outer = held.clusters.get(&listener.cluster).ok_or_else(|| format!("cluster {} is not there", listener.cluster))?;
-    let first = leaves.first().ok_or_else(|| format!("cluster {} has no members", listener.cluster))?;
-    let old_targets = old.map_or(&[][..], |old| &old.targets);
-    let mut targets: Vec<Arc<Target>> = Vec::new();
-    for cluster in &leaves {
-        let tls = cluster.tls.as_ref().ok_or_else(|| format!("cluster {} has no UpstreamTlsContext", cluster.name))?;
-        let Some(members) = members(held, cluster) else {
-            let prefix = format!("{}#", cluster.name);
-            targets.extend(old_targets.iter().filter(|old| *old.id == *cluster.name || old.id.starts_with(&prefix)).cloned());
-            continue;
-        };
-        let none = Vec::new();
-        let priorities = if members.priorities.is_empty() { std::slice::from_ref(&none) } else { &members.priorities };
-        for (priority, places) in priorities.iter().enumerate() {
-            let id = if priority == 0 { cluster.name.clone() } else { format!("{}#{priority}", cluster.name) };
-            let next = Target {
-                id: id.as_str().into(),
-                sni: Arc::clone(&tls.sni),
-                expected: Arc::clone(&tls.expected),
-                endpoints: endpoints(places, hosts).into(),
-                access: None,
-            };
-            targets.push(keep(next, old_targets.iter().find(|old| *old.id == *id)));
-        }
-    }
-    let next = Upstream {
-        name: keep_text(old.map(|old| &old.name), label),
-        bind: listener.bind.clone(),
-        connect_timeout: first.connect_timeout,
-        balance: first.balance,
-        max_connections: outer.max_connections.or(first.max_connections),
-        outlier: first.outlier,
-        deny_reply: DenyReply::Close,
-        targets,
-    };
-    Ok(keep(next, old))
 }
 
 /// The clusters that have members, behind aggregates in their order.

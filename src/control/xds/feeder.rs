@@ -18,7 +18,7 @@ use super::stream::{Event, Opener};
 use super::subscription::{Subscription, answer};
 use crate::config::envoy::Xds;
 use crate::control::{Command, ControlError, ServiceStatus, StatsWishes, Status};
-use crate::mesh::Snapshot;
+use crate::mesh::{Identity, Snapshot};
 use crate::store::Publisher;
 
 /// Events of the stream that may wait.
@@ -214,29 +214,25 @@ impl Feeder {
             return;
         }
         let current = self.publisher.current();
-        let old = current.services.first();
         let around = Surroundings {
             proxy_id: &self.settings.node_id,
             cluster: &self.settings.node_cluster,
             hosts: &self.hosts,
-            identity: self.identities.current(),
+            identities: &self.identities,
         };
-        let Built { service, notes } = build::service(&self.held, &around, old);
+        let Built { service, routers, notes } = build::mesh(&self.held, &around, &current);
         if notes != self.notes {
             for note in notes.iter().filter(|note| !self.notes.contains(note)) {
                 tracing::warn!(%note, "not served");
             }
             self.notes = notes;
         }
-        if old.is_some_and(|old| Arc::ptr_eq(old, &service)) {
+        let same_routers =
+            routers.len() == current.routers.len() && routers.iter().zip(&current.routers).all(|(a, b)| Arc::ptr_eq(a, b));
+        if same_routers && current.services.first().is_some_and(|old| Arc::ptr_eq(old, &service)) {
             return;
         }
-        let next = Snapshot {
-            services: vec![service],
-            routers: current.routers.clone(),
-            identities: Arc::clone(&current.identities),
-            generation: 0,
-        };
+        let next = Snapshot { services: vec![service], routers, identities: Arc::clone(&current.identities), generation: 0 };
         let generation = self.publisher.publish(next);
         metrics::gauge!("ringfence_snapshot_generation").set(as_f64(generation));
         tracing::debug!(generation, "snapshot published");
@@ -245,28 +241,15 @@ impl Feeder {
     fn report(&mut self) {
         let waits = self.waits_for();
         self.was_ready |= waits.is_none();
-        let svid = self.identities.current().map(|identity| &identity.svid);
-        if self.identities.rotations > self.rotations {
-            metrics::counter!("ringfence_rotations_total").increment(self.identities.rotations - self.rotations);
-            self.rotations = self.identities.rotations;
-            if let Some(svid) = svid {
-                tracing::info!(proxy = %self.settings.node_id, spiffe_id = %svid.id, serial = %svid.serial, "certificate in force");
-            }
+        self.tell_rotations();
+        let snapshot = self.publisher.current();
+        let mut told = BTreeSet::new();
+        let distinct = snapshot.all_services().filter(|service| told.insert(&service.name));
+        let mut services: Vec<ServiceStatus> = distinct.map(|service| self.status_of(service.identity.as_ref())).collect();
+        if services.is_empty() {
+            services.push(self.status_of(None));
         }
-        let name = svid.and_then(|svid| svid.id.service_name()).map(|name| Arc::clone(&name.service));
-        if let (Some(name), Some(svid)) = (&name, svid) {
-            metrics::gauge!("ringfence_leaf_expiry_seconds", "service" => name.to_string()).set(left(svid.not_after));
-        }
-        let service = ServiceStatus {
-            proxy_id: self.settings.node_id.as_str().into(),
-            service: name,
-            spiffe_id: svid.map(|svid| svid.id.to_string()),
-            leaf_serial: svid.map(|svid| svid.serial.clone()),
-            leaf_not_after: svid.map(|svid| svid.not_after),
-            rotations: self.identities.rotations,
-            pages: Vec::new(),
-            problem: self.problem(waits),
-        };
+        services[0].problem = self.problem(waits);
         let mut access_logs = Vec::new();
         for log in self.held.listeners.values().flat_map(|listener| &listener.access_logs) {
             if !access_logs.contains(log) {
@@ -276,7 +259,7 @@ impl Feeder {
         let next = Status {
             ready: self.was_ready,
             agent_reachable: self.reachable,
-            services: vec![service],
+            services,
             access_logs,
             // A bootstrap says it all at the start.
             stats: StatsWishes::default(),
@@ -290,14 +273,43 @@ impl Feeder {
         });
     }
 
+    /// Tells of leaves that came into use.
+    fn tell_rotations(&mut self) {
+        if self.identities.rotations > self.rotations {
+            metrics::counter!("ringfence_rotations_total").increment(self.identities.rotations - self.rotations);
+            self.rotations = self.identities.rotations;
+            for svid in self.identities.in_use().map(|identity| &identity.svid) {
+                tracing::info!(proxy = %self.settings.node_id, spiffe_id = %svid.id, serial = %svid.serial, "certificate in force");
+            }
+        }
+        for svid in self.identities.in_use().map(|identity| &identity.svid) {
+            if let Some(name) = svid.id.service_name() {
+                metrics::gauge!("ringfence_leaf_expiry_seconds", "service" => name.service.to_string()).set(left(svid.not_after));
+            }
+        }
+    }
+
+    fn status_of(&self, identity: Option<&Arc<Identity>>) -> ServiceStatus {
+        let svid = identity.map(|identity| &identity.svid);
+        ServiceStatus {
+            proxy_id: self.settings.node_id.as_str().into(),
+            service: svid.and_then(|svid| svid.id.service_name()).map(|name| Arc::clone(&name.service)),
+            spiffe_id: svid.map(|svid| svid.id.to_string()),
+            leaf_serial: svid.map(|svid| svid.serial.clone()),
+            leaf_not_after: svid.map(|svid| svid.not_after),
+            rotations: self.identities.rotations,
+            pages: Vec::new(),
+            problem: None,
+        }
+    }
+
     /// What is missing before the proxy is complete, for a person.
     fn waits_for(&self) -> Option<String> {
         let late = self.opened.is_some_and(|opened| opened.elapsed() >= FIRST_ANSWER_TIMEOUT);
         if !(self.held.listeners.answered || late && self.held.clusters.answered) {
             return Some("waiting for listeners from the xDS server".to_owned());
         }
-        let needs_identity = build::materials(&self.held).next().is_some();
-        if needs_identity && self.identities.current().is_none() {
+        if self.identities.lacks_any() {
             return Some("waiting for a certificate that can be used".to_owned());
         }
         if late {
@@ -311,9 +323,7 @@ impl Feeder {
         found.extend(self.refused.iter().flatten().map(|why| format!("refused: {why}")));
         found.extend(self.identities.refused().map(|why| format!("the newest certificate is not in use: {why}")));
         found.extend(self.notes.iter().map(|note| format!("not served: {note}")));
-        if let Some(identity) = self.identities.current()
-            && identity.svid.not_after <= SystemTime::now()
-        {
+        if self.identities.in_use().any(|identity| identity.svid.not_after <= SystemTime::now()) {
             found.push("the certificate has expired: peers refuse new connections; check Consul's servers".to_owned());
         }
         if !self.was_ready {

@@ -236,13 +236,11 @@ fn body<T: prost::Message + Default>(resource: &Resource, kind: Kind) -> Result<
 
 /// An upstream speaks mutual TLS. Its cluster may still be on its way; it is looked at again when the snapshot is built.
 fn check_target(listener: &Listener, clusters: &Shelf<Cluster>) -> Result<(), Refusal> {
-    let Some(cluster) = clusters.get(&listener.cluster) else { return Ok(()) };
-    let plain = cluster.tls.is_none() && !matches!(cluster.discovery, Discovery::Aggregate(_));
-    match &listener.role {
-        Role::Upstream { .. } if plain => {
-            let wanted = "its cluster has no UpstreamTlsContext, and nothing leaves for the mesh without TLS";
-            Err(Refusal::new("filter_chains[0].filters.tcp_proxy.cluster", &listener.cluster, wanted))
-        }
-        Role::Upstream { .. } | Role::Public { .. } => Ok(()),
+    let Role::Upstream { cluster: name, .. } = &listener.role else { return Ok(()) };
+    let Some(cluster) = clusters.get(name) else { return Ok(()) };
+    if cluster.tls.is_none() && !matches!(cluster.discovery, Discovery::Aggregate(_)) {
+        let wanted = "its cluster has no UpstreamTlsContext, and nothing leaves for the mesh without TLS";
+        return Err(Refusal::new("filter_chains[0].filters.tcp_proxy.cluster", name, wanted));
     }
+    Ok(())
 }

@@ -1,66 +1,105 @@
-//! The identity in the TLS contexts of listeners and clusters, one for the whole proxy.
+//! The identities in the TLS contexts of listeners and clusters: one for a sidecar, one a service for a terminating gateway.
 //!
 //! Invariant: certificate and key of an identity come from one context; it is put in use only when key, chain, roots and
 //! validity hold together now, otherwise the one before stays. In a rotation listeners and clusters differ for a moment: the
-//! newest leaf that is valid wins, and the roots of all contexts of its trust domain are trusted until they agree again.
+//! newest leaf that is valid wins, and the roots of all contexts are trusted until they agree again. Roots vouch for the trust
+//! domain that their context names and for no other, and for callers only where a listener says so.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::tls_context::Material;
-use crate::identity::Svid;
+use crate::identity::{PeerBundle, SpiffeId, Svid, TrustBundle};
 use crate::mesh::Identity;
 use crate::tls::verify;
 use crate::tls::{TlsParams, WorkerTls};
 
-/// What is in use and what was offered last.
+/// Every identity of the proxy.
 pub(super) struct Identities {
     workers: usize,
+    by_id: BTreeMap<SpiffeId, Candidate>,
+    /// Times that another leaf was put in use.
+    pub(super) rotations: u64,
+}
+
+/// What is in use for one SPIFFE ID and what was offered last.
+#[derive(Default)]
+struct Candidate {
     offered: Vec<Arc<Material>>,
     current: Option<Arc<Identity>>,
     made_from: Option<(String, TlsParams)>,
     /// Why the newest offer is not in use.
     refused: Option<String>,
-    /// Times that another leaf was put in use.
-    pub(super) rotations: u64,
 }
 
 impl Identities {
     pub(super) fn new(workers: usize) -> Self {
-        Self { workers, offered: Vec::new(), current: None, made_from: None, refused: None, rotations: 0 }
+        Self { workers, by_id: BTreeMap::new(), rotations: 0 }
     }
 
-    pub(super) fn current(&self) -> Option<&Arc<Identity>> {
-        self.current.as_ref()
+    /// The identity in use that `material` is a part of.
+    pub(super) fn of(&self, material: &Material) -> Option<&Arc<Identity>> {
+        self.by_id.get(&material.leaf)?.current.as_ref()
     }
 
-    pub(super) fn refused(&self) -> Option<&str> {
-        self.refused.as_deref()
+    /// Every identity in use.
+    pub(super) fn in_use(&self) -> impl Iterator<Item = &Arc<Identity>> {
+        self.by_id.values().filter_map(|candidate| candidate.current.as_ref())
+    }
+
+    /// Whether one that is offered cannot be used yet, and none of its name is.
+    pub(super) fn lacks_any(&self) -> bool {
+        self.by_id.values().any(|candidate| candidate.current.is_none())
+    }
+
+    /// Why newest offers are not in use.
+    pub(super) fn refused(&self) -> impl Iterator<Item = &str> {
+        self.by_id.values().filter_map(|candidate| candidate.refused.as_deref())
     }
 
     /// Every context that is held now. Looks at them only when they are others than before, or did not do before.
     pub(super) fn offer<'a>(&mut self, materials: impl Iterator<Item = &'a Arc<Material>>, now: SystemTime) {
-        let mut distinct: Vec<Arc<Material>> = Vec::new();
+        let mut offered: BTreeMap<&SpiffeId, Vec<Arc<Material>>> = BTreeMap::new();
         for material in materials {
-            if !distinct.iter().any(|known| Arc::ptr_eq(known, material) || known == material) {
-                distinct.push(Arc::clone(material));
+            let of_id = offered.entry(&material.leaf).or_default();
+            if !of_id.iter().any(|known| Arc::ptr_eq(known, material) || known == material) {
+                of_id.push(Arc::clone(material));
             }
         }
-        if distinct.is_empty() {
+        if offered.is_empty() {
             return;
         }
-        let same = distinct.len() == self.offered.len() && distinct.iter().all(|one| self.offered.contains(one));
+        self.by_id.retain(|id, _| offered.contains_key(id));
+        for (id, materials) in offered {
+            let candidate = self.by_id.entry(id.clone()).or_default();
+            self.rotations += u64::from(candidate.offer(materials, self.workers, now));
+        }
+    }
+}
+
+impl Candidate {
+    /// Whether another leaf was put in use.
+    fn offer(&mut self, materials: Vec<Arc<Material>>, workers: usize, now: SystemTime) -> bool {
+        let same = materials.len() == self.offered.len() && materials.iter().all(|one| self.offered.contains(one));
         if same && self.refused.is_none() && self.current.is_some() {
-            return;
+            return false;
         }
-        self.offered = distinct;
-        self.settle(now);
+        self.offered = materials;
+        self.settle(workers, now).unwrap_or_else(|why| {
+            self.refused = Some(why);
+            false
+        })
     }
 
-    fn settle(&mut self, now: SystemTime) {
-        let (mut best, mut refused): (Option<(Svid, &Material)>, Option<String>) = (None, None);
+    fn settle(&mut self, workers: usize, now: SystemTime) -> Result<bool, String> {
+        self.refused = None;
+        let Some(first) = self.offered.first() else { return Ok(false) };
+        let bundle = Arc::new(self.bundle(first.leaf.trust_domain())?);
+        let mut best: Option<(Svid, &Material)> = None;
+        let mut refused = None;
         for material in &self.offered {
-            match self.validate(material, now) {
+            match validate(material, &bundle, now) {
                 Ok(svid) if best.as_ref().is_none_or(|(known, _)| svid.not_before > known.not_before) => {
                     best = Some((svid, material));
                 }
@@ -68,53 +107,38 @@ impl Identities {
                 Err(why) => refused = Some(why),
             }
         }
+        let Some((svid, material)) = best else { return refused.map_or(Ok(false), Err) };
+        let made_from = (material.chain_pem.clone(), self.params());
         self.refused = refused;
-        let Some((svid, material)) = best else { return };
-        let params = self.params();
-        let trust_domain = svid.id.trust_domain().to_owned();
-        let bundle = match verify::bundle(&trust_domain, &self.roots(&trust_domain)) {
-            Ok(bundle) => Arc::new(bundle),
-            Err(why) => {
-                self.refused = Some(why.to_string());
-                return;
-            }
-        };
-        let made_from = (material.chain_pem.clone(), params.clone());
         let unchanged = self.made_from.as_ref() == Some(&made_from);
         if unchanged && self.current.as_ref().is_some_and(|current| current.bundle == bundle) {
-            return;
+            return Ok(false);
         }
-        match WorkerTls::for_workers(&svid, &bundle, &params, true, self.workers) {
-            Ok(tls) => {
-                if self.made_from.as_ref().is_none_or(|before| before.0 != made_from.0) {
-                    self.rotations += 1;
-                }
-                self.current = Some(Arc::new(Identity { svid: Arc::new(svid), bundle, tls }));
-                self.made_from = Some(made_from);
-            }
-            Err(why) => self.refused = Some(why.to_string()),
-        }
+        let tls = WorkerTls::for_workers(&svid, &bundle, &made_from.1, true, workers).map_err(|why| why.to_string())?;
+        let rotated = self.made_from.as_ref().is_none_or(|before| before.0 != made_from.0);
+        self.current = Some(Arc::new(Identity { svid: Arc::new(svid), bundle, tls }));
+        self.made_from = Some(made_from);
+        Ok(rotated)
     }
 
-    fn validate(&self, material: &Material, now: SystemTime) -> Result<Svid, String> {
-        let id = verify::leaf_id(&material.chain_pem).map_err(|why| why.to_string())?;
-        let Some(service) = id.service_name() else {
-            return Err(format!("the certificate is for {id}, which is no service"));
-        };
-        let bundle = verify::bundle(id.trust_domain(), &[&material.roots_pem]).map_err(|why| why.to_string())?;
-        verify::svid(&material.chain_pem, &material.key_pem, &service.service, &bundle, now).map_err(|why| why.to_string())
-    }
-
-    /// The roots of every context of a trust domain, each text once.
-    fn roots(&self, trust_domain: &str) -> Vec<&str> {
-        let mut roots: Vec<&str> = Vec::new();
-        for material in &self.offered {
-            let ours = verify::leaf_id(&material.chain_pem).is_ok_and(|id| id.trust_domain() == trust_domain);
-            if ours && !roots.contains(&material.roots_pem.as_str()) {
-                roots.push(&material.roots_pem);
+    /// The roots of every context, by whom they vouch for.
+    fn bundle(&self, ours: &str) -> Result<TrustBundle, String> {
+        let mut by_domain: BTreeMap<&str, (Vec<&str>, bool)> = BTreeMap::new();
+        for roots in self.offered.iter().flat_map(|material| &material.roots) {
+            let (pems, callers) = by_domain.entry(&roots.trust_domain).or_default();
+            if !pems.contains(&roots.pem.as_str()) {
+                pems.push(&roots.pem);
             }
+            *callers |= roots.callers;
         }
-        roots
+        let (own, _) =
+            by_domain.remove(ours).ok_or_else(|| format!("no TLS context has roots for {ours}, its own trust domain"))?;
+        let mut bundle = verify::bundle(ours, &own).map_err(|why| why.to_string())?;
+        for (domain, (pems, calls)) in by_domain {
+            let of_peer = verify::bundle(domain, &pems).map_err(|why| why.to_string())?;
+            bundle.peers.push(PeerBundle { trust_domain: of_peer.trust_domain, roots: of_peer.roots, calls });
+        }
+        Ok(bundle)
     }
 
     /// The versions that every context allows; where they leave none, the configuration says so when it is made.
@@ -122,4 +146,11 @@ impl Identities {
         let allowed = |of: fn(&TlsParams) -> bool| self.offered.iter().all(|material| of(&material.params));
         TlsParams { tls12: allowed(|params| params.tls12), tls13: allowed(|params| params.tls13) }
     }
+}
+
+fn validate(material: &Material, bundle: &TrustBundle, now: SystemTime) -> Result<Svid, String> {
+    let Some(service) = material.leaf.service_name() else {
+        return Err(format!("the certificate is for {}, which is no service", material.leaf));
+    };
+    verify::svid(&material.chain_pem, &material.key_pem, &service.service, bundle, now).map_err(|why| why.to_string())
 }

@@ -1,32 +1,40 @@
-//! `Listener`: the public one of a service, or one of an upstream.
+//! `Listener`: the public one of a service, one of an upstream, or one whose connections are told apart first.
 //!
 //! Invariant: a listener that is parsed is served as it stands: every filter of it is known, and what it terminates it also
 //! decides on. Anything else is refused by the name of the filter or match. Pure.
 
+mod chain;
+
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use envoy_types::pb::envoy::config::accesslog::v3::AccessLog as WireLog;
 use envoy_types::pb::envoy::config::listener::v3 as pb;
-use envoy_types::pb::envoy::extensions::filters::network::connection_limit::v3::ConnectionLimit;
-use envoy_types::pb::envoy::extensions::filters::network::rbac::v3::Rbac;
-use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_proxy;
-use envoy_types::pb::google::protobuf::Any;
 
+use self::chain::Filters;
 use super::access_log;
+use super::cluster::duration;
 use super::endpoint::Host;
-use super::rbac;
-use super::refusal::{Refusal, message_name, unpack};
+use super::refusal::{Refusal, message_name};
 use super::tls_context::{self, Material};
 use crate::config::envoy::AccessLog;
 use crate::mesh::Bind;
-use crate::policy::network::Rules;
+use crate::mesh::router::Match;
 use crate::policy::{DefaultPolicy, Intentions};
 
-const TCP_PROXY: &str = "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy";
-const RBAC: &str = "envoy.extensions.filters.network.rbac.v3.RBAC";
-const CONNECTION_LIMIT: &str = "envoy.extensions.filters.network.connection_limit.v3.ConnectionLimit";
-const FILTERS_WANTED: &str = "at L4 rbac, connection_limit and tcp_proxy are known";
+const ORIGINAL_DST: &str = "envoy.filters.listener.original_dst";
+const TLS_INSPECTOR: &str = "envoy.filters.listener.tls_inspector";
+const ORIGINAL_DST_TYPE: &str = "envoy.extensions.filters.listener.original_dst.v3.OriginalDst";
+const TLS_INSPECTOR_TYPE: &str = "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector";
+/// Envoy's `listener_filters_timeout`.
+const INSPECT_TIMEOUT: Duration = Duration::from_secs(15);
+/// Values of `TrafficDirection`.
+const INBOUND: i32 = 1;
+const OUTBOUND: i32 = 2;
+/// Filter chains of one listener: a transparent proxy has one an upstream.
+const CHAINS_MAX: usize = 10_000;
 
 /// A listener as it is served.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,8 +42,6 @@ pub(super) struct Listener {
     pub(super) name: String,
     pub(super) bind: Bind,
     pub(super) role: Role,
-    /// Where its connections go.
-    pub(super) cluster: String,
     pub(super) access_logs: Vec<AccessLog>,
 }
 
@@ -43,85 +49,276 @@ pub(super) struct Listener {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Role {
     /// Mutual TLS in.
-    Public {
-        material: Arc<Material>,
-        intentions: Arc<Intentions>,
-        /// 0 is unlimited.
-        max_connections: u32,
-    },
+    Public(Ending),
     /// Plain in, mutual TLS out. The label is what Consul calls the upstream.
-    Upstream { label: String },
+    Upstream { label: String, cluster: String },
+    /// Told apart by where they want to go, the server name they ask for, or whether they speak TLS.
+    Router(Routes),
 }
 
-/// What the filters of a chain say.
+/// Mutual TLS that ends here, and what is behind it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Ending {
+    pub(super) material: Arc<Material>,
+    pub(super) intentions: Arc<Intentions>,
+    /// 0 is unlimited.
+    pub(super) max_connections: u32,
+    pub(super) cluster: String,
+}
+
+/// The filter chains of a listener that has several, or conditions on one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Routes {
+    /// Connections come redirected.
+    pub(super) transparent: bool,
+    /// It leads out into the mesh.
+    pub(super) outbound: bool,
+    pub(super) inspect_timeout: Duration,
+    /// Whoever says nothing for so long speaks no TLS.
+    pub(super) silent_is_raw: bool,
+    pub(super) chains: Vec<Chain>,
+    pub(super) fallback: Option<Chain>,
+}
+
+/// One filter chain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Chain {
+    /// Unique in its listener.
+    pub(super) name: String,
+    pub(super) matches: Match,
+    pub(super) way: Way,
+}
+
+/// Where a chain leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Mutual TLS ends here.
+    End(Ending),
+    /// Plain in; whether TLS is spoken behind it is the cluster's to say.
+    Cluster(String),
+    /// As it is to the cluster of the name that the ClientHello asks for (`sni_cluster`).
+    ServerName,
+}
+
+/// What the listener filters say.
 #[derive(Default)]
-struct Filters {
-    rules: Vec<Rules>,
-    rbac: bool,
-    max_connections: u32,
-    cluster: Option<String>,
-    access_logs: Vec<AccessLog>,
+struct Inspection {
+    transparent: bool,
+    tls: bool,
 }
 
 impl Listener {
     pub(super) fn parse(message: &pb::Listener) -> Result<Self, Refusal> {
         let bind = bind(message)?;
-        if let Some(filter) = message.listener_filters.first() {
-            let wanted = "connections are not told apart by server name or original destination here: expected none";
-            return Err(Refusal::new("listener_filters[0].name", &filter.name, wanted));
-        }
-        let chain = match (message.filter_chains.as_slice(), &message.default_filter_chain) {
-            ([chain], None) => chain,
-            ([], Some(chain)) => chain,
-            (chains, default) => {
-                let found = format!("{} and {} by default", chains.len(), usize::from(default.is_some()));
-                return Err(Refusal::new("filter_chains", found, "expected one filter chain"));
-            }
-        };
-        let place = "filter_chains[0]";
-        if chain.filter_chain_match.as_ref().is_some_and(|found| *found != pb::FilterChainMatch::default()) {
-            let wanted = "the one chain takes every connection: expected no match";
-            return Err(Refusal::new(format!("{place}.filter_chain_match"), "present", wanted));
-        }
-        let filters = filters(chain).map_err(|why| why.under(place))?;
-        let Some(cluster) = filters.cluster else {
-            let wanted = "expected envoy.filters.network.tcp_proxy as the last filter";
-            return Err(Refusal::missing(format!("{place}.filters"), wanted));
-        };
-        let tls = tls_context::downstream(chain.transport_socket.as_ref()).map_err(|why| why.under(place))?;
-        if tls.is_some() && !filters.rbac {
-            let wanted = "without it every certificate of the mesh would be let in: expected envoy.filters.network.rbac first";
-            return Err(Refusal::missing(format!("{place}.filters"), wanted));
-        }
-        let role = match tls {
-            Some(material) => Role::Public {
-                material,
-                intentions: Arc::new(Intentions::from_filters(filters.rules)),
-                max_connections: filters.max_connections,
-            },
-            None if filters.rbac => {
-                let wanted = "callers are known by their certificates: expected a DownstreamTlsContext with it";
-                return Err(Refusal::new(format!("{place}.filters"), "envoy.filters.network.rbac without TLS", wanted));
-            }
-            None if message.traffic_direction == 1 => {
-                let wanted = "a way in that is not mutual TLS is not served: expected a DownstreamTlsContext";
-                return Err(Refusal::missing(format!("{place}.transport_socket"), wanted));
-            }
-            None => Role::Upstream { label: label(&message.name, &bind) },
-        };
+        let inspection = inspection(message)?;
         let mut access_logs = access_logs(&message.access_log)?;
-        access_logs.extend(filters.access_logs);
-        Ok(Self { name: message.name.clone(), bind, role, cluster, access_logs })
+        let only = match (message.filter_chains.as_slice(), &message.default_filter_chain) {
+            ([chain], None) if chain::matches_all(chain) => Some((chain, "filter_chains[0]")),
+            ([], Some(chain)) => Some((chain, "default_filter_chain")),
+            ([], None) => return Err(Refusal::missing("filter_chains", "expected one or more filter chains")),
+            _ => None,
+        };
+        let only = match only {
+            Some((chain, place)) if !inspection.transparent => {
+                let filters = chain::filters(chain).map_err(|why| why.under(place))?;
+                (!filters.by_server_name).then_some((chain, place, filters))
+            }
+            _ => None,
+        };
+        let role = match only {
+            Some((chain, place, filters)) => {
+                access_logs.extend_from_slice(&filters.access_logs);
+                alone(message, &bind, chain, filters).map_err(|why| why.under(place))?
+            }
+            None => Role::Router(routes(message, &inspection, &mut access_logs)?),
+        };
+        Ok(Self { name: message.name.clone(), bind, role, access_logs })
+    }
+
+    /// The clusters that it names.
+    pub(super) fn clusters(&self) -> impl Iterator<Item = &str> {
+        let (one, routes) = match &self.role {
+            Role::Public(ending) => (Some(ending.cluster.as_str()), None),
+            Role::Upstream { cluster, .. } => (Some(cluster.as_str()), None),
+            Role::Router(routes) => (None, Some(routes)),
+        };
+        let of_routes = routes.into_iter().flat_map(Routes::all).filter_map(|chain| chain.way.cluster());
+        one.into_iter().chain(of_routes)
+    }
+
+    /// Everywhere that TLS ends.
+    pub(super) fn endings(&self) -> impl Iterator<Item = &Ending> {
+        let (one, routes) = match &self.role {
+            Role::Public(ending) => (Some(ending), None),
+            Role::Upstream { .. } => (None, None),
+            Role::Router(routes) => (None, Some(routes)),
+        };
+        let of_routes = routes.into_iter().flat_map(Routes::all).filter_map(|chain| match &chain.way {
+            Way::End(ending) => Some(ending),
+            Way::Cluster(_) | Way::ServerName => None,
+        });
+        one.into_iter().chain(of_routes)
+    }
+
+    /// Lets nobody in any more.
+    pub(super) fn deny_all(&mut self) {
+        let nobody = Arc::new(Intentions::new(Vec::new(), DefaultPolicy::Deny));
+        match &mut self.role {
+            Role::Public(ending) => ending.intentions = nobody,
+            Role::Upstream { .. } => {}
+            Role::Router(Routes { chains, fallback, .. }) => {
+                for chain in chains.iter_mut().chain(fallback) {
+                    if let Way::End(ending) = &mut chain.way {
+                        ending.intentions = Arc::clone(&nobody);
+                    }
+                }
+            }
+        }
     }
 }
 
-impl Listener {
-    /// Lets nobody in any more.
-    pub(super) fn deny_all(&mut self) {
-        if let Role::Public { intentions, .. } = &mut self.role {
-            *intentions = Arc::new(Intentions::new(Vec::new(), DefaultPolicy::Deny));
+impl Way {
+    /// The cluster that it names.
+    fn cluster(&self) -> Option<&str> {
+        match self {
+            Self::End(ending) => Some(&ending.cluster),
+            Self::Cluster(name) => Some(name),
+            Self::ServerName => None,
         }
     }
+}
+
+impl Routes {
+    /// Every chain, the one by default last.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Chain> {
+        self.chains.iter().chain(&self.fallback)
+    }
+}
+
+/// One chain that takes every connection.
+fn alone(message: &pb::Listener, bind: &Bind, chain: &pb::FilterChain, filters: Filters) -> Result<Role, Refusal> {
+    match way(chain, filters)? {
+        Way::End(ending) => Ok(Role::Public(ending)),
+        Way::Cluster(_) if message.traffic_direction == INBOUND => {
+            let wanted = "a way in that is not mutual TLS is not served: expected a DownstreamTlsContext";
+            Err(Refusal::missing("transport_socket", wanted))
+        }
+        Way::Cluster(cluster) => Ok(Role::Upstream { label: label(&message.name, bind), cluster }),
+        Way::ServerName => Err(Refusal::new("filters", "sni_cluster", "expected it with tls_inspector")),
+    }
+}
+
+fn routes(message: &pb::Listener, inspection: &Inspection, access_logs: &mut Vec<AccessLog>) -> Result<Routes, Refusal> {
+    if message.filter_chains.len() > CHAINS_MAX {
+        let wanted = format!("at most {CHAINS_MAX} of one listener are served");
+        return Err(Refusal::new("filter_chains", message.filter_chains.len(), wanted));
+    }
+    let mut read = |chain: &pb::FilterChain, place: String| -> Result<Chain, Refusal> {
+        let under = |why: Refusal| why.under(&place);
+        let filters = chain::filters(chain).map_err(under)?;
+        for log in &filters.access_logs {
+            if !access_logs.contains(log) {
+                access_logs.push(log.clone());
+            }
+        }
+        let matches = chain::matches(chain).map_err(under)?;
+        if !inspection.tls && (matches.tls.is_some() || !matches.server_names.is_empty() || filters.by_server_name) {
+            let wanted = format!("what a connection says first is looked at by {TLS_INSPECTOR}: expected it");
+            return Err(Refusal::missing("listener_filters", wanted));
+        }
+        let way = way(chain, filters).map_err(under)?;
+        Ok(Chain { name: way.cluster().unwrap_or_default().to_owned(), matches, way })
+    };
+    let chains = message.filter_chains.iter().enumerate();
+    let chains = chains.map(|(index, chain)| read(chain, format!("filter_chains[{index}]")));
+    let mut chains: Vec<Chain> = chains.collect::<Result<_, _>>()?;
+    let fallback = message.default_filter_chain.as_ref();
+    let fallback = fallback.map(|chain| read(chain, "default_filter_chain".to_owned())).transpose()?;
+    tell_apart(&mut chains, fallback.as_ref());
+    let timeout = duration(message.listener_filters_timeout.as_ref(), "listener_filters_timeout")?;
+    Ok(Routes {
+        transparent: inspection.transparent,
+        outbound: message.traffic_direction == OUTBOUND,
+        // 0 is Envoy's word for no bound; nobody holds a connection open for ever by saying nothing.
+        inspect_timeout: timeout.filter(|timeout| !timeout.is_zero()).unwrap_or(INSPECT_TIMEOUT),
+        silent_is_raw: message.continue_on_listener_filters_timeout,
+        chains,
+        fallback,
+    })
+}
+
+/// Several chains to one cluster are named after whom they take as well. Never after their place: a connection belongs to its
+/// chain by name, and places change.
+fn tell_apart(chains: &mut [Chain], fallback: Option<&Chain>) {
+    let mut seen: HashMap<String, usize> = HashMap::new();
+    for chain in chains.iter().chain(fallback) {
+        *seen.entry(chain.name.clone()).or_default() += 1;
+    }
+    for chain in chains {
+        if seen.get(&chain.name).is_some_and(|count| *count > 1) {
+            chain.name = format!("{} for {}", chain.name, chain.matches);
+        }
+    }
+}
+
+/// Where a chain leads; what it terminates it must also decide on.
+fn way(chain: &pb::FilterChain, filters: Filters) -> Result<Way, Refusal> {
+    let tls = tls_context::downstream(chain.transport_socket.as_ref())?;
+    match tls {
+        Some(_) if filters.by_server_name => {
+            Err(Refusal::new("filters", "sni_cluster", "TLS is passed on by it: expected no DownstreamTlsContext"))
+        }
+        Some(_) if !filters.rbac => {
+            let wanted = "without it every certificate of the mesh would be let in: expected envoy.filters.network.rbac first";
+            Err(Refusal::missing("filters", wanted))
+        }
+        Some(material) => Ok(Way::End(Ending {
+            material,
+            intentions: Arc::new(Intentions::from_filters(filters.rules)),
+            max_connections: filters.max_connections,
+            cluster: filters.cluster,
+        })),
+        None if filters.rbac => {
+            let wanted = "callers are known by their certificates: expected a DownstreamTlsContext with it";
+            Err(Refusal::new("filters", "envoy.filters.network.rbac without TLS", wanted))
+        }
+        None if filters.max_connections != 0 => {
+            let wanted = "without TLS it is the cluster that limits connections: expected circuit_breakers there";
+            Err(Refusal::new("filters", "envoy.filters.network.connection_limit", wanted))
+        }
+        None if filters.by_server_name => Ok(Way::ServerName),
+        None => Ok(Way::Cluster(filters.cluster)),
+    }
+}
+
+/// Filters of listeners are known by their names where they have no type: Consul up to 1.11 sends them so.
+fn inspection(message: &pb::Listener) -> Result<Inspection, Refusal> {
+    let mut found = Inspection::default();
+    if message.transparent.as_ref().is_some_and(|set| set.value) {
+        let wanted = "connections are redirected here, not handed over with foreign addresses: expected false";
+        return Err(Refusal::new("transparent", "true", wanted));
+    }
+    found.transparent = message.use_original_dst.as_ref().is_some_and(|set| set.value);
+    for (index, filter) in message.listener_filters.iter().enumerate() {
+        let place = format!("listener_filters[{index}]");
+        if filter.filter_disabled.is_some() {
+            return Err(Refusal::new(format!("{place}.filter_disabled"), "present", "a filter holds for every connection"));
+        }
+        let name = match &filter.config_type {
+            Some(pb::listener_filter::ConfigType::TypedConfig(any)) => message_name(any),
+            Some(pb::listener_filter::ConfigType::ConfigDiscovery(_)) => "config_discovery",
+            None => filter.name.as_str(),
+        };
+        match name {
+            ORIGINAL_DST | ORIGINAL_DST_TYPE => found.transparent = true,
+            TLS_INSPECTOR | TLS_INSPECTOR_TYPE => found.tls = true,
+            _ => {
+                let wanted = format!("of these {TLS_INSPECTOR} and {ORIGINAL_DST} are known");
+                return Err(Refusal::new(format!("{place}.name"), &filter.name, wanted));
+            }
+        }
+    }
+    Ok(found)
 }
 
 fn bind(message: &pb::Listener) -> Result<Bind, Refusal> {
@@ -147,66 +344,6 @@ fn pipe_mode(address: &envoy_types::pb::envoy::config::core::v3::Address) -> Opt
     match &address.address {
         Some(envoy_types::pb::envoy::config::core::v3::address::Address::Pipe(pipe)) => Some(pipe.mode),
         _ => None,
-    }
-}
-
-fn filters(chain: &pb::FilterChain) -> Result<Filters, Refusal> {
-    let mut found = Filters::default();
-    for (index, filter) in chain.filters.iter().enumerate() {
-        let place = format!("filters[{index}]");
-        if found.cluster.is_some() {
-            return Err(Refusal::new(place, &filter.name, "expected nothing after tcp_proxy"));
-        }
-        let any = match &filter.config_type {
-            Some(pb::filter::ConfigType::TypedConfig(any)) => any,
-            Some(pb::filter::ConfigType::ConfigDiscovery(_)) => {
-                return Err(Refusal::new(format!("{place}.config_discovery"), &filter.name, FILTERS_WANTED));
-            }
-            None => return Err(Refusal::new(format!("{place}.typed_config"), &filter.name, FILTERS_WANTED)),
-        };
-        take(&mut found, any, &filter.name).map_err(|why| why.under(&place))?;
-    }
-    Ok(found)
-}
-
-fn take(found: &mut Filters, any: &Any, name: &str) -> Result<(), Refusal> {
-    let field = "typed_config";
-    match message_name(any) {
-        RBAC => {
-            let filter: Rbac = unpack(any, RBAC, field)?;
-            found.rbac = true;
-            found.rules.extend(rbac::rules(&filter).map_err(|why| why.under(field))?);
-        }
-        CONNECTION_LIMIT => {
-            let filter: ConnectionLimit = unpack(any, CONNECTION_LIMIT, field)?;
-            let most = filter.max_connections.as_ref().map_or(0, |most| most.value);
-            if most == 0 {
-                return Err(Refusal::new(format!("{field}.max_connections"), most, "expected 1 or more"));
-            }
-            found.max_connections = u32::try_from(most).unwrap_or(u32::MAX);
-        }
-        TCP_PROXY => {
-            let filter: tcp_proxy::TcpProxy = unpack(any, TCP_PROXY, field)?;
-            found.access_logs = access_logs(&filter.access_log).map_err(|why| why.under(field))?;
-            found.cluster = Some(target(&filter).map_err(|why| why.under(field))?);
-        }
-        _ => return Err(Refusal::new("name", format!("{name} ({})", message_name(any)), FILTERS_WANTED)),
-    }
-    Ok(())
-}
-
-fn target(filter: &tcp_proxy::TcpProxy) -> Result<String, Refusal> {
-    use tcp_proxy::tcp_proxy::ClusterSpecifier;
-    if filter.tunneling_config.is_some() {
-        return Err(Refusal::new("tunneling_config", "present", "TCP is not tunnelled in HTTP: expected none"));
-    }
-    match &filter.cluster_specifier {
-        Some(ClusterSpecifier::Cluster(name)) if !name.is_empty() => Ok(name.clone()),
-        Some(ClusterSpecifier::WeightedClusters(weighted)) => match weighted.clusters.as_slice() {
-            [one] => Ok(one.name.clone()),
-            many => Err(Refusal::new("weighted_clusters.clusters", format!("{} clusters", many.len()), "expected one")),
-        },
-        Some(ClusterSpecifier::Cluster(_)) | None => Err(Refusal::missing("cluster", "expected a cluster's name")),
     }
 }
 

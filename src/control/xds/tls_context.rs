@@ -1,8 +1,8 @@
 //! TLS contexts of listeners and clusters: certificate, key, roots, versions, and who may answer.
 //!
-//! Invariant: a [`Material`] has a key that belongs to its certificate. Whether it is valid now and chains to its roots is
-//! looked at when it is put in use (`identity`), because the first changes by itself and the second in the middle of a root
-//! rotation. Secrets are wiped when dropped and never shown.
+//! Invariant: a [`Material`] has a key that belongs to its certificate, and says of all roots which trust domain they vouch
+//! for. Whether it is valid now and chains to its roots is looked at when it is put in use (`identity`), because the first
+//! changes by itself and the second in the middle of a root rotation. Secrets are wiped when dropped and never shown.
 
 use std::sync::Arc;
 
@@ -14,23 +14,38 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 use zeroize::Zeroizing;
 
-use super::refusal::{Refusal, unpack};
+use super::refusal::{Refusal, message_name, unpack};
 use crate::identity::SpiffeId;
 use crate::tls::TlsParams;
-use crate::tls::verify::CHAIN_CERTIFICATES_MAX;
+use crate::tls::verify::{self, CHAIN_CERTIFICATES_MAX};
 
 const UPSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext";
 const DOWNSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext";
+const SPIFFE: &str = "envoy.extensions.transport_sockets.tls.v3.SPIFFECertValidatorConfig";
 /// Identities that one target may have.
 const EXPECTED_MAX: usize = 1_024;
+/// Trust domains that one context may name.
+const TRUST_DOMAINS_MAX: usize = 256;
 
 /// What one context presents and trusts.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Material {
+    /// Whose certificate it is.
+    pub(super) leaf: SpiffeId,
     pub(super) chain_pem: String,
     pub(super) key_pem: Zeroizing<String>,
-    pub(super) roots_pem: String,
+    /// By trust domain, each named once.
+    pub(super) roots: Vec<Roots>,
     pub(super) params: TlsParams,
+}
+
+/// Roots and whom they vouch for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Roots {
+    pub(super) trust_domain: String,
+    pub(super) pem: String,
+    /// Whether they vouch for callers, or only for those who answer.
+    pub(super) callers: bool,
 }
 
 /// TLS of a cluster.
@@ -49,8 +64,10 @@ pub(super) fn upstream(socket: Option<&core::TransportSocket>) -> Result<Option<
     let place = "transport_socket.typed_config.common_tls_context";
     let common = common(context.common_tls_context.as_ref()).map_err(|why| why.under(place))?;
     let validation = validation(common).map_err(|why| why.under(place))?;
-    let expected = expected(validation).map_err(|why| why.under(&format!("{place}.validation_context")))?;
-    let material = material(common, validation).map_err(|why| why.under(place))?;
+    let inner = format!("{place}.validation_context");
+    let expected = expected(validation).map_err(|why| why.under(&inner))?;
+    let roots = roots_of_answerers(validation, &expected).map_err(|why| why.under(&inner))?;
+    let material = material(common, |_| roots).map_err(|why| why.under(place))?;
     Ok(Some(Upstream { material: Arc::new(material), sni: context.sni.as_str().into(), expected }))
 }
 
@@ -70,7 +87,12 @@ pub(super) fn downstream(socket: Option<&core::TransportSocket>) -> Result<Optio
         let wanted = "callers are decided on by the RBAC filter, expected no matchers";
         return Err(Refusal::new(format!("{place}.validation_context.match_typed_subject_alt_names"), "present", wanted));
     }
-    material(common, validation).map(|material| Some(Arc::new(material))).map_err(|why| why.under(place))
+    let roots = roots_of_callers(validation).map_err(|why| why.under(&format!("{place}.validation_context")))?;
+    let ours = |leaf: &SpiffeId| match roots {
+        Callers::Ours(pem) => vec![Roots { trust_domain: leaf.trust_domain().to_owned(), pem, callers: true }],
+        Callers::Named(roots) => roots,
+    };
+    material(common, ours).map(|material| Some(Arc::new(material))).map_err(|why| why.under(place))
 }
 
 fn typed(socket: Option<&core::TransportSocket>) -> Result<Option<&envoy_types::pb::google::protobuf::Any>, Refusal> {
@@ -108,10 +130,6 @@ fn validation(context: &pb::CommonTlsContext) -> Result<&pb::CertificateValidati
         None => return Err(Refusal::missing("validation_context", "expected trusted_ca inline")),
     };
     let refused = |field: &str, wanted: &str| Err(Refusal::new(format!("validation_context.{field}"), "present", wanted));
-    if let Some(custom) = &found.custom_validator_config {
-        let wanted = "bundles of peered trust domains are not used yet: expected trusted_ca alone";
-        return Err(Refusal::new("validation_context.custom_validator_config", &custom.name, wanted));
-    }
     if !found.verify_certificate_hash.is_empty() || !found.verify_certificate_spki.is_empty() {
         return refused("verify_certificate_hash", "pinned certificates are not checked: expected matchers of URIs");
     }
@@ -158,18 +176,75 @@ fn uri(san: Option<&matcher::StringMatcher>, field: String) -> Result<SpiffeId, 
     }
 }
 
-fn material(common: &pb::CommonTlsContext, validation: &pb::CertificateValidationContext) -> Result<Material, Refusal> {
+/// Whose roots a listener has.
+enum Callers {
+    /// Those of the trust domain that the leaf is of.
+    Ours(String),
+    /// Those of the domains that are named: there are peers.
+    Named(Vec<Roots>),
+}
+
+fn roots_of_callers(validation: &pb::CertificateValidationContext) -> Result<Callers, Refusal> {
+    let Some(custom) = &validation.custom_validator_config else {
+        return roots(validation.trusted_ca.as_ref(), "trusted_ca").map(Callers::Ours);
+    };
+    let place = "custom_validator_config";
+    let any = match &custom.typed_config {
+        Some(any) if message_name(any) == SPIFFE => any,
+        _ => return Err(Refusal::new(format!("{place}.name"), &custom.name, format!("of these only {SPIFFE} is known"))),
+    };
+    let config: pb::SpiffeCertValidatorConfig = unpack(any, SPIFFE, &format!("{place}.typed_config"))?;
+    let place = format!("{place}.typed_config.trust_domains");
+    if config.trust_bundles.is_some() {
+        return Err(Refusal::new("custom_validator_config.typed_config.trust_bundles", "present", "expected trust_domains"));
+    }
+    if config.trust_domains.is_empty() || config.trust_domains.len() > TRUST_DOMAINS_MAX {
+        let wanted = format!("expected one to {TRUST_DOMAINS_MAX} trust domains, each with its trust_bundle inline");
+        return Err(Refusal::new(place, format!("{} of them", config.trust_domains.len()), wanted));
+    }
+    let mut named: Vec<Roots> = Vec::with_capacity(config.trust_domains.len());
+    for (index, domain) in config.trust_domains.iter().enumerate() {
+        let trust_domain = domain.name.to_ascii_lowercase();
+        let field = format!("{place}[{index}]");
+        if SpiffeId::parse(&format!("spiffe://{trust_domain}")).is_err()
+            || named.iter().any(|one| one.trust_domain == trust_domain)
+        {
+            return Err(Refusal::new(format!("{field}.name"), &domain.name, "expected a trust domain that is named once"));
+        }
+        let pem = roots(domain.trust_bundle.as_ref(), &format!("{field}.trust_bundle"))?;
+        named.push(Roots { trust_domain, pem, callers: true });
+    }
+    Ok(Callers::Named(named))
+}
+
+/// The roots of a cluster vouch for the trust domain of those who may answer. Where nobody may, they vouch for nobody.
+fn roots_of_answerers(validation: &pb::CertificateValidationContext, expected: &[SpiffeId]) -> Result<Vec<Roots>, Refusal> {
+    if let Some(custom) = &validation.custom_validator_config {
+        let wanted = "who answers is checked against trusted_ca: expected none";
+        return Err(Refusal::new("custom_validator_config", &custom.name, wanted));
+    }
+    let pem = roots(validation.trusted_ca.as_ref(), "trusted_ca")?;
+    let Some(first) = expected.first() else { return Ok(Vec::new()) };
+    if let Some(other) = expected.iter().find(|id| id.trust_domain() != first.trust_domain()) {
+        let wanted = format!("one bundle vouches for one trust domain: expected all of {}", first.trust_domain());
+        return Err(Refusal::new("match_typed_subject_alt_names", other, wanted));
+    }
+    Ok(vec![Roots { trust_domain: first.trust_domain().to_owned(), pem, callers: false }])
+}
+
+fn material(common: &pb::CommonTlsContext, roots: impl FnOnce(&SpiffeId) -> Vec<Roots>) -> Result<Material, Refusal> {
     let [certificate] = common.tls_certificates.as_slice() else {
         let wanted = "expected exactly one certificate with its key inline";
         return Err(Refusal::new("tls_certificates", format!("{} of them", common.tls_certificates.len()), wanted));
     };
     let chain_pem = inline(certificate.certificate_chain.as_ref(), "tls_certificates[0].certificate_chain")?;
     let key_pem = Zeroizing::new(inline(certificate.private_key.as_ref(), "tls_certificates[0].private_key")?);
-    let roots_pem = inline(validation.trusted_ca.as_ref(), "validation_context.trusted_ca")?;
     check_pair(&chain_pem, &key_pem)?;
-    check_roots(&roots_pem)?;
+    let leaf = verify::leaf_id(&chain_pem).map_err(|why| {
+        Refusal::new("tls_certificates[0].certificate_chain", why, "expected a leaf with the SPIFFE ID of a service")
+    })?;
     let params = params(common.tls_params.as_ref())?;
-    Ok(Material { chain_pem, key_pem, roots_pem, params })
+    Ok(Material { roots: roots(&leaf), leaf, chain_pem, key_pem, params })
 }
 
 fn inline(source: Option<&core::DataSource>, field: &str) -> Result<String, Refusal> {
@@ -210,14 +285,14 @@ fn check_pair(chain_pem: &str, key_pem: &str) -> Result<(), Refusal> {
         .map_err(|_| Refusal::new(field, "of another certificate", "expected the key of certificate_chain's leaf"))
 }
 
-fn check_roots(roots_pem: &str) -> Result<(), Refusal> {
-    let field = "validation_context.trusted_ca";
+fn roots(source: Option<&core::DataSource>, field: &str) -> Result<String, Refusal> {
+    let pem = inline(source, field)?;
     let mut count = 0;
-    for root in CertificateDer::pem_slice_iter(roots_pem.as_bytes()) {
+    for root in CertificateDer::pem_slice_iter(pem.as_bytes()) {
         root.map_err(|error| Refusal::new(field, error, "expected CERTIFICATE blocks"))?;
         count += 1;
     }
-    if count == 0 { Err(Refusal::new(field, "no certificate", "expected CERTIFICATE blocks")) } else { Ok(()) }
+    if count == 0 { Err(Refusal::new(field, "no certificate", "expected CERTIFICATE blocks")) } else { Ok(pem) }
 }
 
 /// Cipher suites and curves are not narrowed: what is spoken here is a subset of Envoy's defaults already.
@@ -242,6 +317,10 @@ fn params(params: Option<&pb::TlsParameters>) -> Result<TlsParams, Refusal> {
 
 impl std::fmt::Debug for Material {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Material").field("key_pem", &"[redacted]").field("params", &self.params).finish_non_exhaustive()
+        f.debug_struct("Material")
+            .field("leaf", &self.leaf)
+            .field("key_pem", &"[redacted]")
+            .field("params", &self.params)
+            .finish_non_exhaustive()
     }
 }

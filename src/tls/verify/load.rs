@@ -192,7 +192,7 @@ pub fn bundle(trust_domain: &str, roots_pem: &[impl AsRef<str>]) -> Result<Trust
     if roots.is_empty() {
         return Err(BundleError::Empty { trust_domain });
     }
-    Ok(TrustBundle { trust_domain: trust_domain.into(), roots })
+    Ok(TrustBundle { trust_domain: trust_domain.into(), roots, peers: Vec::new() })
 }
 
 /// The trust anchor in a root certificate, which must be a CA.

@@ -135,7 +135,7 @@ fn issuers_must_be_allowed_to_sign_and_leaves_must_not() {
     let ca_leaf = root.issue(&Leaf { is_ca: true, ..root.leaf("web") });
     assert!(check(&trust(&root.bundle()), &ca_leaf, Role::Server).is_err());
     let leaf = root.svid("web");
-    let as_root = TrustBundle { trust_domain: "t.consul".into(), roots: vec![leaf.chain[0].clone()] };
+    let as_root = TrustBundle { trust_domain: "t.consul".into(), roots: vec![leaf.chain[0].clone()], peers: Vec::new() };
     assert!(matches!(Trust::new(&as_root, algorithms()), Err(BundleError::Root { index: 0, .. })));
 }
 
@@ -161,8 +161,27 @@ fn a_cached_chain_does_not_outlive_its_root_or_its_role() {
     assert!(check(&trust(&ca.bundle()), &client_only, Role::Server).is_ok());
     assert!(check(&trust(&ca.bundle()), &client_only, Role::Client).is_err(), "the other role's entry was used");
     assert!(check(&trust(&other.bundle()), &client_only, Role::Server).is_err(), "the other bundle's entry was used");
-    let renamed = TrustBundle { trust_domain: "u.consul".into(), roots: ca.bundle().roots.clone() };
+    let renamed = TrustBundle { trust_domain: "u.consul".into(), roots: ca.bundle().roots.clone(), peers: Vec::new() };
     assert!(check(&trust(&renamed), &client_only, Role::Server).is_err(), "the other trust domain's entry was used");
+}
+
+#[test]
+fn a_peers_roots_vouch_for_its_own_domain_and_no_other() {
+    let (ours, theirs, stranger) = (Ca::new("t.consul"), Ca::new("p.consul"), Ca::new("p.consul"));
+    let with = |peer: &Ca, calls| TrustBundle { peers: vec![peer.as_peer(calls)], ..(*ours.bundle()).clone() };
+    let (calling, answering) = (trust(&with(&theirs, true)), trust(&with(&theirs, false)));
+    let (web, forged) = (theirs.svid("web"), theirs.issue(&ours.leaf("web")));
+    assert_eq!(check(&calling, &web, Role::Server).expect("may call"), theirs.id("web"));
+    assert_eq!(check(&calling, &web, Role::Client).expect("may answer"), theirs.id("web"));
+    assert!(check(&answering, &web, Role::Server).is_err(), "it was only to answer, or the other bundle's entry was used");
+    assert_eq!(check(&answering, &web, Role::Client).expect("may answer"), theirs.id("web"));
+    for role in [Role::Client, Role::Server] {
+        assert!(check(&calling, &forged, role).is_err(), "the peer's CA vouched for our domain");
+        assert!(check(&calling, &ours.issue(&theirs.leaf("web")), role).is_err(), "our CA vouched for the peer's domain");
+        assert!(check(&calling, &stranger.svid("web"), role).is_err(), "another CA of the same name");
+        assert_eq!(check(&calling, &ours.svid("web"), role).expect("ours"), ours.id("web"));
+    }
+    assert!(check(&trust(&with(&stranger, true)), &web, Role::Server).is_err(), "the other peer's entry was used");
 }
 
 fn load(svid: &Svid, service: &str, bundle: &TrustBundle) -> Result<Svid, SvidError> {
@@ -215,7 +234,7 @@ fn a_bad_leaf_is_refused_with_what_helps() {
     assert!(matches!(load(&mixed, "web", &bundle), Err(SvidError::KeyMismatch { .. })));
     assert!(matches!(load(&web, "db", &bundle), Err(SvidError::OtherService { .. })));
     assert!(matches!(load(&web, "web", &other.bundle()), Err(SvidError::Untrusted { .. })));
-    let renamed = TrustBundle { trust_domain: "u.consul".into(), roots: bundle.roots.clone() };
+    let renamed = TrustBundle { trust_domain: "u.consul".into(), roots: bundle.roots.clone(), peers: Vec::new() };
     assert!(matches!(load(&web, "web", &renamed), Err(SvidError::OtherService { .. })));
 
     let expired = ca.issue(&Leaf { not_before: now() - 2 * HOUR, not_after: now() - HOUR, ..ca.leaf("web") });
@@ -281,7 +300,7 @@ proptest! {
 
     #[test]
     fn hostile_pem_never_panics(text in "\\PC{0,200}") {
-        let ca = TrustBundle { trust_domain: "t.consul".into(), roots: Vec::new() };
+        let ca = TrustBundle { trust_domain: "t.consul".into(), roots: Vec::new(), peers: Vec::new() };
         let wrapped = format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n");
         for pem in [&text, &wrapped] {
             prop_assert!(svid(pem, pem, "web", &ca, SystemTime::UNIX_EPOCH).is_err());

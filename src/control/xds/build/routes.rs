@@ -1,0 +1,247 @@
+//! Routers of listeners whose connections are told apart: mesh and terminating gateways, transparent proxying, permissive mode.
+//!
+//! Invariant: a chain that cannot be served takes its connections and lets them wait for nothing, rather than that they fall to
+//! a chain which takes more; only it is named. Where TLS ends, no chain leads bytes past it but one that Consul sent as such.
+
+use std::sync::Arc;
+
+use super::{Builder, Spoken, keep_service};
+use crate::config;
+use crate::control::build::{keep, keep_text};
+use crate::control::xds::cluster::{Cluster, Discovery};
+use crate::control::xds::listener::{self, Chain, Ending, Listener, Routes};
+use crate::control::xds::tls_context::Material;
+use crate::mesh::router::{Match, Original, Route, Router, RouterSettings, ServerName, Way};
+use crate::mesh::{Balance, DenyReply, Outlier, PublicListener, Service, Upstream};
+use crate::policy::Intentions;
+
+impl Builder<'_> {
+    /// The router of a listener; none where its chains cannot be told apart.
+    pub(super) fn router(&mut self, listener: &Listener, routes: &Routes, old: &[Arc<Router>]) -> Option<Arc<Router>> {
+        let of_old = |old: &&Arc<Router>| *old.settings().name == *listener.name && old.settings().bind == listener.bind;
+        let old = old.iter().find(of_old);
+        let ends_tls = routes.all().any(|chain| matches!(chain.way, listener::Way::End(_)));
+        let mut next = Vec::new();
+        for chain in &routes.chains {
+            match &chain.way {
+                // Consul ends the chains of a terminating gateway with one to no cluster, to have unknown names reset. A cluster
+                // of the name that a client asks for would be reached past the intentions.
+                listener::Way::ServerName if ends_tls => {}
+                listener::Way::ServerName => next.extend(self.by_server_name(listener, routes, &chain.matches, old)),
+                _ => next.push(self.route(listener, routes, chain, old)),
+            }
+        }
+        let fallback = routes.fallback.as_ref();
+        let fallback = match fallback.map(|chain| &chain.way) {
+            Some(listener::Way::ServerName) => {
+                if !ends_tls {
+                    next.extend(self.by_server_name(listener, routes, &Match::default(), old));
+                }
+                None
+            }
+            _ => fallback.map(|chain| self.route(listener, routes, chain, old)),
+        };
+        let settings = RouterSettings {
+            name: keep_text(old.map(|old| &old.settings().name), &listener.name),
+            service: keep_text(old.map(|old| &old.settings().service), self.around.cluster),
+            proxy_id: keep_text(old.map(|old| &old.settings().proxy_id), self.around.proxy_id),
+            bind: listener.bind.clone(),
+            transparent: routes.transparent,
+            permissive: ends_tls && routes.all().any(|chain| matches!(chain.way, listener::Way::Cluster(_))),
+            inspect_timeout: routes.inspect_timeout,
+            silent_is_raw: routes.silent_is_raw,
+            routes: next,
+            fallback,
+        };
+        if let Some(old) = old.filter(|old| same_settings(old.settings(), &settings)) {
+            return Some(Arc::clone(old));
+        }
+        Router::new(settings).map(Arc::new).map_err(|why| self.notes.push(why.to_string())).ok()
+    }
+
+    /// `sni_cluster`: a route for each cluster whose name a client may ask for and no other chain takes.
+    fn by_server_name(
+        &mut self,
+        listener: &Listener,
+        routes: &Routes,
+        matches: &Match,
+        old: Option<&Arc<Router>>,
+    ) -> Vec<Arc<Route>> {
+        let taken = |name: &str| routes.all().flat_map(|chain| &chain.matches.server_names).any(|known| known.takes(name));
+        let plain = self.held.clusters.values().filter(|cluster| cluster.tls.is_none());
+        let names: Vec<(String, ServerName)> = plain
+            .filter(|cluster| !matches!(cluster.discovery, Discovery::OriginalDestination) && !taken(&cluster.name))
+            .filter_map(|cluster| match cluster.name.parse() {
+                Ok(name @ ServerName::Exact(_)) => Some((cluster.name.clone(), name)),
+                Ok(ServerName::Under(_)) | Err(_) => None,
+            })
+            .collect();
+        let route = |(cluster, name): (String, ServerName)| {
+            let matches = Match { server_names: vec![name], ..matches.clone() };
+            let named = routes.all().any(|chain| chain.name == cluster);
+            let name = if named { format!("{cluster} by its name") } else { cluster.clone() };
+            self.route(listener, routes, &Chain { name, matches, way: listener::Way::Cluster(cluster) }, old)
+        };
+        names.into_iter().map(route).collect()
+    }
+
+    fn route(&mut self, listener: &Listener, routes: &Routes, chain: &Chain, old: Option<&Arc<Router>>) -> Arc<Route> {
+        let old = old.and_then(|old| old.routes().find(|old| *old.name == *chain.name));
+        let way = match &chain.way {
+            listener::Way::End(ending) => self.end(listener, chain, ending, old),
+            listener::Way::Cluster(name) => self.plain(listener, routes, chain, name, old).unwrap_or_else(|why| {
+                self.note(listener, chain, &why);
+                Way::Forward(nowhere(listener, chain))
+            }),
+            listener::Way::ServerName => Way::Forward(nowhere(listener, chain)),
+        };
+        match old {
+            Some(old) if old.matches == chain.matches && same_way(&old.way, &way) => Arc::clone(old),
+            _ => Arc::new(Route { name: chain.name.as_str().into(), matches: chain.matches.clone(), way }),
+        }
+    }
+
+    /// A way without TLS from the client, as its cluster says.
+    fn plain(
+        &self,
+        listener: &Listener,
+        routes: &Routes,
+        chain: &Chain,
+        name: &str,
+        old: Option<&Arc<Route>>,
+    ) -> Result<Way, String> {
+        let cluster = self.cluster(name)?;
+        match &cluster.discovery {
+            Discovery::OriginalDestination if cluster.tls.is_some() => {
+                return Err(format!("cluster {name} speaks TLS to original destinations, which is not done here"));
+            }
+            Discovery::OriginalDestination if !routes.transparent => {
+                return Err(format!("cluster {name} leads to original destinations, and nothing is redirected here"));
+            }
+            Discovery::OriginalDestination => {
+                let Cluster { connect_timeout, max_connections, .. } = *cluster;
+                return Ok(Way::Original(Original { connect_timeout, max_connections }));
+            }
+            Discovery::Eds(_) | Discovery::Static(_) | Discovery::Dns(..) | Discovery::Aggregate(_) => {}
+        }
+        let old_upstream = old.and_then(|old| match &old.way {
+            Way::Originate { upstream, .. } | Way::Forward(upstream) => Some(upstream),
+            Way::Terminate { .. } | Way::Original(_) => None,
+        });
+        let mut leaves = Vec::new();
+        super::collect(self.held, name, 0, &mut leaves)?;
+        match leaves.iter().find_map(|leaf| leaf.tls.as_ref()) {
+            Some(tls) => {
+                let upstream = self.upstream(name, &chain.name, &listener.bind, Spoken::Tls, old_upstream)?;
+                let service = self.route_service(&tls.material, Arc::new(Intentions::unknown()), None, old);
+                Ok(Way::Originate { service, upstream })
+            }
+            None if routes.outbound => Err(format!("cluster {name} has no UpstreamTlsContext, and nothing leaves without")),
+            None => self.upstream(name, &chain.name, &listener.bind, Spoken::AsItCame, old_upstream).map(Way::Forward),
+        }
+    }
+
+    fn end(&mut self, listener: &Listener, chain: &Chain, ending: &Ending, old: Option<&Arc<Route>>) -> Way {
+        let old_app = old.and_then(|old| match &old.way {
+            Way::Terminate { app, .. } => app.as_ref(),
+            Way::Forward(_) | Way::Originate { .. } | Way::Original(_) => None,
+        });
+        let behind = self.behind(listener, chain, ending, old_app).unwrap_or_else(|why| {
+            self.note(listener, chain, &why);
+            (Vec::new(), Some(nowhere(listener, chain)))
+        });
+        let (app, upstream) = behind;
+        let connect_timeout = self.held.clusters.get(&ending.cluster).map(|cluster| cluster.connect_timeout);
+        let public = PublicListener {
+            bind: listener.bind.clone(),
+            app,
+            local_connect_timeout: connect_timeout.unwrap_or(config::CONNECT_TIMEOUT),
+            handshake_timeout: config::HANDSHAKE_TIMEOUT,
+            max_inbound_connections: ending.max_connections,
+        };
+        let service = self.route_service(&ending.material, Arc::clone(&ending.intentions), Some(public), old);
+        Way::Terminate { service, app: upstream }
+    }
+
+    /// The app: its addresses where the cluster tells them, or endpoints to choose from.
+    #[expect(clippy::type_complexity, reason = "two answers of one question")]
+    fn behind(
+        &self,
+        listener: &Listener,
+        chain: &Chain,
+        ending: &Ending,
+        old: Option<&Arc<Upstream>>,
+    ) -> Result<(Vec<crate::mesh::Address>, Option<Arc<Upstream>>), String> {
+        let cluster = self.cluster(&ending.cluster)?;
+        if let Discovery::Static(_) = &cluster.discovery {
+            return Ok((self.app(cluster)?, None));
+        }
+        let upstream = self.upstream(&ending.cluster, &chain.name, &listener.bind, Spoken::AsItCame, old)?;
+        Ok((Vec::new(), Some(upstream)))
+    }
+
+    /// The service whose certificate a chain or cluster has.
+    fn route_service(
+        &self,
+        material: &Material,
+        intentions: Arc<Intentions>,
+        public: Option<PublicListener>,
+        old: Option<&Arc<Route>>,
+    ) -> Arc<Service> {
+        let old = old.and_then(|old| old.way.service());
+        let name = material.leaf.service_name().map_or(self.around.cluster, |name| &*name.service);
+        let next = Service {
+            name: keep_text(old.map(|old| &old.name), name),
+            proxy_id: keep_text(old.map(|old| &old.proxy_id), self.around.proxy_id),
+            identity: self.around.identities.of(material).map(Arc::clone),
+            intentions: keep((*intentions).clone(), old.map(|old| &old.intentions)),
+            public: public.map(|public| keep(public, old.and_then(|old| old.public.as_ref()))),
+            upstreams: Vec::new(),
+        };
+        keep_service(next, old)
+    }
+
+    fn note(&mut self, listener: &Listener, chain: &Chain, why: &str) {
+        self.notes.push(format!("listener {}: {}: {why}", listener.name, chain.name));
+    }
+}
+
+/// What has no endpoint and never will while the resources stay as they are.
+fn nowhere(listener: &Listener, chain: &Chain) -> Arc<Upstream> {
+    Arc::new(Upstream {
+        name: chain.name.as_str().into(),
+        bind: listener.bind.clone(),
+        connect_timeout: config::CONNECT_TIMEOUT,
+        balance: Balance::default(),
+        max_connections: None,
+        outlier: Outlier::default(),
+        deny_reply: DenyReply::Close,
+        targets: Vec::new(),
+    })
+}
+
+fn same_way(a: &Way, b: &Way) -> bool {
+    match (a, b) {
+        (Way::Forward(a), Way::Forward(b)) => a == b,
+        (Way::Terminate { service, app }, Way::Terminate { service: other, app: of_other }) => {
+            Arc::ptr_eq(service, other) && app == of_other
+        }
+        (Way::Originate { service, upstream }, Way::Originate { service: other, upstream: of_other }) => {
+            Arc::ptr_eq(service, other) && upstream == of_other
+        }
+        (Way::Original(a), Way::Original(b)) => a == b,
+        _ => false,
+    }
+}
+
+fn same_settings(a: &RouterSettings, b: &RouterSettings) -> bool {
+    let same = |a: &[Arc<Route>], b: &[Arc<Route>]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b));
+    let of = |settings: &RouterSettings| settings.fallback.clone().into_iter().collect::<Vec<_>>();
+    let text = |settings: &RouterSettings| [&settings.name, &settings.service, &settings.proxy_id].map(Arc::clone);
+    text(a) == text(b)
+        && (a.transparent, a.permissive, a.inspect_timeout, a.silent_is_raw)
+            == (b.transparent, b.permissive, b.inspect_timeout, b.silent_is_raw)
+        && a.bind == b.bind
+        && same(&a.routes, &b.routes)
+        && same(&of(a), &of(b))
+}

@@ -1,0 +1,167 @@
+//! One filter chain: whom it takes and what its filters are.
+//!
+//! Invariant: a chain that is read has known filters only, and leads somewhere.
+
+use std::net::IpAddr;
+
+use envoy_types::pb::envoy::config::core::v3::CidrRange;
+use envoy_types::pb::envoy::config::listener::v3 as pb;
+use envoy_types::pb::envoy::extensions::filters::network::connection_limit::v3::ConnectionLimit;
+use envoy_types::pb::envoy::extensions::filters::network::rbac::v3::Rbac;
+use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_proxy;
+use envoy_types::pb::google::protobuf::Any;
+
+use super::access_logs;
+use crate::config::envoy::AccessLog;
+use crate::control::xds::rbac;
+use crate::control::xds::refusal::{Refusal, message_name, unpack};
+use crate::mesh::router::{Match, Network, ServerName};
+use crate::policy::network::Rules;
+
+const TCP_PROXY: &str = "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy";
+const RBAC: &str = "envoy.extensions.filters.network.rbac.v3.RBAC";
+const CONNECTION_LIMIT: &str = "envoy.extensions.filters.network.connection_limit.v3.ConnectionLimit";
+const SNI_CLUSTER: &str = "envoy.extensions.filters.network.sni_cluster.v3.SniCluster";
+/// The same filter where it comes without a type.
+const SNI_CLUSTER_NAME: &str = "envoy.filters.network.sni_cluster";
+const FILTERS_WANTED: &str = "at L4 rbac, connection_limit, sni_cluster and tcp_proxy are known";
+
+/// What the filters of a chain say.
+#[derive(Default)]
+pub(super) struct Filters {
+    pub(super) rules: Vec<Rules>,
+    pub(super) rbac: bool,
+    /// 0 is unlimited.
+    pub(super) max_connections: u32,
+    /// The cluster is that of the server name.
+    pub(super) by_server_name: bool,
+    pub(super) cluster: String,
+    pub(super) access_logs: Vec<AccessLog>,
+}
+
+/// Whether it takes every connection.
+pub(super) fn matches_all(chain: &pb::FilterChain) -> bool {
+    chain.filter_chain_match.as_ref().is_none_or(|found| *found == pb::FilterChainMatch::default())
+}
+
+/// Whom a chain takes.
+pub(super) fn matches(chain: &pb::FilterChain) -> Result<Match, Refusal> {
+    let Some(found) = &chain.filter_chain_match else { return Ok(Match::default()) };
+    let place = "filter_chain_match";
+    let other = [
+        ("address_suffix", !found.address_suffix.is_empty() || found.suffix_len.is_some()),
+        ("source_type", found.source_type != 0),
+        ("source_prefix_ranges", !found.source_prefix_ranges.is_empty()),
+        ("direct_source_prefix_ranges", !found.direct_source_prefix_ranges.is_empty()),
+        ("source_ports", !found.source_ports.is_empty()),
+        ("application_protocols", !found.application_protocols.is_empty()),
+    ];
+    if let Some((field, _)) = other.iter().find(|(_, present)| *present) {
+        let wanted = "told apart are destination_port, prefix_ranges, server_names and transport_protocol: expected no other";
+        return Err(Refusal::new(format!("{place}.{field}"), "present", wanted));
+    }
+    let port = found.destination_port.as_ref().map(|port| {
+        let refused = |_| Refusal::new(format!("{place}.destination_port"), port.value, "expected a port number");
+        u16::try_from(port.value).map_err(refused)
+    });
+    let networks = found.prefix_ranges.iter().enumerate();
+    let networks =
+        networks.map(|(index, range)| network(range).map_err(|why| why.under(&format!("{place}.prefix_ranges[{index}]"))));
+    let names = found.server_names.iter().enumerate().map(|(index, name)| {
+        name.parse().map_err(|why| Refusal::new(format!("{place}.server_names[{index}]"), why, "expected a name or *.suffix"))
+    });
+    let tls = match found.transport_protocol.as_str() {
+        "" => None,
+        "tls" => Some(true),
+        "raw_buffer" => Some(false),
+        other => return Err(Refusal::new(format!("{place}.transport_protocol"), other, "expected tls or raw_buffer")),
+    };
+    Ok(Match {
+        port: port.transpose()?,
+        networks: networks.collect::<Result<_, _>>()?,
+        server_names: names.collect::<Result<Vec<ServerName>, _>>()?,
+        tls,
+    })
+}
+
+fn network(range: &CidrRange) -> Result<Network, Refusal> {
+    let refused = || Refusal::new("address_prefix", &range.address_prefix, "expected an IP address");
+    let address: IpAddr = range.address_prefix.parse().map_err(|_| refused())?;
+    let length = range.prefix_len.as_ref().map_or(0, |length| length.value);
+    let prefix = u8::try_from(length).unwrap_or(u8::MAX);
+    Network::new(address, prefix).map_err(|why| Refusal::new("prefix_len", length, why.to_string()))
+}
+
+/// What its filters say, the last of which must be `tcp_proxy`.
+pub(super) fn filters(chain: &pb::FilterChain) -> Result<Filters, Refusal> {
+    let mut found = Filters::default();
+    let mut ended = false;
+    for (index, filter) in chain.filters.iter().enumerate() {
+        let place = format!("filters[{index}]");
+        if ended {
+            return Err(Refusal::new(place, &filter.name, "expected nothing after tcp_proxy"));
+        }
+        let any = match &filter.config_type {
+            Some(pb::filter::ConfigType::TypedConfig(any)) => any,
+            Some(pb::filter::ConfigType::ConfigDiscovery(_)) => {
+                return Err(Refusal::new(format!("{place}.config_discovery"), &filter.name, FILTERS_WANTED));
+            }
+            None if filter.name == SNI_CLUSTER_NAME => {
+                found.by_server_name = true;
+                continue;
+            }
+            None => return Err(Refusal::new(format!("{place}.typed_config"), &filter.name, FILTERS_WANTED)),
+        };
+        take(&mut found, any, &filter.name).map_err(|why| why.under(&place))?;
+        ended = message_name(any) == TCP_PROXY;
+    }
+    if !ended {
+        return Err(Refusal::missing("filters", "expected envoy.filters.network.tcp_proxy as the last filter"));
+    }
+    if !found.by_server_name && found.cluster.is_empty() {
+        return Err(Refusal::missing("filters.tcp_proxy.cluster", "expected a cluster's name"));
+    }
+    Ok(found)
+}
+
+fn take(found: &mut Filters, any: &Any, name: &str) -> Result<(), Refusal> {
+    let field = "typed_config";
+    match message_name(any) {
+        RBAC => {
+            let filter: Rbac = unpack(any, RBAC, field)?;
+            found.rbac = true;
+            found.rules.extend(rbac::rules(&filter).map_err(|why| why.under(field))?);
+        }
+        CONNECTION_LIMIT => {
+            let filter: ConnectionLimit = unpack(any, CONNECTION_LIMIT, field)?;
+            let most = filter.max_connections.as_ref().map_or(0, |most| most.value);
+            if most == 0 {
+                return Err(Refusal::new(format!("{field}.max_connections"), most, "expected 1 or more"));
+            }
+            found.max_connections = u32::try_from(most).unwrap_or(u32::MAX);
+        }
+        TCP_PROXY => {
+            let filter: tcp_proxy::TcpProxy = unpack(any, TCP_PROXY, field)?;
+            found.access_logs = access_logs(&filter.access_log).map_err(|why| why.under(field))?;
+            found.cluster = target(&filter).map_err(|why| why.under(field))?;
+        }
+        SNI_CLUSTER => found.by_server_name = true,
+        _ => return Err(Refusal::new("name", format!("{name} ({})", message_name(any)), FILTERS_WANTED)),
+    }
+    Ok(())
+}
+
+fn target(filter: &tcp_proxy::TcpProxy) -> Result<String, Refusal> {
+    use tcp_proxy::tcp_proxy::ClusterSpecifier;
+    if filter.tunneling_config.is_some() {
+        return Err(Refusal::new("tunneling_config", "present", "TCP is not tunnelled in HTTP: expected none"));
+    }
+    match &filter.cluster_specifier {
+        Some(ClusterSpecifier::Cluster(name)) => Ok(name.clone()),
+        Some(ClusterSpecifier::WeightedClusters(weighted)) => match weighted.clusters.as_slice() {
+            [one] => Ok(one.name.clone()),
+            many => Err(Refusal::new("weighted_clusters.clusters", format!("{} clusters", many.len()), "expected one")),
+        },
+        None => Ok(String::new()),
+    }
+}

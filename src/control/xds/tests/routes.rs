@@ -1,0 +1,234 @@
+//! Listeners whose connections are told apart: what Consul 1.10 sent for gateways and a transparent proxy, and what later ones
+//! send, written after Consul's `agent/xds/listeners.go`.
+
+use super::*;
+
+const HTTP: &str = "type.googleapis.com/envoy.extensions.filters";
+
+impl Bench {
+    /// The name of the route that a connection takes.
+    fn taken(&self, seen: &Seen<'_>) -> Option<String> {
+        let router = &self.published.routers[0];
+        router.route(seen).map(|place| router.routes().nth(place).expect("a place of a route").name.to_string())
+    }
+
+    /// The way of a route.
+    fn way(&self, name: &str) -> Way {
+        let routes = self.published.routers.iter().flat_map(|router| router.routes());
+        routes.into_iter().find(|route| *route.name == *name).unwrap_or_else(|| panic!("no route {name}")).way.clone()
+    }
+}
+
+fn tls(server_name: &str) -> Seen<'_> {
+    Seen { server_name: Some(server_name), tls: true, ..Seen::default() }
+}
+
+fn to(address: &str, tls: bool) -> Seen<'_> {
+    Seen { destination: Some(address.parse().expect("an address")), tls, ..Seen::default() }
+}
+
+fn proxy(cluster: &str) -> Json {
+    json!({"name": "envoy.filters.network.tcp_proxy", "typed_config": {
+        "@type": format!("{HTTP}.network.tcp_proxy.v3.TcpProxy"), "stat_prefix": "x", "cluster": cluster}})
+}
+
+/// A filter chain that ends mutual TLS.
+fn ending(cluster: &str) -> Json {
+    json!({
+        "filters": [{"name": "envoy.filters.network.rbac", "typed_config": {
+            "@type": format!("{HTTP}.network.rbac.v3.RBAC"), "rules": {"action": "DENY"}, "stat_prefix": "connect_authz"}},
+            proxy(cluster)],
+        "transport_socket": {"name": "tls", "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+            "require_client_certificate": true,
+            "common_tls_context": {"tls_certificates": [{"certificate_chain": {}, "private_key": {}}],
+                "validation_context": {"trusted_ca": {}}}}}})
+}
+
+fn listener(name: &str, direction: &str, filters: &[&str], chains: Json) -> Json {
+    let filters: Vec<Json> = filters.iter().map(|name| json!({"name": format!("envoy.filters.listener.{name}")})).collect();
+    json!({"name": name, "address": {"socket_address": {"address": "127.0.0.1", "port_value": 15001}},
+        "traffic_direction": direction, "listener_filters": filters, "filter_chains": chains})
+}
+
+#[test]
+fn a_mesh_gateway_passes_tls_on_to_the_cluster_that_is_asked_for() {
+    let mut bench = Bench::new("gateway");
+    let capture = Bench::fixture("mesh-gateway");
+    assert_eq!(bench.send_all(&capture), Vec::<String>::new());
+    let router = bench.router();
+    assert_eq!(bench.notes, Vec::<String>::new());
+    assert_eq!(router.settings().bind.to_string(), "127.0.0.1:21512");
+    assert!(router.inspects() && !router.enforces());
+    let names: Vec<&str> =
+        capture["clusters"].as_array().expect("a list").iter().map(|one| one["name"].as_str().expect("")).collect();
+    assert_eq!(names.len(), 6);
+    for name in &names {
+        assert_eq!(bench.taken(&tls(name)).as_deref(), Some(*name));
+        let Way::Forward(upstream) = bench.way(name) else { panic!("{name} is not passed on") };
+        assert!(!upstream.targets[0].endpoints.is_empty(), "{name}");
+    }
+    assert_eq!(bench.taken(&tls("elsewhere.default.dc1.internal.t.consul")), None);
+    assert_eq!(bench.taken(&Seen::default()), None, "without TLS there is no name");
+    assert!(Arc::ptr_eq(&router, &bench.router()), "nothing changed");
+
+    // Names of another datacenter go to its gateways; what no chain names stays with the clusters of that name.
+    let cluster = json!({"name": "dc2.internal.t.consul", "type": "EDS"});
+    let mut listener = capture["listeners"][0].clone();
+    let chains = listener["filter_chains"].as_array_mut().expect("a list");
+    chains.insert(
+        0,
+        json!({"filter_chain_match": {"server_names": ["*.dc2.internal.t.consul"]},
+        "filters": [proxy("dc2.internal.t.consul")]}),
+    );
+    assert_eq!(bench.send(Kind::Cluster, &[cluster]), Vec::<String>::new());
+    assert_eq!(bench.send(Kind::Listener, &[listener]), Vec::<String>::new());
+    bench.build();
+    assert_eq!(bench.taken(&tls("web.default.dc2.internal.t.consul")).as_deref(), Some("dc2.internal.t.consul"));
+    assert_eq!(bench.taken(&tls(names[0])).as_deref(), Some(names[0]));
+}
+
+#[test]
+fn a_terminating_gateway_shows_each_service_its_own_certificate_and_passes_nothing_on() {
+    let mut bench = Bench::new("legacy");
+    let capture = Bench::fixture("egress");
+    assert_eq!(bench.send_all(&capture), Vec::<String>::new());
+    let router = bench.router();
+    let name = capture["clusters"][0]["name"].as_str().expect("a name");
+    assert!(router.enforces() && !router.lacks_identity(), "{:?}", bench.notes);
+    assert_eq!(bench.taken(&tls(name)).as_deref(), Some(name));
+    let Way::Terminate { service, app } = bench.way(name) else { panic!("TLS does not end") };
+    assert_eq!((&*service.name, service.identity.as_ref().expect("one").svid.id.clone()), ("legacy", bench.ca.id("legacy")));
+    assert!(!app.expect("endpoints to choose from").targets[0].endpoints.is_empty());
+    assert_eq!(router.routes().count(), 1, "the last chain leads to no cluster, and would pass intentions by");
+    assert_eq!(bench.taken(&tls("other.default.dc1.internal.t.consul")), None);
+
+    // A second service under another certificate.
+    let mut listener = capture["listeners"][0].clone();
+    let chains = listener["filter_chains"].as_array_mut().expect("a list");
+    let mut second = chains[0].clone();
+    second["filter_chain_match"]["server_names"] = json!(["billing.internal"]);
+    second["filters"][1]["typed_config"]["cluster"] = "billing".into();
+    let billing = bench.ca.svid("billing");
+    let certificate = &mut second["transport_socket"]["typed_config"]["common_tls_context"]["tls_certificates"][0];
+    *certificate = json!({"certificate_chain!": chain_pem(&billing.chain), "private_key!": key_pem(&billing.key)});
+    chains.insert(1, second);
+    assert_eq!(bench.send(Kind::Listener, &[listener]), Vec::<String>::new());
+    bench.build();
+    let Way::Terminate { service: first, .. } = bench.way(name) else { panic!("TLS does not end") };
+    assert!(Arc::ptr_eq(&service, &first), "the other one does not touch it");
+    let Way::Terminate { service, app } = bench.way("billing") else { panic!("TLS does not end") };
+    assert_eq!(service.identity.as_ref().expect("one").svid.id, bench.ca.id("billing"));
+    assert!(app.expect("nowhere yet").targets.is_empty() && bench.notes[0].contains("cluster billing is not there"));
+}
+
+#[test]
+fn a_transparent_proxy_tells_virtual_addresses_apart_and_lets_the_rest_pass() {
+    let mut bench = Bench::new("batch");
+    let mut capture = Bench::fixture("transparent");
+    assert_eq!(bench.send_all(&capture), Vec::<String>::new(), "a filter by name alone is taken");
+    bench.build();
+    assert!(matches!(bench.way("original-destination"), Way::Original(_)));
+    assert_eq!(bench.taken(&to("192.0.2.1:80", false)).as_deref(), Some("original-destination"));
+
+    let clusters: Vec<String> =
+        capture["clusters"].as_array().expect("a list").iter().map(|one| one["name"].to_string()).collect();
+    let broker = clusters.iter().map(|name| name.trim_matches('"')).find(|name| name.starts_with("broker.")).expect("there");
+    let outbound = capture["listeners"].as_array_mut().expect("a list");
+    let outbound = outbound.iter_mut().find(|one| one["traffic_direction"] == "OUTBOUND").expect("there");
+    let rest = outbound["filter_chains"][0].clone();
+    outbound["default_filter_chain"] = rest;
+    let range = |address: &str| json!([{"address_prefix": address, "prefix_len": 32}]);
+    outbound["filter_chains"] = json!([
+        {"filter_chain_match": {"prefix_ranges": range("240.0.0.1")}, "filters": [proxy(broker)]},
+        {"filter_chain_match": {"prefix_ranges": range("240.0.0.2")}, "filters": [proxy("local_app")]},
+        {"filter_chain_match": {"prefix_ranges": range("240.0.0.3"), "destination_port": 443}, "filters": [proxy(broker)]},
+    ]);
+    let outbound = outbound.clone();
+    assert_eq!(bench.send(Kind::Listener, &[outbound]), Vec::<String>::new());
+    bench.build();
+    let first = bench.taken(&to("240.0.0.1:6379", false)).expect("a route");
+    let Way::Originate { service, upstream } = bench.way(&first) else { panic!("no TLS behind {first}") };
+    assert_eq!(service.identity.as_ref().expect("one").svid.id, bench.ca.id("batch"));
+    assert_eq!(upstream.targets[0].expected[0], bench.ca.id("broker"));
+    assert_eq!(bench.taken(&to("192.0.2.1:80", false)).as_deref(), Some("original-destination"));
+    assert_ne!(bench.taken(&to("240.0.0.3:443", false)), Some(first), "two chains to one cluster are two routes");
+    // Nothing leaves for the mesh in plain: it waits for what does not come, and does not fall to the passthrough.
+    let Way::Forward(nowhere) = bench.way("local_app") else { panic!("served") };
+    assert!(
+        nowhere.targets.is_empty() && bench.notes.iter().any(|note| note.contains("nothing leaves without")),
+        "{:?}",
+        bench.notes
+    );
+    assert_eq!(bench.taken(&to("240.0.0.2:80", false)).as_deref(), Some("local_app"));
+}
+
+#[test]
+fn permissive_mode_is_a_chain_by_port_beside_the_one_that_decides() {
+    let mut bench = Bench::new("batch");
+    let app = json!({"name": "local_app", "type": "STATIC", "load_assignment": {"cluster_name": "local_app", "endpoints": [
+        {"lb_endpoints": [{"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 8080}}}}]}]}});
+    assert_eq!(bench.send(Kind::Cluster, &[app]), Vec::<String>::new());
+    let raw = json!({"filter_chain_match": {"destination_port": 8080}, "filters": [proxy("local_app")]});
+    let public = |chains: Json| listener("public_listener", "INBOUND", &["original_dst"], chains);
+    assert_eq!(bench.send(Kind::Listener, &[public(json!([ending("local_app"), raw]))]), Vec::<String>::new());
+    let router = bench.router();
+    assert!(router.settings().permissive && !router.enforces(), "{:?}", bench.notes);
+    assert!(matches!(bench.way("local_app for port 8080"), Way::Forward(_)));
+    assert_eq!(bench.taken(&to("127.0.0.1:20000", true)).as_deref(), Some("local_app for all"));
+    let Way::Terminate { service, app: None } = bench.way("local_app for all") else { panic!("TLS does not end") };
+    assert_eq!(service.public.as_ref().expect("there").app, [Address::Tcp(([127, 0, 0, 1], 8_080).into())]);
+
+    // A listener that is not understood lets nobody in by its old rules.
+    assert!(service.intentions.decide(&bench.ca.id("web")).is_ok());
+    let refused = bench.send(Kind::Listener, &[listener("public_listener", "INBOUND", &["http_inspector"], json!([]))]);
+    assert!(refused[0].contains("listener_filters[0].name: envoy.filters.listener.http_inspector"), "{refused:?}");
+    bench.build();
+    let Way::Terminate { service, .. } = bench.way("local_app for all") else { panic!("TLS does not end") };
+    assert!(service.intentions.decide(&bench.ca.id("web")).is_err());
+}
+
+#[test]
+fn a_peer_is_trusted_for_its_own_domain_and_where_a_listener_says_so() {
+    let mut bench = Bench::new("web");
+    let (answering, calling) = (Ca::new("aaaa.consul"), Ca::new("bbbb.consul"));
+    let pem = |ca: &Ca| chain_pem(std::slice::from_ref(ca.certificate()));
+    let cluster = json!({"name": "db.peer", "type": "EDS", "transport_socket": {"name": "tls", "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext", "sni": "db.peer",
+        "common_tls_context": {
+            "tls_certificates": [{"certificate_chain": {}, "private_key": {}}],
+            "validation_context": {"trusted_ca!": pem(&answering), "match_typed_subject_alt_names": [
+                {"san_type": "URI", "matcher": {"exact": answering.id("db").as_str()}}]}}}}});
+    let mut public = ending("local_app");
+    public["transport_socket"]["typed_config"]["common_tls_context"]["validation_context"] = json!({
+        "custom_validator_config": {"name": "envoy.tls.cert_validator.spiffe", "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.SPIFFECertValidatorConfig",
+            "trust_domains": [
+                {"name": TRUST_DOMAIN, "trust_bundle!": pem(&bench.ca)},
+                {"name": "bbbb.consul", "trust_bundle!": pem(&calling)}]}}});
+    assert_eq!(bench.send(Kind::Cluster, &[cluster]), Vec::<String>::new());
+    assert_eq!(bench.send(Kind::Listener, &[listener("public_listener", "INBOUND", &[], json!([public]))]), Vec::<String>::new());
+    let service = bench.build();
+    let bundle = &service.identity.as_ref().unwrap_or_else(|| panic!("{:?}", bench.notes)).bundle;
+    assert_eq!((&*bundle.trust_domain, bundle.roots.as_slice()), (TRUST_DOMAIN, std::slice::from_ref(bench.ca.certificate())));
+    assert_eq!(bundle.peers, [answering.as_peer(false), calling.as_peer(true)]);
+}
+
+#[test]
+fn matches_that_are_not_looked_at_are_refused_by_their_names() {
+    let mut bench = Bench::new("web");
+    let mut told = |filters: &[&str], matches: Json| {
+        let chains = json!([{"filter_chain_match": matches, "filters": [proxy("x")]}]);
+        bench.send(Kind::Listener, &[listener("one", "OUTBOUND", filters, chains)]).join("; ")
+    };
+    let alpn = told(&["tls_inspector"], json!({"application_protocols": ["h2"]}));
+    assert!(alpn.contains("filter_chains[0].filter_chain_match.application_protocols: present"), "{alpn}");
+    let source = told(&["original_dst"], json!({"source_prefix_ranges": [{"address_prefix": "10.0.0.0", "prefix_len": 8}]}));
+    assert!(source.contains("filter_chain_match.source_prefix_ranges: present"), "{source}");
+    let long = told(&["original_dst"], json!({"prefix_ranges": [{"address_prefix": "10.0.0.0", "prefix_len": 33}]}));
+    assert!(long.contains("prefix_ranges[0].prefix_len: 33; 10.0.0.0/33 is no network"), "{long}");
+    let blind = told(&[], json!({"server_names": ["db.consul"]}));
+    assert!(blind.contains("listener_filters: absent; what a connection says first is looked at by"), "{blind}");
+    let empty = told(&["tls_inspector"], json!({"server_names": ["*"]}));
+    assert!(empty.contains("server_names[0]: server name \"*\" cannot be matched"), "{empty}");
+}

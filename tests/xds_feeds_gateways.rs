@@ -1,0 +1,220 @@
+//! What Consul's xDS server tells gateways, a transparent proxy and peers is served: by sidecars and gateways of this proxy, each
+//! with a server of its own.
+#![cfg(feature = "xds")]
+
+#[path = "support/xds_resources.rs"]
+mod resources;
+mod support;
+#[path = "support/xds.rs"]
+mod xds;
+#[path = "support/xds_proxy.rs"]
+mod xds_proxy;
+
+use std::net::SocketAddr;
+use std::process::Command;
+
+use envoy_types::pb::envoy::config::core::v3::HealthStatus;
+use prost::Message as _;
+use ringfence::tls::fixtures::{Ca, chain_pem};
+
+use resources::Material;
+use support::namespace::{Outside, call, entered};
+use support::traffic::{Live, round_trip};
+use support::{Echo, PATIENCE, ports, wait_for, wait_until};
+use xds::{CLUSTER, ENDPOINTS, LISTENER, XdsServer};
+use xds_proxy::{Proxy, material};
+
+const TRUST_DOMAIN: &str = "11111111-2222-3333-4444-555555555555.consul";
+const PEER_DOMAIN: &str = "99999999-8888-7777-6666-555555555555.consul";
+const DB: &str = "db.default.dc1.internal.11111111-2222-3333-4444-555555555555.consul";
+const LEGACY: &str = "legacy.default.dc1.internal.11111111-2222-3333-4444-555555555555.consul";
+const BILLING: &str = "billing.default.dc1.internal.11111111-2222-3333-4444-555555555555.consul";
+/// No user of the machine; what it opens is redirected.
+const REDIRECTED: u32 = 54_321;
+
+/// `web` with one upstream behind each of these names, all at one address.
+fn web(own: &Material, upstreams: &[(&str, &str, SocketAddr)], at: SocketAddr) -> Proxy {
+    let server = XdsServer::start();
+    let mut all = Vec::new();
+    for (name, expected, listen) in upstreams {
+        let endpoints = resources::assignment(name, &[(at, HealthStatus::Healthy)]);
+        let listener = resources::upstream_listener(name, *listen, name);
+        all.push((CLUSTER, (*name).to_owned(), resources::target_cluster(name, own, expected).encode_to_vec()));
+        all.push((ENDPOINTS, (*name).to_owned(), endpoints.encode_to_vec()));
+        all.push((LISTENER, resources::upstream_name(name, *listen), listener.encode_to_vec()));
+    }
+    server.set_all(all);
+    Proxy::start("web", server, "")
+}
+
+fn db(listener: &impl prost::Message, public: SocketAddr, app: SocketAddr) -> Proxy {
+    let server = XdsServer::start();
+    server.set_all(vec![
+        (CLUSTER, "local_app".into(), resources::app_cluster(app).encode_to_vec()),
+        (LISTENER, resources::public_name(public), listener.encode_to_vec()),
+    ]);
+    Proxy::start("db", server, "")
+}
+
+/// A gateway with plain clusters, each with one endpoint.
+fn gateway(name: &str, listener: &impl prost::Message, bind: SocketAddr, clusters: &[(&str, SocketAddr)]) -> Proxy {
+    let server = XdsServer::start();
+    let mut all = vec![(LISTENER, resources::upstream_name("default", bind), listener.encode_to_vec())];
+    for (cluster, at) in clusters {
+        let endpoints = resources::assignment(cluster, &[(*at, HealthStatus::Healthy)]);
+        all.push((CLUSTER, (*cluster).to_owned(), resources::plain_cluster(cluster).encode_to_vec()));
+        all.push((ENDPOINTS, (*cluster).to_owned(), endpoints.encode_to_vec()));
+    }
+    server.set_all(all);
+    let gateway = Proxy::start(name, server, "");
+    gateway.wait_ready();
+    gateway
+}
+
+fn pem(ca: &Ca) -> String {
+    chain_pem(std::slice::from_ref(ca.certificate()))
+}
+
+fn wait_echo(at: SocketAddr) {
+    wait_for("an echo", PATIENCE, || round_trip(at, b"first").map_err(|error| error.to_string()));
+}
+
+#[test]
+fn a_mesh_gateway_stands_between_two_sidecars_and_holds_no_key() {
+    let (ca, app) = (Ca::new(TRUST_DOMAIN), Echo::start());
+    let (listen, front, public) = (ports::free_address(), ports::free_address(), ports::free_address());
+    let of_db = material(&ca, &ca.leaf("db"));
+    let db = db(&resources::public_listener(public, &of_db, resources::allow(&["web"])), public, app.address);
+    let gateway = gateway("mesh-gateway", &resources::mesh_gateway(front), front, &[(DB, public)]);
+    let of_web = material(&ca, &ca.leaf("web"));
+    let web = web(&of_web, &[(DB, ca.id("db").as_str(), listen)], front);
+    wait_echo(listen);
+    round_trip(listen, &support::bytes(1, 300_000)).expect("an echo of 300 kB");
+    let mut live = Live::open(listen);
+    // A service more is a route more, and touches nobody.
+    gateway.server.set(CLUSTER, LEGACY, &resources::plain_cluster(LEGACY));
+    // Now it knows no such name: nobody new, and who is there stays.
+    gateway.server.remove(CLUSTER, DB);
+    wait_until("the name is unknown", PATIENCE, || round_trip(listen, b"unknown").is_err());
+    live.ping().expect("the live connection");
+    gateway.server.set(CLUSTER, DB, &resources::plain_cluster(DB));
+    wait_echo(listen);
+    live.ping().expect("the live connection");
+    let status = gateway.sidecar.status();
+    assert_eq!((status.services[0].spiffe_id.as_ref(), status.services[0].problem.as_ref()), (None, None));
+    [web, gateway, db].into_iter().for_each(Proxy::stop);
+}
+
+#[test]
+fn a_terminating_gateway_speaks_for_services_that_have_no_sidecar() {
+    let (ca, legacy, billing) = (Ca::new(TRUST_DOMAIN), Echo::start(), Echo::start());
+    let (to_legacy, to_billing, front) = (ports::free_address(), ports::free_address(), ports::free_address());
+    let (of_legacy, of_billing) = (material(&ca, &ca.leaf("legacy")), material(&ca, &ca.leaf("billing")));
+    let listener = |allowed: &[&str]| {
+        let services = vec![(LEGACY, &of_legacy, resources::allow(allowed)), (BILLING, &of_billing, resources::allow(&["web"]))];
+        resources::terminating_gateway(front, services)
+    };
+    let clusters = [(LEGACY, legacy.address), (BILLING, billing.address), (DB, legacy.address)];
+    let gateway = gateway("egress", &listener(&["web"]), front, &clusters);
+    let of_web = material(&ca, &ca.leaf("web"));
+    let to_db = ports::free_address();
+    let expected = [ca.id("legacy"), ca.id("billing"), ca.id("db")];
+    let upstreams = [
+        (LEGACY, expected[0].as_str(), to_legacy),
+        (BILLING, expected[1].as_str(), to_billing),
+        (DB, expected[2].as_str(), to_db),
+    ];
+    let web = web(&of_web, &upstreams, front);
+    for to in [to_legacy, to_billing] {
+        wait_echo(to);
+        round_trip(to, &support::bytes(2, 300_000)).expect("an echo of 300 kB");
+    }
+    assert_eq!(gateway.sidecar.status().services.iter().filter(|service| service.spiffe_id.is_some()).count(), 2);
+    // Its cluster is there, but no chain decides who may reach it.
+    let before = legacy.accepted();
+    assert!(round_trip(to_db, b"past the intentions").is_err());
+    assert_eq!(legacy.accepted(), before, "bytes reached an app past the intentions");
+
+    let (mut denied, mut other) = (Live::open(to_legacy), Live::open(to_billing));
+    gateway.server.set(LISTENER, &resources::upstream_name("default", front), &listener(&[]));
+    denied.wait_cut(PATIENCE);
+    assert!(round_trip(to_legacy, b"denied").is_err());
+    other.ping().expect("the other service's connection");
+    [web, gateway].into_iter().for_each(Proxy::stop);
+}
+
+#[test]
+fn peers_are_let_in_from_their_trust_domain_by_their_roots_alone() {
+    let (ours, theirs, app) = (Ca::new(TRUST_DOMAIN), Ca::new(PEER_DOMAIN), Echo::start());
+    let (listen, public) = (ports::free_address(), ports::free_address());
+    let of_db = material(&theirs, &theirs.leaf("db"));
+    let allowed = || resources::allow(&["web"]);
+    let with = |roots: &str| {
+        let domains = [(PEER_DOMAIN, pem(&theirs)), (TRUST_DOMAIN, roots.to_owned())];
+        let domains = domains.each_ref().map(|(name, roots)| (*name, roots.as_str()));
+        resources::peered_listener(public, &of_db, allowed(), &domains)
+    };
+    let db = db(&with(&pem(&ours)), public, app.address);
+    // Consul gives a peered upstream the roots of the peer, beside the certificate of ours.
+    let of_web = Material { roots_pem: pem(&theirs), ..material(&ours, &ours.leaf("web")) };
+    let web = web(&of_web, &[("db", theirs.id("db").as_str(), listen)], public);
+    // Whom our own domain trusts is told by the way in.
+    let own = material(&ours, &ours.leaf("web"));
+    let way_in = ports::free_address();
+    web.server.set(CLUSTER, "local_app", &resources::app_cluster(app.address));
+    web.server.set(LISTENER, &resources::public_name(way_in), &resources::public_listener(way_in, &own, allowed()));
+    wait_echo(listen);
+    round_trip(listen, &support::bytes(3, 100_000)).expect("an echo of 100 kB");
+
+    // Another CA for our domain: whoever had come by the old one stays out.
+    let name = resources::public_name(public);
+    let before = app.accepted();
+    db.server.set(LISTENER, &name, &with(&pem(&Ca::new(TRUST_DOMAIN))));
+    wait_until("not trusted any more", PATIENCE, || round_trip(listen, b"foreign").is_err());
+    db.server.set(LISTENER, &name, &resources::public_listener(public, &of_db, allowed()));
+    wait_until("the peer is none any more", PATIENCE, || db.sidecar.is_ready());
+    assert!(round_trip(listen, b"no peer").is_err());
+    assert!(app.accepted() >= before);
+    db.server.set(LISTENER, &name, &with(&pem(&ours)));
+    wait_echo(listen);
+    [web, db].into_iter().for_each(Proxy::stop);
+}
+
+#[test]
+fn a_transparent_proxy_leads_virtual_addresses_to_the_mesh_and_lets_the_rest_pass() {
+    if !entered("a_transparent_proxy_leads_virtual_addresses_to_the_mesh_and_lets_the_rest_pass") {
+        return;
+    }
+    let (outside, ca, app) = (Outside::start(), Ca::new(TRUST_DOMAIN), Echo::start());
+    let (redirect, public) = (ports::free_address(), ports::free_address());
+    let virtual_address = "198.51.100.77".parse().expect("an address");
+    let of_db = material(&ca, &ca.leaf("db"));
+    let db = db(&resources::public_listener(public, &of_db, resources::allow(&["web"])), public, app.address);
+    let of_web = material(&ca, &ca.leaf("web"));
+    let server = XdsServer::start();
+    let listener = resources::outbound_listener(redirect, virtual_address, "db");
+    let endpoints = resources::assignment("db", &[(public, HealthStatus::Healthy)]);
+    server.set_all(vec![
+        (CLUSTER, "db".into(), resources::target_cluster("db", &of_web, ca.id("db").as_str()).encode_to_vec()),
+        (CLUSTER, "original-destination".into(), resources::original_cluster().encode_to_vec()),
+        (ENDPOINTS, "db".into(), endpoints.encode_to_vec()),
+        (LISTENER, resources::upstream_name("default", redirect), listener.encode_to_vec()),
+    ]);
+    let web = Proxy::start("web", server, "");
+    web.wait_ready();
+    db.wait_ready();
+    let rules = format!(
+        "table ip redirected {{ chain output {{ type nat hook output priority -100; \
+         meta skuid {REDIRECTED} meta l4proto tcp redirect to :{}; }}; }}",
+        redirect.port()
+    );
+    let done = Command::new("nft").arg(rules).output().expect("nft runs");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+
+    assert_eq!(call(Some(REDIRECTED), virtual_address, 5_432, "tcp"), "message", "db's app echoes");
+    assert_eq!(app.accepted(), 1);
+    assert_eq!(call(Some(REDIRECTED), outside.v4(), 443, "tcp"), "outside", "what is no virtual address is let pass");
+    assert_eq!(app.accepted(), 1);
+    assert_eq!(call(None, outside.v4(), 443, "tcp"), "outside");
+    [web, db].into_iter().for_each(Proxy::stop);
+}
