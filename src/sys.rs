@@ -23,7 +23,7 @@ use std::time::Duration;
 pub use diag::{SocketDiag, SocketOwner};
 pub use fdstore::DescriptorStore;
 use socket2::{Domain, SockAddr, SockRef, Socket, TcpKeepalive, Type};
-pub use text::let_go_of_code;
+pub use text::{let_go_of_code, let_go_of_free_heap};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 

@@ -30,6 +30,14 @@ pub fn prepare() -> Result<(), AppError> {
     Ok(())
 }
 
+/// What only the start needed goes. Call when the process is ready, before it is busy.
+pub fn settle() {
+    sys::let_go_of_free_heap();
+    if let Err(error) = sys::let_go_of_code() {
+        tracing::debug!(%error, "code of the start stays in memory");
+    }
+}
+
 /// Makes a panic in any thread end the process with one clear line, so that no half-dead sidecar keeps its port.
 pub fn abort_on_panic() {
     std::panic::set_hook(Box::new(|info| {

@@ -312,6 +312,7 @@ impl Supervision {
             self.ready = true;
             sidecar.set_live();
             sidecar.settle();
+            process::settle();
             notify::ready(&text);
             tracing::info!("ready: {text}");
         } else if text != self.told {

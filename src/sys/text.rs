@@ -1,7 +1,7 @@
-//! Code that only ran once: the command line and the reading of settings.
+//! Memory that was needed once: the code of the command line, and what the reading of settings and first answers had allocated.
 //!
-//! Invariant: only executable mappings of files are let go of. They are never written to, so what is needed again comes from the
-//! page cache, 64 KiB with a fault; nothing else of the process is touched.
+//! Invariant: of mappings only executable ones of files are let go of. They are never written to, so what is needed again comes
+//! from the page cache, 64 KiB with a fault; of the heap only what is free already.
 
 use std::fs;
 use std::io;
@@ -22,6 +22,17 @@ pub fn let_go_of_code() -> io::Result<usize> {
     }
     Ok(bytes)
 }
+
+/// Gives free pages of the heap back to the kernel: the descriptors that a bootstrap is checked against take 5 MiB for a moment.
+#[cfg(target_env = "gnu")]
+pub fn let_go_of_free_heap() {
+    // SAFETY: takes the allocator's own locks; no allocation that is in use is touched.
+    unsafe { libc::malloc_trim(0) };
+}
+
+/// Other C libraries give it back by themselves, or never.
+#[cfg(not(target_env = "gnu"))]
+pub fn let_go_of_free_heap() {}
 
 /// First and last address of an executable mapping of a file.
 fn code(line: &str) -> Option<(usize, usize)> {
