@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import secrets
 import shutil
 from dataclasses import dataclass
@@ -134,6 +135,8 @@ class Deployment:
         self.headers = self._headers()
         self._add_connection()
         wait("the DAGs are known", 90, self._knows_dags, 0.5)
+        if "worker" in self.components:
+            wait("the Celery worker is ready", 60, self._is_worker_ready, 0.3)
         if self.release == "3":
             wait("the execution API has a healthy sidecar", 30, lambda: self.consul.has_endpoint("airflow-api-server"))
 
@@ -334,6 +337,13 @@ class Deployment:
     def _is_web_up(self) -> bool:
         self.assert_running()
         return ask(f"{APP}/api/v2/version" if self.release == "3" else f"{APP}/health", timeout=3).status == 200
+
+    def _is_worker_ready(self) -> bool | str:
+        """By its own word: when it cannot start, its process lives on for the server of task logs, and no task ever runs."""
+        self.assert_running()
+        worker = self.components["worker"]
+        said = worker.log.read_text(errors="replace")
+        return bool(re.search(r"\bcelery@\S+ ready\.", said)) or f"{worker.log}:\n{worker.tail()}"
 
     def _headers(self) -> dict[str, str]:
         if self.release == "3":

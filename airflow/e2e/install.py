@@ -20,8 +20,10 @@ CACHE = Path(os.environ.get("RINGFENCE_CACHE", "/var/cache/ringfence"))
 PYTHON = os.environ.get("RINGFENCE_PYTHON", "/usr/bin/python3.11")
 UV = "uv==0.13.9"
 VERSIONS = {"3.3": "3.3.2", "2.11": "2.11.2"}
-# celery 5.7.0 lacks what the celery provider 3.26.0 imports.
-PACKAGES = {name: [f"apache-airflow[postgres,celery,redis]=={full}", "celery<5.7"] for name, full in VERSIONS.items()}
+# Told by its version: since redis 8.1.0, which it does not take, a resolver goes back to an old one for Airflow 2.11 without
+# that bound, and whose worker dies at its start of click 8.3. celery 5.7.0 lacks what this one imports.
+CELERY = ["apache-airflow-providers-celery==3.26.0", "celery<5.7"]
+PACKAGES = {name: [f"apache-airflow[postgres,celery,redis]=={full}", *CELERY] for name, full in VERSIONS.items()}
 
 
 def ringfence() -> Path:
