@@ -26,7 +26,8 @@ from e2e.sidecars import Sidecar
 ADMIN_TASKS, ADMIN_API = 19000, 19001
 PORT_BASE_TASKS, PORT_BASE_API = 22000, 22100
 WAREHOUSE_PORT = 25435
-APP = "http://127.0.0.1:8080"
+APP_PORT = 8080
+APP = f"http://127.0.0.1:{APP_PORT}"
 RULES = """
 [[rule]]
 name = "payroll"
@@ -267,6 +268,11 @@ class Deployment:
         return [
             Task(name, int(index), state, int(number)) for name, index, state, number in self.postgres.query(sql, "airflow")
         ]
+
+    def tasks_that_ran(self) -> set[tuple[str, str, str, int]]:
+        """Dag, task, run and map index of every task instance that has ended."""
+        sql = f"select dag_id, task_id, run_id, map_index from task_instance where state in {ENDED}"
+        return {(dag, task, run, int(index)) for dag, task, run, index in self.postgres.query(sql, "airflow")}
 
     def task_log(self, dag: str, run: str, task: str) -> str:
         """What a reader of the task's log sees, of all tries."""

@@ -26,10 +26,11 @@ CELERY = ["apache-airflow-providers-celery==3.26.0", "celery<5.7"]
 PACKAGES = {name: [f"apache-airflow[postgres,celery,redis]=={full}", *CELERY] for name, full in VERSIONS.items()}
 
 
-def ringfence() -> Path:
+def ringfence(say: Callable[[str], None]) -> Path:
     """The binary, built if it is not there."""
     binary = Path(os.environ.get("RINGFENCE_BINARY", TREE / "target/release/ringfence"))
     if not binary.exists():
+        say("cargo build --release --locked: a few minutes")
         _run(["cargo", "build", "--release", "--locked"], "ringfence cannot be built")
     return binary
 
@@ -38,7 +39,7 @@ def servers(say: Callable[[str], None]) -> None:
     """Consul, PostgreSQL and Redis, by scripts/setup where they are missing."""
     parts = ["cgroup"] if _is_consul_there() else ["consul", "cgroup"]
     has_postgres = any(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
-    if not (has_postgres and shutil.which("redis-server") and shutil.which("setpriv") and shutil.which("ip")):
+    if not (has_postgres and all(map(shutil.which, ("redis-server", "setpriv", "ip", "nft")))):
         parts.insert(0, "packages")
     say(f"scripts/setup {' '.join(parts)}")
     _run(["bash", str(TREE / "scripts/setup"), *parts], "scripts/setup failed")

@@ -10,6 +10,7 @@ Invariant: nothing is ended that was not started here.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import pwd
 import shlex
@@ -21,6 +22,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 CLONE_NEWNET = 0x4000_0000
+# What a user may not reach but by ringfence; each try is counted.
+WALL = """
+table inet e2e {{
+    counter past {{ }}
+    chain outgoing {{
+        type filter hook output priority 0;
+        meta skuid {uid} tcp dport {{ {ports} }} tcp flags & (syn | ack) == syn counter name past reject with tcp reset
+    }}
+}}
+"""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # Dying processes hold a cgroup and a user for a moment longer than the kernel lists them: both are tried until they go.
 GUARDIAN = """
@@ -81,6 +92,7 @@ class Machine:
         self.logs = self.scratch / "logs"
         self.logs.mkdir()
         self.keep = keep
+        self.has_own_network = self.is_walled = False
         self.slice = _cgroup_mount() / f"ringfence-e2e-{os.getpid()}.slice"
         self.slice.mkdir()
         self.user = _make_user(f"ringfence-e2e-{os.getpid()}")
@@ -93,7 +105,32 @@ class Machine:
         if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET) != 0:
             self.say(f"no network of its own ({os.strerror(ctypes.get_errno())}); the machine's is used")
             return
+        self.has_own_network = True
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+
+    def wall(self, ports: Sequence[int]) -> None:
+        """Shuts the user out of these ports, where the network is the run's own, and tries that it holds."""
+        if not self.has_own_network:
+            return
+        rules = WALL.format(uid=self.user.pw_uid, ports=", ".join(map(str, ports)))
+        done = subprocess.run(["nft", "-f", "-"], input=rules, text=True, capture_output=True, check=False)
+        if done.returncode != 0:
+            raise Failure(f"nft cannot shut Airflow out of {ports}: {done.stderr.strip()}")
+        self.is_walled = True
+        for port in ports:
+            before = self.tries_past()
+            script = f"import socket; print(socket.socket().connect_ex(('127.0.0.1', {port})))"
+            said = self.run("a try past ringfence", [sys.executable, "-c", script], user=self.user.pw_name).strip()
+            if said == "0" or self.tries_past() != before + 1:
+                raise Failure(
+                    f"a try past ringfence to port {port}: connect gives {said}, counted {self.tries_past() - before}"
+                )
+
+    def tries_past(self) -> int:
+        """How many connections the wall has rejected so far."""
+        command = ["nft", "-j", "list", "counter", "inet", "e2e", "past"]
+        listed = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)["nftables"]
+        return sum(int(entry["counter"]["packets"]) for entry in listed if "counter" in entry)
 
     def unit(self, name: str) -> Path:
         """The cgroup of a unit."""
