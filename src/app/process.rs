@@ -31,7 +31,7 @@ pub fn prepare() -> Result<(), AppError> {
 }
 
 /// What only the start needed goes. Call when the process is ready, before it is busy.
-pub fn settle() {
+pub(super) fn settle() {
     sys::let_go_of_free_heap();
     if let Err(error) = sys::let_go_of_code() {
         tracing::debug!(%error, "code of the start stays in memory");

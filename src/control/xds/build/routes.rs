@@ -164,7 +164,6 @@ impl Builder<'_> {
     }
 
     /// The app: its addresses where the cluster tells them, or endpoints to choose from.
-    #[expect(clippy::type_complexity, reason = "two answers of one question")]
     fn behind(
         &self,
         listener: &Listener,
