@@ -210,7 +210,7 @@ pub async fn run(listener: TcpListener, mut context: Context, mut shutdown: watc
     let flushing = tokio::spawn(stats::flush(Arc::clone(&shared)));
     let router = routes::router(Arc::clone(&shared));
     let pages = pages::run(Arc::clone(&shared), bound, router.clone(), closing.clone());
-    tokio::join!(server::serve(listener, None, router, &mut closing), pages);
+    tokio::join!(server::serve(listener, None, |_| true, router, &mut closing), pages);
     // The port may go to another process long before the last connection of this one ends. An error means the end as well.
     let _ = shutdown.wait_for(|shutdown| *shutdown).await;
     ticking.abort();

@@ -32,6 +32,7 @@ use tower_service::Service;
 use super::routes::{self, TEXT};
 use super::{Shared, server};
 use crate::config::envoy::{PageAnswer, PageListener, PageRoute, PageTls, PathMatch};
+use crate::mesh::router::Network;
 
 /// How often a listener that cannot be bound is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -131,7 +132,9 @@ fn start(running: &mut HashMap<SocketAddr, Running>, bound: Bound, admin: &Route
     let (close, mut closed) = watch::channel(false);
     let router = router(&page, admin.clone());
     let acceptor = tls.map(|Tls(config)| TlsAcceptor::from(config));
-    tokio::spawn(async move { server::serve(listener, acceptor, router, &mut closed).await });
+    let (everybody, sources) = (page.sources.is_empty(), sources(&page));
+    let admits = move |peer: SocketAddr| everybody || sources.iter().any(|network| network.contains(peer.ip()));
+    tokio::spawn(async move { server::serve(listener, acceptor, admits, router, &mut closed).await });
     running.insert(page.bind, Running { page, fixed, _close: close });
 }
 
@@ -164,6 +167,11 @@ fn follow(shared: &Shared, running: &mut HashMap<SocketAddr, Running>, admin: &R
     });
 }
 
+/// Who may connect. A network that is none is left out: nobody is in it.
+fn sources(page: &PageListener) -> Vec<Network> {
+    page.sources.iter().filter_map(|(address, prefix)| Network::new(*address, *prefix).ok()).collect()
+}
+
 /// What a listener serves.
 fn router(page: &PageListener, admin: Router) -> Router {
     let routes: Arc<[PageRoute]> = page.routes.clone().into();
@@ -187,6 +195,11 @@ async fn serve(routes: &[PageRoute], mut admin: Router, mut request: Request) ->
                 Ok(response) => response,
                 Err(never) => match never {},
             }
+        }
+        // Bodies are not read, so a method that brings one is not for here.
+        PageAnswer::Backend { .. } if !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS) => {
+            let text = "GET, HEAD and OPTIONS are passed on here: paths are exposed for checks and scrapes\n".to_owned();
+            routes::answer(StatusCode::METHOD_NOT_ALLOWED, TEXT, text)
         }
         PageAnswer::Backend { address, rewrite } => {
             let Some(uri) = rewritten(request.uri(), rest, rewrite.as_deref()) else { return bad_path() };

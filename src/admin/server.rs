@@ -34,14 +34,23 @@ const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 /// Pause after a failed accept (descriptors ran out).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Accepts and serves, over TLS where that is given, until `shutdown` turns true or its sender is gone, and then until open requests have ended.
-pub(super) async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>, router: Router, shutdown: &mut watch::Receiver<bool>) {
+/// Accepts and serves whom `admits` lets in, over TLS where that is given, until `shutdown` turns true or its sender is gone, and then until open requests have ended.
+pub(super) async fn serve(
+    listener: TcpListener,
+    tls: Option<TlsAcceptor>,
+    admits: impl Fn(SocketAddr) -> bool,
+    router: Router,
+    shutdown: &mut watch::Receiver<bool>,
+) {
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let ending = shutdown.clone();
     let mut connections = JoinSet::new();
     let accepting = async {
         loop {
             let (stream, peer, permit) = accept(&listener, &room).await;
+            if !admits(peer) {
+                continue;
+            }
             // Finished tasks are taken off here, so the set holds no more than there are permits.
             while connections.try_join_next().is_some() {}
             let (tls, router, ending) = (tls.clone(), router.clone(), ending.clone());

@@ -1,7 +1,7 @@
 //! What Envoy's bootstrap says, typed: where the xDS stream goes, which small listeners this process has of its own, how
 //! stats are named and sent. Filled by `cli::envoy` from a bootstrap, or from `consul connect envoy`'s settings.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -92,6 +92,8 @@ pub struct PageListener {
     pub routes: Vec<PageRoute>,
     /// Where TLS is asked for: certificate chain and key files in PEM, and the CA file that clients are verified against.
     pub tls: Option<PageTls>,
+    /// Who may connect, by network address and prefix length; everybody where there is none.
+    pub sources: Vec<(IpAddr, u8)>,
 }
 
 /// One route of a [`PageListener`].

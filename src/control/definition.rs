@@ -100,7 +100,8 @@ pub(crate) fn parse(service: &wire::Service, scrape: &Scrape) -> Result<Definiti
     refuse_keys(&config, "proxy.config")?;
     let mut warnings = Vec::new();
     let public = public(service, &config, &mut warnings)?;
-    let pages = pages::of(&config, scrape, &mut warnings);
+    let mut pages = pages::of(&config, scrape, &mut warnings);
+    pages.extend(pages::exposed(service, &mut warnings));
     let stats = stats::wishes(&config, &environment, &mut warnings);
     note_ignored(proxy, &config, &mut warnings);
     let name = Name {
@@ -270,9 +271,10 @@ fn note_ignored(proxy: &wire::Proxy, config: &Opaque<'_>, warnings: &mut Vec<Str
     }
     config.ignore(&HARMLESS_KEYS);
     warnings.extend(config.unread().iter().map(|key| format!("proxy.config.{} has no effect", key.escape_default())));
-    if proxy.expose.checks || !proxy.expose.paths.is_empty() {
-        warnings
-            .push("expose has no effect: nothing is let in without mutual TLS, so rewritten HTTP checks will fail".to_owned());
+    if proxy.expose.checks {
+        let why =
+            "expose.checks has no effect: the HTTP API does not tell the paths of checks, so rewritten HTTP checks will fail";
+        warnings.push(format!("{why}; name them in expose.paths"));
     }
     for extension in &proxy.envoy_extensions {
         warnings.push(format!("Envoy extension {} has no effect", extension.name.escape_default()));

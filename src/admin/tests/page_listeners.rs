@@ -5,7 +5,13 @@ use crate::config::envoy::{PageAnswer, PageListener, PageRoute, PageTls, PathMat
 
 fn page(bind: SocketAddr, path: PathMatch, answer: PageAnswer) -> PageListener {
     let nothing = PageRoute { path: PathMatch::Prefix("/".to_owned()), answer: PageAnswer::Status(404) };
-    PageListener { name: "pages".to_owned(), bind, routes: vec![PageRoute { path, answer }, nothing], tls: None }
+    PageListener {
+        name: "pages".to_owned(),
+        bind,
+        routes: vec![PageRoute { path, answer }, nothing],
+        tls: None,
+        sources: Vec::new(),
+    }
 }
 
 fn service(pages: Vec<PageListener>) -> ServiceStatus {
@@ -157,4 +163,28 @@ async fn pages_over_tls_want_a_certificate_of_the_ca() {
     };
     assert!(with(true).await.expect("answered").ends_with("PRE_INITIALIZING\n"));
     assert!(with(false).await.is_err(), "a client without a certificate was served");
+}
+
+#[tokio::test]
+async fn a_listener_for_some_networks_closes_on_everybody_else_and_passes_no_body_on() {
+    let port = port().await;
+    let backend = free().await;
+    let (elsewhere, here) = (free().await, free().await);
+    let of = |bind, source: [u8; 4]| {
+        let answer = PageAnswer::Backend { address: backend, rewrite: None };
+        PageListener { sources: vec![(source.into(), 8)], ..page(bind, PathMatch::Exact("/health".to_owned()), answer) }
+    };
+    let pages = vec![of(elsewhere, [10, 0, 0, 0]), of(here, [127, 0, 0, 0])];
+    port.status.send_replace(Status { services: vec![service(pages)], ..Status::default() });
+    assert_eq!(got(here, "/health").await.status, 503, "let in, and the backend is not there");
+    let mut stream = TcpStream::connect(elsewhere).await.expect("it listens");
+    let _ = stream.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer).await;
+    assert!(answer.is_empty(), "somebody of another network is answered");
+    let mut stream = TcpStream::connect(here).await.expect("it listens");
+    stream.write_all(b"POST /health HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\nconnection: close\r\n\r\n").await.expect("sent");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
 }

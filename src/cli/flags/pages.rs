@@ -73,7 +73,13 @@ impl Pages {
             .map_err(|why| UsageError(format!("-envoy-ready-bind-address {why}")))?;
         let ready = PageRoute { path: PathMatch::Exact(READY.to_owned()), answer: PageAnswer::Admin { rewrite: None } };
         let nothing = PageRoute { path: PathMatch::Prefix("/".to_owned()), answer: PageAnswer::Status(404) };
-        Ok(vec![PageListener { name: "envoy_ready_listener".to_owned(), bind, routes: vec![ready, nothing], tls: None }])
+        Ok(vec![PageListener {
+            name: "envoy_ready_listener".to_owned(),
+            bind,
+            routes: vec![ready, nothing],
+            tls: None,
+            sources: Vec::new(),
+        }])
     }
 
     /// How scrapes are served.

@@ -96,7 +96,19 @@ pub(crate) struct MeshGateway {
 pub(crate) struct Expose {
     pub(crate) checks: bool,
     #[serde(deserialize_with = "nullable")]
-    pub(crate) paths: Vec<Value>,
+    pub(crate) paths: Vec<ExposedPath>,
+}
+
+/// A path of the app that is reached without TLS.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub(crate) struct ExposedPath {
+    #[serde(deserialize_with = "nullable")]
+    pub(crate) path: String,
+    pub(crate) local_path_port: u16,
+    pub(crate) listener_port: u16,
+    #[serde(deserialize_with = "nullable")]
+    pub(crate) protocol: String,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]

@@ -1,11 +1,13 @@
-//! Listeners for pages of the admin port that a registration asks for: `envoy_prometheus_bind_addr`, `envoy_stats_bind_addr`.
+//! Listeners for pages that a registration asks for: `envoy_prometheus_bind_addr`, `envoy_stats_bind_addr`, and the paths of the
+//! app that `expose` names.
 //!
 //! What cannot be read is named and left out: a scrape that fails changes nothing for the mesh.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 
 use super::Opaque;
 use crate::config::envoy::{PageAnswer, PageListener, PageRoute, PathMatch, Scrape};
+use crate::control::consul::wire;
 
 /// Where Envoy's admin port has Prometheus' format, and a backend for scrapes too.
 const PROMETHEUS: &str = "/stats/prometheus";
@@ -35,10 +37,48 @@ pub(super) fn of(config: &Opaque<'_>, scrape: &Scrape, warnings: &mut Vec<String
     prometheus.into_iter().chain(stats).collect()
 }
 
+/// `expose.paths`: single paths of the app, in plain HTTP at ports of their own, as Consul has Envoy do it.
+pub(super) fn exposed(service: &wire::Service, warnings: &mut Vec<String>) -> Vec<PageListener> {
+    let mut pages: Vec<PageListener> = Vec::new();
+    for path in &service.proxy.expose.paths {
+        match one_exposed(service, path) {
+            Ok(page) if pages.iter().any(|known| known.bind == page.bind) => {
+                warnings.push(format!("{}: another exposed path has port {}", page.name, path.listener_port));
+            }
+            Ok(page) => pages.push(page),
+            Err(why) => warnings.push(format!("proxy.expose.paths `{}` {why}", path.path.escape_default())),
+        }
+    }
+    pages
+}
+
+fn one_exposed(service: &wire::Service, path: &wire::ExposedPath) -> Result<PageListener, String> {
+    if !path.path.starts_with('/') {
+        return Err("is no path; write it with a slash in front".to_owned());
+    }
+    if path.listener_port == 0 || path.local_path_port == 0 {
+        return Err("needs listener_port and local_path_port".to_owned());
+    }
+    if !matches!(path.protocol.as_str(), "" | "http") {
+        return Err(format!("has protocol {}: only http is served without TLS", path.protocol.escape_default()));
+    }
+    let ip = super::bind_ip(&service.address, Ipv4Addr::UNSPECIFIED, "address")?;
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, path.local_path_port));
+    let name = format!("exposed_path_{}:{}", path.path.trim_start_matches('/').replace('/', "_"), path.listener_port);
+    let answer = PageAnswer::Backend { address, rewrite: None };
+    Ok(listener(&name, SocketAddr::new(ip, path.listener_port), PathMatch::Exact(path.path.clone()), answer))
+}
+
 /// One path is answered and every other is not there, as Consul's bootstrap has it.
 fn listener(name: &str, bind: SocketAddr, path: PathMatch, answer: PageAnswer) -> PageListener {
     let nothing = PageRoute { path: PathMatch::Prefix("/".to_owned()), answer: PageAnswer::Status(NOT_FOUND) };
-    PageListener { name: name.to_owned(), bind, routes: vec![PageRoute { path, answer }, nothing], tls: None }
+    PageListener {
+        name: name.to_owned(),
+        bind,
+        routes: vec![PageRoute { path, answer }, nothing],
+        tls: None,
+        sources: Vec::new(),
+    }
 }
 
 fn address(text: &str) -> Result<SocketAddr, &'static str> {
@@ -66,6 +106,24 @@ mod tests {
         assert_eq!(pages[1].bind, "127.0.0.1:9103".parse().expect("address"));
         assert_eq!(pages[1].routes[1].answer, PageAnswer::Status(404));
         assert!(warnings.is_empty());
+
+        let read = |paths: serde_json::Value| {
+            let mut value = crate::control::fixture("agent-service-sidecar");
+            value["Proxy"]["Expose"] = json!({"Paths": paths});
+            let mut warnings = Vec::new();
+            let service: wire::Service = serde_json::from_value(value).expect("the capture parses");
+            (exposed(&service, &mut warnings), warnings)
+        };
+        let health = json!({"Path": "/health/live", "LocalPathPort": 8080, "ListenerPort": 21500, "Protocol": "http"});
+        let (found, none) = read(json!([health]));
+        assert_eq!((found[0].name.as_str(), found[0].bind.port()), ("exposed_path_health_live:21500", 21_500));
+        let address = "127.0.0.1:8080".parse().expect("an address");
+        assert_eq!(found[0].routes[0].answer, PageAnswer::Backend { address, rewrite: None });
+        assert!(none.is_empty() && found[0].routes[0].path == PathMatch::Exact("/health/live".to_owned()));
+        let (found, told) =
+            read(json!([health, health, {"Path": "/x", "LocalPathPort": 1, "ListenerPort": 2, "Protocol": "http2"}]));
+        assert_eq!(found.len(), 1);
+        assert!(told[0].contains("another exposed path has port 21500") && told[1].contains("protocol http2"), "{told:?}");
 
         let map = json!({"envoy_stats_bind_addr": "9103"});
         let pages = of(&Opaque::new(map.as_object().expect("an object")), &scrape, &mut warnings);

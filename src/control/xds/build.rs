@@ -14,15 +14,18 @@ use super::cluster::{Cluster, Discovery};
 use super::endpoint::{Assignment, Host, Place};
 use super::held::Held;
 use super::identity::Identities;
-use super::listener::{Ending, Listener, Role};
+use super::listener::{Ending, Listener, PageRoute, Role, Target as PageTarget};
 use super::tls_context::Material;
 use crate::config;
+use crate::config::envoy::{PageAnswer, PageListener};
 use crate::control::build::{keep, keep_text};
 use crate::control::consul::watch::hosts::ADDRESSES_MAX;
 use crate::mesh::router::Router;
 use crate::mesh::{Address, Bind, DenyReply, Endpoint, Identity, PublicListener, Service, Snapshot, Target, Upstream};
 use crate::policy::Intentions;
 
+/// What is answered for an app that cannot be asked.
+const UNAVAILABLE: u16 = 503;
 /// How deep aggregates may lie in each other.
 const AGGREGATE_DEPTH_MAX: usize = 8;
 
@@ -42,6 +45,7 @@ pub(super) struct Surroundings<'a> {
 pub(super) struct Built {
     pub(super) service: Arc<Service>,
     pub(super) routers: Vec<Arc<Router>>,
+    pub(super) pages: Vec<PageListener>,
     pub(super) notes: Vec<String>,
 }
 
@@ -51,10 +55,15 @@ pub(super) fn mesh(held: &Held, around: &Surroundings<'_>, old: &Snapshot) -> Bu
     let service = builder.service(old.services.first());
     let routed = held.listeners.values().filter_map(|listener| match &listener.role {
         Role::Router(routes) => Some((listener, routes)),
-        Role::Public(_) | Role::Upstream { .. } => None,
+        Role::Public(_) | Role::Upstream { .. } | Role::Pages { .. } => None,
     });
+    let pages = held.listeners.values().filter_map(|listener| match &listener.role {
+        Role::Pages { routes, sources } => builder.page(listener, routes, sources),
+        Role::Public(_) | Role::Upstream { .. } | Role::Router(_) => None,
+    });
+    let pages = pages.collect();
     let routers = routed.filter_map(|(listener, routes)| builder.router(listener, routes, &old.routers)).collect();
-    Built { service, routers, notes: builder.notes }
+    Built { service, routers, pages, notes: builder.notes }
 }
 
 /// All that is looked at while a snapshot is built.
@@ -90,7 +99,7 @@ impl Builder<'_> {
                     let next = self.upstream(cluster, label, &listener.bind, Spoken::Tls, old);
                     next.map(|next| upstreams.push(next))
                 }
-                Role::Router(_) => Ok(()),
+                Role::Pages { .. } | Role::Router(_) => Ok(()),
             };
             if let Err(why) = built {
                 self.notes.push(format!("listener {}: {why}", listener.name));
@@ -114,7 +123,7 @@ impl Builder<'_> {
     fn identity(&self) -> Option<&Arc<Identity>> {
         let mut endings = self.held.listeners.values().filter_map(|listener| match &listener.role {
             Role::Public(ending) => Some(ending),
-            Role::Upstream { .. } | Role::Router(_) => None,
+            Role::Upstream { .. } | Role::Pages { .. } | Role::Router(_) => None,
         });
         if let Some(ending) = endings.next() {
             return self.around.identities.of(&ending.material);
@@ -139,6 +148,35 @@ impl Builder<'_> {
             handshake_timeout: config::HANDSHAKE_TIMEOUT,
             max_inbound_connections: ending.max_connections,
         })
+    }
+
+    /// A listener for single paths of local apps, each at the first address of its cluster.
+    fn page(&mut self, listener: &Listener, routes: &[PageRoute], sources: &[(IpAddr, u8)]) -> Option<PageListener> {
+        let Bind::Tcp(bind) = listener.bind else {
+            self.notes.push(format!("listener {}: HTTP is served at TCP addresses only", listener.name));
+            return None;
+        };
+        let mut notes = Vec::new();
+        let mut answer = |target: &PageTarget| match target {
+            PageTarget::Status(status) => PageAnswer::Status(*status),
+            PageTarget::Cluster { name, rewrite } => match self.cluster(name).and_then(|cluster| self.app(cluster)) {
+                Ok(app) => match app.first() {
+                    Some(Address::Tcp(address)) => PageAnswer::Backend { address: *address, rewrite: rewrite.clone() },
+                    Some(Address::Unix(_)) | None => {
+                        notes.push(format!("listener {}: cluster {name} has no TCP address", listener.name));
+                        PageAnswer::Status(UNAVAILABLE)
+                    }
+                },
+                Err(why) => {
+                    notes.push(format!("listener {}: {why}", listener.name));
+                    PageAnswer::Status(UNAVAILABLE)
+                }
+            },
+        };
+        let routes = routes.iter().map(|route| config::envoy::PageRoute { path: route.path.clone(), answer: answer(&route.to) });
+        let routes = routes.collect();
+        self.notes.extend(notes);
+        Some(PageListener { name: listener.name.clone(), bind, routes, tls: None, sources: sources.to_vec() })
     }
 
     fn cluster(&self, name: &str) -> Result<&Cluster, String> {

@@ -16,7 +16,7 @@ use super::identity::Identities;
 use super::resolver::{Answer, Resolver};
 use super::stream::{Event, Opener};
 use super::subscription::{Subscription, answer};
-use crate::config::envoy::Xds;
+use crate::config::envoy::{PageListener, Xds};
 use crate::control::{Command, ControlError, ServiceStatus, StatsWishes, Status};
 use crate::mesh::{Identity, Snapshot};
 use crate::store::Publisher;
@@ -52,6 +52,7 @@ pub(super) struct Feeder {
     /// By kind, what was refused last and not mended since.
     refused: [Vec<String>; Kind::ALL.len()],
     notes: Vec<String>,
+    pages: Vec<PageListener>,
     rotations: u64,
 }
 
@@ -85,6 +86,7 @@ impl Feeder {
             trouble: None,
             refused: Default::default(),
             notes: Vec::new(),
+            pages: Vec::new(),
             rotations: 0,
         })
     }
@@ -220,7 +222,8 @@ impl Feeder {
             hosts: &self.hosts,
             identities: &self.identities,
         };
-        let Built { service, routers, notes } = build::mesh(&self.held, &around, &current);
+        let Built { service, routers, pages, notes } = build::mesh(&self.held, &around, &current);
+        self.pages = pages;
         if notes != self.notes {
             for note in notes.iter().filter(|note| !self.notes.contains(note)) {
                 tracing::warn!(%note, "not served");
@@ -250,6 +253,7 @@ impl Feeder {
             services.push(self.status_of(None));
         }
         services[0].problem = self.problem(waits);
+        services[0].pages.clone_from(&self.pages);
         let mut access_logs = Vec::new();
         for log in self.held.listeners.values().flat_map(|listener| &listener.access_logs) {
             if !access_logs.contains(log) {

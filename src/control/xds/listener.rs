@@ -4,8 +4,10 @@
 //! decides on. Anything else is refused by the name of the filter or match. Pure.
 
 mod chain;
+mod http;
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +16,7 @@ use envoy_types::pb::envoy::config::accesslog::v3::AccessLog as WireLog;
 use envoy_types::pb::envoy::config::listener::v3 as pb;
 
 use self::chain::Filters;
+pub(super) use self::http::{Route as PageRoute, Target};
 use super::access_log;
 use super::cluster::duration;
 use super::endpoint::Host;
@@ -52,6 +55,8 @@ pub(super) enum Role {
     Public(Ending),
     /// Plain in, mutual TLS out. The label is what Consul calls the upstream.
     Upstream { label: String, cluster: String },
+    /// Single paths of a local app, in plain HTTP, for whoever is in one of these networks (everybody where there are none).
+    Pages { routes: Vec<PageRoute>, sources: Vec<(IpAddr, u8)> },
     /// Told apart by where they want to go, the server name they ask for, or whether they speak TLS.
     Router(Routes),
 }
@@ -113,7 +118,7 @@ impl Listener {
         let inspection = inspection(message)?;
         let mut access_logs = access_logs(&message.access_log)?;
         let only = match (message.filter_chains.as_slice(), &message.default_filter_chain) {
-            ([chain], None) if chain::matches_all(chain) => Some((chain, "filter_chains[0]")),
+            ([chain], None) if chain::matches_all(chain) || chain::is_http(chain) => Some((chain, "filter_chains[0]")),
             ([], Some(chain)) => Some((chain, "default_filter_chain")),
             ([], None) => return Err(Refusal::missing("filter_chains", "expected one or more filter chains")),
             _ => None,
@@ -128,7 +133,10 @@ impl Listener {
         let role = match only {
             Some((chain, place, filters)) => {
                 access_logs.extend_from_slice(&filters.access_logs);
-                alone(message, &bind, chain, filters).map_err(|why| why.under(place))?
+                match filters.paths.is_empty() {
+                    true => alone(message, &bind, chain, filters).map_err(|why| why.under(place))?,
+                    false => pages(chain, filters).map_err(|why| why.under(place))?,
+                }
             }
             None => Role::Router(routes(message, &inspection, &mut access_logs)?),
         };
@@ -140,6 +148,7 @@ impl Listener {
         let (one, routes) = match &self.role {
             Role::Public(ending) => (Some(ending.cluster.as_str()), None),
             Role::Upstream { cluster, .. } => (Some(cluster.as_str()), None),
+            Role::Pages { .. } => (None, None),
             Role::Router(routes) => (None, Some(routes)),
         };
         let of_routes = routes.into_iter().flat_map(Routes::all).filter_map(|chain| chain.way.cluster());
@@ -150,7 +159,7 @@ impl Listener {
     pub(super) fn endings(&self) -> impl Iterator<Item = &Ending> {
         let (one, routes) = match &self.role {
             Role::Public(ending) => (Some(ending), None),
-            Role::Upstream { .. } => (None, None),
+            Role::Upstream { .. } | Role::Pages { .. } => (None, None),
             Role::Router(routes) => (None, Some(routes)),
         };
         let of_routes = routes.into_iter().flat_map(Routes::all).filter_map(|chain| match &chain.way {
@@ -165,7 +174,7 @@ impl Listener {
         let nobody = Arc::new(Intentions::new(Vec::new(), DefaultPolicy::Deny));
         match &mut self.role {
             Role::Public(ending) => ending.intentions = nobody,
-            Role::Upstream { .. } => {}
+            Role::Upstream { .. } | Role::Pages { .. } => {}
             Role::Router(Routes { chains, fallback, .. }) => {
                 for chain in chains.iter_mut().chain(fallback) {
                     if let Way::End(ending) = &mut chain.way {
@@ -195,8 +204,24 @@ impl Routes {
     }
 }
 
+/// Requests by path, in plain: what Consul makes of `expose`. Behind TLS requests would have to be looked at.
+fn pages(chain: &pb::FilterChain, filters: Filters) -> Result<Role, Refusal> {
+    let wanted = "requests are told apart by path only where a local app's single paths are exposed in plain HTTP: expected none";
+    if chain.transport_socket.is_some() {
+        return Err(Refusal::new("transport_socket", "with routes by path", wanted));
+    }
+    if filters.rbac || filters.max_connections != 0 {
+        return Err(Refusal::new("filters", "rbac or connection_limit with routes by path", wanted));
+    }
+    Ok(Role::Pages { routes: filters.paths, sources: chain::sources(chain)? })
+}
+
 /// One chain that takes every connection.
 fn alone(message: &pb::Listener, bind: &Bind, chain: &pb::FilterChain, filters: Filters) -> Result<Role, Refusal> {
+    if !chain::matches_all(chain) {
+        let wanted = "whoever is let in is decided by RBAC: expected no condition";
+        return Err(Refusal::new("filter_chain_match", "present", wanted));
+    }
     match way(chain, filters)? {
         Way::End(ending) => Ok(Role::Public(ending)),
         Way::Cluster(_) if message.traffic_direction == INBOUND => {
@@ -225,6 +250,10 @@ fn routes(message: &pb::Listener, inspection: &Inspection, access_logs: &mut Vec
         if !inspection.tls && (matches.tls.is_some() || !matches.server_names.is_empty() || filters.by_server_name) {
             let wanted = format!("what a connection says first is looked at by {TLS_INSPECTOR}: expected it");
             return Err(Refusal::missing("listener_filters", wanted));
+        }
+        if !filters.paths.is_empty() {
+            let wanted = "requests are told apart by path only in a listener that has no other filter chain";
+            return Err(Refusal::new(format!("{place}.filters"), "http_connection_manager with routes by path", wanted));
         }
         let way = way(chain, filters).map_err(under)?;
         Ok(Chain { name: way.cluster().unwrap_or_default().to_owned(), matches, way })

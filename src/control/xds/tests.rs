@@ -32,6 +32,7 @@ struct Bench {
     hosts: Hosts,
     published: Snapshot,
     notes: Vec<String>,
+    pages: Vec<crate::config::envoy::PageListener>,
     version: u32,
 }
 
@@ -48,6 +49,7 @@ impl Bench {
             hosts: Hosts::new(),
             published: Snapshot::default(),
             notes: Vec::new(),
+            pages: Vec::new(),
             version: 0,
         }
     }
@@ -115,7 +117,8 @@ impl Bench {
     fn build(&mut self) -> Arc<Service> {
         self.identities.offer(build::materials(&self.held), now());
         let around = Surroundings { proxy_id: "proxy", cluster: "cluster", hosts: &self.hosts, identities: &self.identities };
-        let Built { service, routers, notes } = build::mesh(&self.held, &around, &self.published);
+        let Built { service, routers, pages, notes } = build::mesh(&self.held, &around, &self.published);
+        self.pages = pages;
         self.notes = notes;
         self.published = Snapshot { services: vec![Arc::clone(&service)], routers, ..Snapshot::default() };
         service
@@ -236,10 +239,9 @@ fn a_bad_resource_is_refused_alone_and_the_one_before_it_stays() {
     let listeners = capture["listeners"].as_array_mut().expect("a list");
     let public = listeners.iter_mut().find(|one| one["name"] == "public_listener:0.0.0.0:21500").expect("there");
     public["filter_chains"][0]["filters"][0] = json!({
-        "name": "envoy.filters.network.http_connection_manager",
+        "name": "envoy.filters.network.wasm",
         "typed_config": {
-            "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
-            "stat_prefix": "x",
+            "@type": "type.googleapis.com/envoy.extensions.filters.network.wasm.v3.Wasm",
         },
     });
     let name = "broker:127.0.0.1:16379";
@@ -251,7 +253,7 @@ fn a_bad_resource_is_refused_alone_and_the_one_before_it_stays() {
     assert!(
         told.starts_with(
             "envoy.config.listener.v3.Listener public_listener:0.0.0.0:21500: filter_chains[0].filters[0].name: \
-             envoy.filters.network.http_connection_manager ("
+             envoy.filters.network.wasm ("
         ),
         "{told}"
     );

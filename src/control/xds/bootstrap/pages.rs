@@ -178,7 +178,7 @@ impl Context<'_> {
         let routes = host.routes.iter().enumerate();
         let routes = routes.map(|(index, route)| self.route(route, &format!("{host_place}.routes[{index}]")));
         let tls = transport_socket.as_ref().map(|socket| self.tls(socket, &place)).transpose()?;
-        Ok(PageListener { name: listener.name, bind, routes: routes.collect::<Result<_, _>>()?, tls })
+        Ok(PageListener { name: listener.name, bind, routes: routes.collect::<Result<_, _>>()?, tls, sources: Vec::new() })
     }
 
     fn route(&self, route: &Route, place: &str) -> Result<PageRoute, BootstrapError> {

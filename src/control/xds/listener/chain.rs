@@ -12,6 +12,7 @@ use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_p
 use envoy_types::pb::google::protobuf::Any;
 
 use super::access_logs;
+use super::http::{CONNECTION_MANAGER, Http, Route};
 use crate::config::envoy::AccessLog;
 use crate::control::xds::rbac;
 use crate::control::xds::refusal::{Refusal, message_name, unpack};
@@ -24,7 +25,7 @@ const CONNECTION_LIMIT: &str = "envoy.extensions.filters.network.connection_limi
 const SNI_CLUSTER: &str = "envoy.extensions.filters.network.sni_cluster.v3.SniCluster";
 /// The same filter where it comes without a type.
 const SNI_CLUSTER_NAME: &str = "envoy.filters.network.sni_cluster";
-const FILTERS_WANTED: &str = "at L4 rbac, connection_limit, sni_cluster and tcp_proxy are known";
+const FILTERS_WANTED: &str = "at L4 rbac, connection_limit, sni_cluster, tcp_proxy and an http_connection_manager that passes all to one cluster are known";
 
 /// What the filters of a chain say.
 #[derive(Default)]
@@ -36,12 +37,40 @@ pub(super) struct Filters {
     /// The cluster is that of the server name.
     pub(super) by_server_name: bool,
     pub(super) cluster: String,
+    /// The paths of an `http_connection_manager` that tells them apart; then there is no cluster.
+    pub(super) paths: Vec<Route>,
     pub(super) access_logs: Vec<AccessLog>,
 }
 
 /// Whether it takes every connection.
 pub(super) fn matches_all(chain: &pb::FilterChain) -> bool {
     chain.filter_chain_match.as_ref().is_none_or(|found| *found == pb::FilterChainMatch::default())
+}
+
+/// Whether an `http_connection_manager` is all there is to it.
+pub(super) fn is_http(chain: &pb::FilterChain) -> bool {
+    match chain.filters.as_slice() {
+        [pb::Filter { config_type: Some(pb::filter::ConfigType::TypedConfig(any)), .. }] => {
+            message_name(any) == CONNECTION_MANAGER
+        }
+        _ => false,
+    }
+}
+
+/// The networks that a chain takes connections from, where that is all it says of them.
+pub(super) fn sources(chain: &pb::FilterChain) -> Result<Vec<(IpAddr, u8)>, Refusal> {
+    let Some(found) = &chain.filter_chain_match else { return Ok(Vec::new()) };
+    let bare = pb::FilterChainMatch { source_prefix_ranges: found.source_prefix_ranges.clone(), ..Default::default() };
+    if *found != bare {
+        return Err(Refusal::new("filter_chain_match", "more than source_prefix_ranges", "expected no other condition"));
+    }
+    let ranges = found.source_prefix_ranges.iter().enumerate();
+    let one = |(index, range)| {
+        let (address, prefix) =
+            address(range).map_err(|why| why.under(&format!("filter_chain_match.source_prefix_ranges[{index}]")))?;
+        Ok((address, prefix))
+    };
+    ranges.map(one).collect()
 }
 
 /// Whom a chain takes.
@@ -85,11 +114,19 @@ pub(super) fn matches(chain: &pb::FilterChain) -> Result<Match, Refusal> {
 }
 
 fn network(range: &CidrRange) -> Result<Network, Refusal> {
+    let (address, prefix) = address(range)?;
+    Network::new(address, prefix).map_err(|why| Refusal::new("prefix_len", prefix, why.to_string()))
+}
+
+/// Address and prefix length.
+fn address(range: &CidrRange) -> Result<(IpAddr, u8), Refusal> {
     let refused = || Refusal::new("address_prefix", &range.address_prefix, "expected an IP address");
     let address: IpAddr = range.address_prefix.parse().map_err(|_| refused())?;
     let length = range.prefix_len.as_ref().map_or(0, |length| length.value);
-    let prefix = u8::try_from(length).unwrap_or(u8::MAX);
-    Network::new(address, prefix).map_err(|why| Refusal::new("prefix_len", length, why.to_string()))
+    let bits = if address.is_ipv4() { 32 } else { 128 };
+    let prefix = u8::try_from(length).ok().filter(|prefix| *prefix <= bits);
+    let refused = || Refusal::new("prefix_len", length, format!("{address}/{length} is no network: expected at most {bits}"));
+    Ok((address, prefix.ok_or_else(refused)?))
 }
 
 /// What its filters say, the last of which must be `tcp_proxy`.
@@ -113,12 +150,12 @@ pub(super) fn filters(chain: &pb::FilterChain) -> Result<Filters, Refusal> {
             None => return Err(Refusal::new(format!("{place}.typed_config"), &filter.name, FILTERS_WANTED)),
         };
         take(&mut found, any, &filter.name).map_err(|why| why.under(&place))?;
-        ended = message_name(any) == TCP_PROXY;
+        ended = [TCP_PROXY, CONNECTION_MANAGER].contains(&message_name(any));
     }
     if !ended {
         return Err(Refusal::missing("filters", "expected envoy.filters.network.tcp_proxy as the last filter"));
     }
-    if !found.by_server_name && found.cluster.is_empty() {
+    if !found.by_server_name && found.cluster.is_empty() && found.paths.is_empty() {
         return Err(Refusal::missing("filters.tcp_proxy.cluster", "expected a cluster's name"));
     }
     Ok(found)
@@ -146,6 +183,16 @@ fn take(found: &mut Filters, any: &Any, name: &str) -> Result<(), Refusal> {
             found.cluster = target(&filter).map_err(|why| why.under(field))?;
         }
         SNI_CLUSTER => found.by_server_name = true,
+        CONNECTION_MANAGER => {
+            let http = Http::read(any, field)?;
+            found.access_logs = access_logs(&http.access_log).map_err(|why| why.under(field))?;
+            match http.passes_to() {
+                Some(cluster) => cluster.clone_into(&mut found.cluster),
+                None => found.paths.clone_from(&http.routes),
+            }
+            found.rbac |= http.rbac;
+            found.rules.extend(http.rules);
+        }
         _ => return Err(Refusal::new("name", format!("{name} ({})", message_name(any)), FILTERS_WANTED)),
     }
     Ok(())

@@ -232,3 +232,75 @@ fn matches_that_are_not_looked_at_are_refused_by_their_names() {
     let empty = told(&["tls_inspector"], json!({"server_names": ["*"]}));
     assert!(empty.contains("server_names[0]: server name \"*\" cannot be matched"), "{empty}");
 }
+
+/// A connection manager with these routes and HTTP filters.
+fn manager(routes: Json, filters: Json) -> Json {
+    json!({"name": "envoy.filters.network.http_connection_manager", "typed_config": {
+        "@type": format!("{HTTP}.network.http_connection_manager.v3.HttpConnectionManager"), "stat_prefix": "x",
+        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]}, "http_filters": filters}})
+}
+
+fn all_to(cluster: &str) -> Json {
+    json!([{"match": {"prefix": "/"}, "route": {"cluster": cluster}}])
+}
+
+#[test]
+fn a_connection_manager_that_tells_nothing_apart_is_bytes_and_its_rbac_holds() {
+    let mut bench = Bench::new("web");
+    let app = json!({"name": "local_app", "type": "STATIC", "load_assignment": {"cluster_name": "local_app", "endpoints": [
+        {"lb_endpoints": [{"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 8080}}}}]}]}});
+    bench.send(Kind::Cluster, &[app]);
+    let rbac = json!({"name": "envoy.filters.http.rbac", "typed_config": {"@type": format!("{HTTP}.http.rbac.v3.RBAC"),
+        "rules": {"policies": {"one": {"permissions": [{"any": true}], "principals": [{"authenticated": {"principal_name": {
+            "safe_regex": {"regex": "^spiffe://[^/]+/ns/default/dc/[^/]+/svc/api$"}}}}]}}}}});
+    let router = json!({"name": "envoy.filters.http.router"});
+    let public = |filters: Json, routes: Json| {
+        let mut chain = ending("x");
+        chain["filters"] = json!([manager(routes, filters)]);
+        listener("public_listener", "INBOUND", &[], json!([chain]))
+    };
+    assert_eq!(bench.send(Kind::Listener, &[public(json!([rbac, router]), all_to("local_app"))]), Vec::<String>::new());
+    let service = bench.build();
+    assert_eq!(service.public.as_ref().expect("served").app, [Address::Tcp(([127, 0, 0, 1], 8_080).into())]);
+    let decide = |name: &str| service.intentions.decide(&bench.ca.id(name)).is_ok();
+    assert!(decide("api") && !decide("web"));
+
+    let mut told = |filters: Json, routes: Json| bench.send(Kind::Listener, &[public(filters, routes)]).join("; ");
+    let without = told(json!([router]), all_to("local_app"));
+    assert!(without.contains("filter_chains[0].filters: absent; without it every certificate"), "{without}");
+    let lua = told(json!([rbac, {"name": "envoy.filters.http.lua"}, router]), all_to("local_app"));
+    assert!(lua.contains("typed_config.http_filters[1].name: envoy.filters.http.lua"), "{lua}");
+    let header =
+        json!([{"match": {"prefix": "/", "headers": [{"name": "x", "present_match": true}]}, "route": {"cluster": "local_app"}}]);
+    let header = told(json!([rbac, router]), header);
+    assert!(header.contains("route_config.virtual_hosts[0].routes[0].match: more than a path"), "{header}");
+    let path = told(json!([rbac, router]), json!([{"match": {"path": "/a"}, "route": {"cluster": "local_app"}}]));
+    assert!(path.contains("transport_socket: with routes by path"), "{path}");
+    let mut by_path = rbac.clone();
+    by_path["typed_config"]["rules"]["policies"]["one"]["permissions"] = json!([{"url_path": {"path": {"exact": "/a"}}}]);
+    let by_path = told(json!([by_path, router]), all_to("local_app"));
+    assert!(by_path.contains("http_filters[0].rules.policies[one].permissions[0].url_path"), "{by_path}");
+}
+
+#[test]
+fn exposed_paths_are_pages_for_whom_the_chain_says() {
+    let mut bench = Bench::new("web");
+    let app = json!({"name": "exposed_cluster_8080", "type": "STATIC", "load_assignment": {"cluster_name": "x", "endpoints": [
+        {"lb_endpoints": [{"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 8080}}}}]}]}});
+    bench.send(Kind::Cluster, &[app]);
+    let routes = json!([{"match": {"path": "/health"}, "route": {"cluster": "exposed_cluster_8080"}}]);
+    let chain = |prefix: u32| {
+        json!([{
+        "filter_chain_match": {"source_prefix_ranges": [{"address_prefix": "127.0.0.1", "prefix_len": prefix}]},
+        "filters": [manager(routes.clone(), json!([{"name": "envoy.filters.http.router"}]))]}])
+    };
+    let of = |prefix| listener("exposed_path_health:21500", "INBOUND", &[], chain(prefix));
+    assert_eq!(bench.send(Kind::Listener, &[of(8)]), Vec::<String>::new());
+    bench.build();
+    let page = &bench.pages[0];
+    assert_eq!((page.name.as_str(), page.sources.as_slice()), ("exposed_path_health:21500", &[([127, 0, 0, 1].into(), 8)][..]));
+    assert_eq!(page.routes[0].path, crate::config::envoy::PathMatch::Exact("/health".to_owned()));
+    let address = "127.0.0.1:8080".parse().expect("an address");
+    assert_eq!(page.routes[0].answer, crate::config::envoy::PageAnswer::Backend { address, rewrite: None });
+    assert!(bench.send(Kind::Listener, &[of(33)])[0].contains("source_prefix_ranges[0].prefix_len: 33"));
+}
