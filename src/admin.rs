@@ -187,6 +187,8 @@ struct Shared {
     facts: Facts,
     levels: Mutex<logging::Levels>,
     since: Mutex<facts::Since>,
+    /// Whose turn it is to make a dump.
+    dumping: Mutex<()>,
     /// Listeners for pages that do not depend on a registration.
     fixed_pages: Vec<PageListener>,
     late_pages: Vec<PageListener>,
@@ -237,6 +239,7 @@ impl Shared {
             facts: settings.facts,
             levels: Mutex::new(logging::Levels::new(settings.log_level.0, settings.log_level.1)),
             since: Mutex::new(facts::Since::new()),
+            dumping: Mutex::new(()),
             fixed_pages,
             late_pages: settings.late_pages,
             bind_page: settings.bind_page,

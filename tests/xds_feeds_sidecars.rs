@@ -260,3 +260,64 @@ fn both_feeders_make_the_same_mesh() {
     files_proxy.stop();
     api_proxy.stop();
 }
+
+/// The answer of the admin port, which must read as Envoy's message and hold neither key nor token.
+fn dump(proxy: &Proxy, query: &str) -> serde_json::Value {
+    let client = support::http::Client::new(proxy.sidecar.admin_address(), None);
+    let answer = client.get(&format!("/config_dump{query}"));
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert!(!answer.body.contains("PRIVATE KEY") && !answer.body.contains(TOKEN), "{query}: {}", answer.body);
+    let json = serde_json::from_str(&answer.body).expect("JSON");
+    let protos = ringfence::control::xds::proto_json::Protos::load();
+    protos.encode("envoy.admin.v3.ConfigDump", &json).unwrap_or_else(|error| panic!("{query}: {error}"));
+    json
+}
+
+#[test]
+fn the_dump_shows_what_the_server_sent_and_what_was_refused() {
+    let app = Echo::start();
+    let pair = Pair::start(app.address);
+    let all = dump(&pair.web, "?include_eds");
+    let name = resources::upstream_name("db", pair.upstream);
+    let kinds: Vec<&str> = all["configs"].as_array().expect("a list").iter().filter_map(|one| one["@type"].as_str()).collect();
+    let wanted = ["Bootstrap", "Clusters", "Endpoints", "Listeners", "Secrets"];
+    assert_eq!(kinds, wanted.map(|kind| format!("type.googleapis.com/envoy.admin.v3.{kind}ConfigDump")));
+    let cluster = &all["configs"][1]["dynamic_active_clusters"][0];
+    assert_eq!(cluster["cluster"]["name"], "db");
+    let context = &cluster["cluster"]["transport_socket"]["typed_config"]["common_tls_context"];
+    let certificate = &context["tls_certificates"][0];
+    assert_eq!(certificate["private_key"]["inline_string"], "[redacted]");
+    assert!(certificate["certificate_chain"]["inline_string"].as_str().is_some_and(|pem| pem.contains("BEGIN CERTIFICATE")));
+    let endpoints = &all["configs"][2]["dynamic_endpoint_configs"][0]["endpoint_config"]["endpoints"][0]["lb_endpoints"];
+    let port = &endpoints[0]["endpoint"]["address"]["socket_address"]["port_value"];
+    assert_eq!(*port, pair.public.port());
+
+    let listeners = dump(&pair.web, "?resource=dynamic_listeners");
+    assert_eq!(listeners["configs"][0]["name"], name.as_str());
+    assert_eq!(listeners["configs"][0]["active_state"]["listener"]["name"], name.as_str());
+    let masked = dump(&pair.web, "?mask=dynamic_active_clusters.cluster.name");
+    let only = &masked["configs"][0]["dynamic_active_clusters"][0];
+    assert_eq!((&only["cluster"]["name"], only.get("version_info")), (&serde_json::json!("db"), None));
+
+    // Refused over one in force, and refused where there never was one.
+    let wasm = resources::filter("envoy.filters.network.wasm", "wasm.v3.Wasm", &());
+    let material = material(&pair.ca, &pair.ca.leaf("db"));
+    let (public, never) = (resources::public_name(pair.public), ports::free_address());
+    let from = pair.db.server.seen().len();
+    let bad = |at| resources::public_listener(at, &material, wasm.clone()).encode_to_vec();
+    pair.db
+        .server
+        .set_all(vec![(LISTENER, public.clone(), bad(pair.public)), (LISTENER, resources::public_name(never), bad(never))]);
+    let told = pair.db.server.wait_answered(from, LISTENER).expect("a nack");
+    let listeners = dump(&pair.db, "?resource=dynamic_listeners");
+    let named = |name: &str| listeners["configs"].as_array().expect("a list").iter().find(|one| one["name"] == name);
+    let old = named(&public).expect("the one in force");
+    let details = old["error_state"]["details"].as_str().expect("details");
+    assert!(told.contains(details) && details.contains("envoy.filters.network.wasm"), "{details} in {told}");
+    assert_ne!(old["error_state"]["version_info"], old["active_state"]["version_info"]);
+    let rbac = &old["active_state"]["listener"]["filter_chains"][0]["filters"][0]["name"];
+    assert_eq!(rbac, "envoy.filters.network.rbac");
+    let new = named(&resources::public_name(never)).expect("the one that never was");
+    assert!(new["error_state"]["details"].is_string() && new.get("active_state").is_none(), "{new}");
+    pair.stop();
+}

@@ -9,16 +9,19 @@ mod mask;
 mod rbac;
 mod tls;
 
+use std::sync::Arc;
+
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use regex::Regex;
 use serde_json::{Map, Value, json};
+use tokio::sync::oneshot;
 
 use self::mask::Mask;
 use super::routes::{self, Admin, Parameters};
 use super::{Shared, proto_json};
-use crate::control::dump::{Refused, Resource, Resources};
+use crate::control::dump::{Accepted, Refused, Resource, Resources};
 
 /// Errors of this command have no charset in Envoy.
 const PLAIN: &str = "text/plain";
@@ -63,12 +66,26 @@ pub(super) async fn config_dump(State(shared): Admin, Query(parameters): Query<P
 async fn resources(shared: &Shared) -> Resources {
     let accepted = shared.resources.borrow().clone();
     if let Some(accepted) = accepted {
-        return Resources::clone(&accepted);
+        // One at a time: each takes megabytes.
+        let _turn = shared.dumping.lock().await;
+        return rendered(accepted).await;
     }
     let snapshot = shared.viewer.current();
     let mut since = shared.since.lock().await;
     since.note(shared);
     made::resources(&snapshot, &shared.facts, &shared.pages(), shared.started, &mut since)
+}
+
+/// Made on a thread of its own, because probes and scrapers wait for this one. Where none can be had, they wait.
+async fn rendered(accepted: Arc<dyn Accepted>) -> Resources {
+    let (sender, made) = oneshot::channel();
+    let of_thread = Arc::clone(&accepted);
+    let thread = std::thread::Builder::new().name("dump".to_owned()).spawn(move || sender.send(of_thread.resources()));
+    let made = match thread {
+        Ok(_) => made.await.ok(),
+        Err(_) => None,
+    };
+    made.unwrap_or_else(|| accepted.resources())
 }
 
 fn sections(resources: &Resources, include_eds: bool) -> Vec<Section> {

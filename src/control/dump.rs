@@ -1,8 +1,10 @@
 //! What a feeder has accepted, as JSON, for the admin port's `/config_dump`.
 //!
-//! Invariant: whoever fills this has redacted it: private keys, tokens and generic secrets are `[redacted]` before they come
-//! here, because the admin port prints the rest as it is. JSON is canonical proto JSON with the protobufs' own field names
-//! (snake_case), and every `Any` is expanded with its `@type`.
+//! Invariant: whoever makes [`Resources`] has redacted them: private keys, tokens and generic secrets are `[redacted]` before
+//! they come here, because the admin port prints the rest as it is. JSON is canonical proto JSON with the protobufs' own field
+//! names (snake_case), and every `Any` is expanded with its `@type`.
+//!
+//! The channel carries what is needed to make them, not the JSON itself: that is many times as large, and hardly anybody asks.
 //!
 //! Knows no protobuf and no HTTP. A feeder without resources of its own leaves the channel at `None`: then the admin port
 //! makes the resources up from the snapshot.
@@ -13,10 +15,16 @@ use std::time::SystemTime;
 use serde_json::Value;
 use tokio::sync::watch;
 
+/// What a feeder has accepted, in whatever form it keeps that.
+pub trait Accepted: std::fmt::Debug + Send + Sync {
+    /// The resources as they are shown. Takes its time and some megabytes: not for a thread that others wait for.
+    fn resources(&self) -> Resources;
+}
+
 /// Where a feeder puts what it has accepted. Replaced whole at each change.
-pub type Sender = watch::Sender<Option<Arc<Resources>>>;
+pub type Sender = watch::Sender<Option<Arc<dyn Accepted>>>;
 /// Where the admin port reads it.
-pub type Receiver = watch::Receiver<Option<Arc<Resources>>>;
+pub type Receiver = watch::Receiver<Option<Arc<dyn Accepted>>>;
 
 /// Nothing accepted yet.
 pub fn channel() -> (Sender, Receiver) {
@@ -66,4 +74,11 @@ pub struct Refused {
     pub details: String,
     /// Its version.
     pub version_info: String,
+}
+
+/// Resources that are JSON already.
+impl Accepted for Resources {
+    fn resources(&self) -> Resources {
+        self.clone()
+    }
 }

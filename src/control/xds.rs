@@ -22,6 +22,7 @@ pub mod proto_json;
 mod rbac;
 mod refusal;
 mod resolver;
+mod shown;
 mod stream;
 mod subscription;
 mod tls_context;
@@ -40,9 +41,9 @@ pub async fn run(
     publisher: Publisher<Snapshot>,
     status: watch::Sender<Status>,
     commands: mpsc::Receiver<Command>,
-    _resources: dump::Sender,
+    resources: dump::Sender,
 ) -> Result<(), ControlError> {
-    feeder::Feeder::new(settings, workers, publisher, status)?.run(commands).await
+    feeder::Feeder::new(settings, workers, publisher, status, resources)?.run(commands).await
 }
 
 #[cfg(test)]

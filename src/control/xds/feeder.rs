@@ -14,10 +14,11 @@ use super::build::{self, Built, Hosts, Surroundings};
 use super::held::{Held, Kind};
 use super::identity::Identities;
 use super::resolver::{Answer, Resolver};
+use super::shown::Everything;
 use super::stream::{Event, Opener};
 use super::subscription::{Subscription, answer};
 use crate::config::envoy::{PageListener, Xds};
-use crate::control::{Command, ControlError, ServiceStatus, StatsWishes, Status};
+use crate::control::{Command, ControlError, ServiceStatus, StatsWishes, Status, dump};
 use crate::mesh::{Identity, Snapshot};
 use crate::store::Publisher;
 
@@ -42,6 +43,9 @@ pub(super) struct Feeder {
     answers: mpsc::Receiver<Answer>,
     publisher: Publisher<Snapshot>,
     status: watch::Sender<Status>,
+    /// What `/config_dump` shows, and the bootstrap in it.
+    resources: dump::Sender,
+    bootstrap: (Arc<serde_json::Value>, SystemTime),
     requests: Option<mpsc::Sender<DeltaDiscoveryRequest>>,
     /// When the stream was opened first.
     opened: Option<Instant>,
@@ -58,10 +62,11 @@ pub(super) struct Feeder {
 
 impl Feeder {
     pub(super) fn new(
-        settings: Xds,
+        mut settings: Xds,
         workers: usize,
         publisher: Publisher<Snapshot>,
         status: watch::Sender<Status>,
+        resources: dump::Sender,
     ) -> Result<Self, ControlError> {
         let mut held = Held::from_bootstrap(&settings.static_clusters, &settings.static_listeners)?;
         // Without a server there is nothing to wait for.
@@ -69,6 +74,7 @@ impl Feeder {
         let (resolver, answers) = Resolver::new();
         let subscription = Subscription::new(&settings);
         metrics::gauge!("ringfence_xds_connected").set(0.0);
+        let bootstrap = (Arc::new(settings.bootstrap.take()), SystemTime::now());
         Ok(Self {
             settings,
             held,
@@ -79,6 +85,8 @@ impl Feeder {
             answers,
             publisher,
             status,
+            resources,
+            bootstrap,
             requests: None,
             opened: None,
             reachable: false,
@@ -96,6 +104,7 @@ impl Feeder {
         let (sender, mut events) = mpsc::channel(EVENTS_MAX);
         let opener = self.settings.server.as_ref().map(|server| Opener::new(&self.settings, server)).transpose()?;
         let stream = opener.map(|opener| tokio::spawn(Arc::new(opener).run(sender)));
+        self.show();
         self.settle();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -163,7 +172,14 @@ impl Feeder {
         self.send(answer(&response.type_url, &response.nonce, &refused));
         let wanted = self.held.endpoint_names();
         self.held.forget_endpoints_except(&wanted);
+        self.show();
         self.subscribe(wanted);
+    }
+
+    /// Lets `/config_dump` show what is held now.
+    fn show(&mut self) {
+        let (bootstrap, bootstrap_at) = (Arc::clone(&self.bootstrap.0), self.bootstrap.1);
+        self.resources.send_replace(Some(Arc::new(Everything { bootstrap, bootstrap_at, sent: self.held.shown() })));
     }
 
     /// A refusal is told until the resource of that name is taken or removed.

@@ -4,9 +4,12 @@
 //! same response are taken (so does Envoy, and nacks the response). What is held was understood whole. Policy is no such
 //! state: a way in whose newest listener is not understood lets nobody in, because whom that one denies is not known, and
 //! what is out of date brings no roots.
+//!
+//! Besides the value that a resource was understood as, its bytes are kept: `/config_dump` shows it as it came (`shown`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use envoy_types::pb::envoy::config::cluster::v3::Cluster as ClusterMessage;
 use envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment;
@@ -17,10 +20,14 @@ use super::cluster::{Cluster, Discovery};
 use super::endpoint::Assignment;
 use super::listener::{Listener, Role};
 use super::refusal::{Refusal, unpack};
+use super::shown::{Came, Shown};
 use crate::control::ControlError;
+use crate::control::dump::Refused;
 
 /// Resources of one kind; more is a mistake at the other end.
 const RESOURCES_MAX: usize = 20_000;
+/// Refused updates of one kind that are remembered, each under its resource's name.
+const REFUSED_MAX: usize = 100;
 
 /// A kind of resource that is asked for, in the order in which it is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -71,21 +78,24 @@ pub(super) struct Shelf<T> {
     entries: BTreeMap<String, Entry<T>>,
     /// Whether the server has answered for this kind at all.
     pub(super) answered: bool,
+    /// By name, the newest update where that was refused, whether or not there is an older one in force.
+    refused: BTreeMap<String, Arc<Refused>>,
+    /// What of both is shown, until it changes.
+    shown: Option<Arc<[Shown]>>,
 }
 
 #[derive(Debug)]
 struct Entry<T> {
     value: Arc<T>,
-    version: String,
-    /// From the bootstrap: the server can neither change nor remove it.
-    fixed: bool,
+    /// As the server sent it; none is from the bootstrap, and the server can neither change nor remove it.
+    came: Option<Arc<Came>>,
     /// A newer version of it was refused.
     outdated: bool,
 }
 
 impl<T> Default for Shelf<T> {
     fn default() -> Self {
-        Self { entries: BTreeMap::new(), answered: false }
+        Self { entries: BTreeMap::new(), answered: false, refused: BTreeMap::new(), shown: None }
     }
 }
 
@@ -104,12 +114,11 @@ impl<T> Shelf<T> {
     }
 
     fn fix(&mut self, name: String, value: T) {
-        self.entries.insert(name, Entry { value: Arc::new(value), version: String::new(), fixed: true, outdated: false });
+        self.entries.insert(name, Entry { value: Arc::new(value), came: None, outdated: false });
     }
 
     fn versions(&self) -> impl Iterator<Item = (String, String)> {
-        let told = self.entries.iter().filter(|(_, entry)| !entry.fixed);
-        told.map(|(name, entry)| (name.clone(), entry.version.clone()))
+        self.entries.iter().filter_map(|(name, entry)| Some((name.clone(), entry.came.as_ref()?.version.clone())))
     }
 
     /// Returns what was refused.
@@ -120,33 +129,65 @@ impl<T> Shelf<T> {
         parse: impl Fn(&Resource) -> Result<T, Refusal>,
     ) -> Vec<String> {
         let mut refused = Vec::new();
+        let now = SystemTime::now();
         for resource in &response.resources {
-            if !self.entries.contains_key(&resource.name) && self.entries.len() >= RESOURCES_MAX {
-                refused.push(format!("{} {}: more than {RESOURCES_MAX} resources", kind.message(), resource.name));
+            let Err(why) = self.take(resource, now, &parse) else {
+                self.refused.remove(&resource.name);
                 continue;
+            };
+            let why = format!("{} {}: {why}", kind.message(), resource.name);
+            if self.refused.len() < REFUSED_MAX || self.refused.contains_key(&resource.name) {
+                let told = Refused { at: now, details: why.clone(), version_info: resource.version.clone() };
+                self.refused.insert(resource.name.clone(), Arc::new(told));
             }
-            if self.entries.get(&resource.name).is_some_and(|entry| entry.fixed) {
-                refused.push(format!("{} {}: the bootstrap has one of this name", kind.message(), resource.name));
-                continue;
-            }
-            match parse(resource) {
-                Ok(value) => {
-                    let entry =
-                        Entry { value: Arc::new(value), version: resource.version.clone(), fixed: false, outdated: false };
-                    self.entries.insert(resource.name.clone(), entry);
-                }
-                Err(why) => {
-                    refused.push(format!("{} {}: {why}", kind.message(), resource.name));
-                    if let Some(entry) = self.entries.get_mut(&resource.name) {
-                        entry.outdated = true;
-                    }
-                }
-            }
+            refused.push(why);
         }
         let removed: BTreeSet<&String> = response.removed_resources.iter().collect();
-        self.entries.retain(|name, entry| entry.fixed || !removed.contains(name));
+        self.entries.retain(|name, entry| entry.came.is_none() || !removed.contains(name));
+        self.refused.retain(|name, _| !removed.contains(name));
         self.answered = true;
+        self.shown = None;
         refused
+    }
+
+    /// Puts one resource in the place of the one before it; otherwise says why not.
+    fn take(
+        &mut self,
+        resource: &Resource,
+        now: SystemTime,
+        parse: impl Fn(&Resource) -> Result<T, Refusal>,
+    ) -> Result<(), String> {
+        match self.entries.get(&resource.name) {
+            None if self.entries.len() >= RESOURCES_MAX => return Err(format!("more than {RESOURCES_MAX} resources")),
+            Some(Entry { came: None, .. }) => return Err("the bootstrap has one of this name".to_owned()),
+            _ => {}
+        }
+        let value = parse(resource).map_err(|why| {
+            if let Some(entry) = self.entries.get_mut(&resource.name) {
+                entry.outdated = true;
+            }
+            why.to_string()
+        })?;
+        let before = self.entries.get(&resource.name).and_then(|entry| entry.came.as_deref());
+        let came = Some(Arc::new(Came::new(resource, now, before)));
+        self.entries.insert(resource.name.clone(), Entry { value: Arc::new(value), came, outdated: false });
+        Ok(())
+    }
+
+    /// What the server has sent, in the order of names.
+    fn shown(&mut self) -> Arc<[Shown]> {
+        let Self { entries, refused, shown, .. } = self;
+        let make = || {
+            let told = |name: &String| refused.get(name).map(Arc::clone);
+            let held = entries.iter().filter_map(|(name, entry)| {
+                let came = Arc::clone(entry.came.as_ref()?);
+                Some(Shown { name: name.clone(), came: Some(came), refused: told(name) })
+            });
+            let never = refused.keys().filter(|name| entries.get(*name).is_none_or(|entry| entry.came.is_none()));
+            let never = never.map(|name| Shown { name: name.clone(), came: None, refused: told(name) });
+            held.chain(never).collect()
+        };
+        Arc::clone(shown.get_or_insert_with(make))
     }
 }
 
@@ -206,7 +247,18 @@ impl Held {
 
     /// Drops the endpoints that nobody asks for any more.
     pub(super) fn forget_endpoints_except(&mut self, names: &BTreeSet<String>) {
-        self.endpoints.entries.retain(|name, _| names.contains(name));
+        let Shelf { entries, refused, shown, .. } = &mut self.endpoints;
+        let before = (entries.len(), refused.len());
+        entries.retain(|name, _| names.contains(name));
+        refused.retain(|name, _| names.contains(name));
+        if (entries.len(), refused.len()) != before {
+            *shown = None;
+        }
+    }
+
+    /// What the server has sent, by kind in the order of [`Kind::ALL`]. The same `Arc` as before for what did not change.
+    pub(super) fn shown(&mut self) -> [Arc<[Shown]>; Kind::ALL.len()] {
+        [self.clusters.shown(), self.endpoints.shown(), self.listeners.shown()]
     }
 
     /// What is held of a kind, for a server that starts over.

@@ -24,8 +24,10 @@ const SHOWN_MAX: usize = 64;
 const REDACTED: &str = "[redacted]";
 /// Marked in Envoy's protobufs on each field that holds a secret.
 const SENSITIVE: &str = "udpa.annotations.sensitive";
-/// Not marked, and yet Consul's token is in them: the metadata that a stream is opened with.
-const METADATA: &str = "envoy.config.core.v3.GrpcService.initial_metadata";
+/// Not all of them are marked, and yet they hold tokens, keys or passwords, in whatever message. Consul's token is in the
+/// metadata that a stream is opened with.
+const SECRET_NAMES: [&str; 7] =
+    ["access_token", "generic_secret", "initial_metadata", "json_key", "password", "private_key", "token"];
 /// Free-form configuration, where no field can be marked.
 const TYPED_STRUCTS: [&str; 2] = ["xds.type.v3.TypedStruct", "udpa.type.v1.TypedStruct"];
 const ANY: &str = "google.protobuf.Any";
@@ -88,10 +90,11 @@ impl Protos {
         let mark = pool.get_extension_by_name(SENSITIVE).expect("Envoy's protobufs import the annotation");
         let fields = pool.all_messages().flat_map(|message| message.fields().collect::<Vec<_>>());
         let marked = fields.filter(|field| {
-            field.field_descriptor_proto().options.is_some()
-                && matches!(field.options().get_extension(&mark).as_ref(), Value::Bool(true))
+            let marked = field.field_descriptor_proto().options.is_some()
+                && matches!(field.options().get_extension(&mark).as_ref(), Value::Bool(true));
+            marked || SECRET_NAMES.contains(&field.name())
         });
-        let sensitive = marked.map(|field| field.full_name().to_owned()).chain([METADATA.to_owned()]).collect();
+        let sensitive = marked.map(|field| field.full_name().to_owned()).collect();
         Self { pool, sensitive, tolerant: false }
     }
 

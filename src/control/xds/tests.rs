@@ -365,3 +365,4 @@ fn a_stream_begins_with_the_node_and_what_is_held() {
 }
 
 mod routes;
+mod shown;

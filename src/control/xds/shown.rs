@@ -1,0 +1,134 @@
+//! Resources as they came, for `/config_dump`.
+//!
+//! Invariant: the bytes may hold private keys. They are wiped when they are dropped, no `Debug` prints them, and they leave
+//! this room only through [`Protos`], which replaces secrets. What was refused is told by its reason alone.
+//!
+//! Nothing is rendered until somebody asks, and then by whoever asks: the descriptions of Envoy's messages take megabytes, and
+//! are here only as long as a dump is made.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use envoy_types::pb::envoy::service::discovery::v3::Resource as Sent;
+use serde_json::{Map, Value as Json, json};
+use zeroize::Zeroizing;
+
+use super::held::Kind;
+use super::proto_json::Protos;
+use super::refusal::type_url;
+use crate::control::dump::{Accepted, Refused, Resource, Resources};
+
+/// A resource in force.
+pub(super) struct Came {
+    pub(super) version: String,
+    /// Since when it is as it is.
+    at: SystemTime,
+    /// The message, encoded.
+    bytes: Zeroizing<Vec<u8>>,
+}
+
+/// One name among the resources of a kind.
+#[derive(Debug)]
+pub(super) struct Shown {
+    pub(super) name: String,
+    /// None of this name was ever accepted where there is none.
+    pub(super) came: Option<Arc<Came>>,
+    pub(super) refused: Option<Arc<Refused>>,
+}
+
+/// Everything that is shown.
+pub(super) struct Everything {
+    pub(super) bootstrap: Arc<Json>,
+    /// When the bootstrap was read.
+    pub(super) bootstrap_at: SystemTime,
+    /// By kind, in the order of [`Kind::ALL`].
+    pub(super) sent: [Arc<[Shown]>; Kind::ALL.len()],
+}
+
+impl Came {
+    /// `before` is what it takes the place of: a resource that is sent again as it was has its old time.
+    pub(super) fn new(sent: &Sent, now: SystemTime, before: Option<&Self>) -> Self {
+        let bytes = Zeroizing::new(sent.resource.as_ref().map(|any| any.value.clone()).unwrap_or_default());
+        let at = before.filter(|before| before.bytes == bytes).map_or(now, |before| before.at);
+        Self { version: sent.version.clone(), at, bytes }
+    }
+}
+
+/// Without the bytes.
+impl fmt::Debug for Came {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Came").field("version", &self.version).field("at", &self.at).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Everything {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Everything").field("sent", &self.sent).finish_non_exhaustive()
+    }
+}
+
+impl Accepted for Everything {
+    fn resources(&self) -> Resources {
+        let protos = Protos::load();
+        let [clusters, endpoints, listeners] =
+            Kind::ALL.map(|kind| self.sent[kind as usize].iter().map(|one| one.resource(kind, &protos)).collect());
+        Resources {
+            bootstrap: Json::clone(&self.bootstrap),
+            bootstrap_at: self.bootstrap_at,
+            static_clusters: self.fixed("clusters", Kind::Cluster),
+            static_listeners: self.fixed("listeners", Kind::Listener),
+            clusters,
+            endpoints,
+            listeners,
+        }
+    }
+}
+
+impl Everything {
+    /// What the bootstrap has of a kind, the small listeners of this process's own and their clusters among it.
+    fn fixed(&self, field: &str, kind: Kind) -> Vec<Resource> {
+        let all = self.bootstrap.pointer(&format!("/static_resources/{field}")).and_then(Json::as_array);
+        let resource = |json: &Json| Resource {
+            name: json["name"].as_str().unwrap_or_default().to_owned(),
+            version_info: String::new(),
+            last_updated: self.bootstrap_at,
+            json: typed(kind, json.clone()),
+            error_state: None,
+        };
+        all.into_iter().flatten().map(resource).collect()
+    }
+}
+
+impl Shown {
+    fn resource(&self, kind: Kind, protos: &Protos) -> Resource {
+        let came = self.came.as_deref();
+        Resource {
+            name: self.name.clone(),
+            version_info: came.map(|came| came.version.clone()).unwrap_or_default(),
+            last_updated: came.map_or(SystemTime::UNIX_EPOCH, |came| came.at),
+            json: came.map_or(Json::Null, |came| json(kind, &came.bytes, protos)),
+            error_state: self.refused.as_deref().cloned(),
+        }
+    }
+}
+
+fn json(kind: Kind, bytes: &[u8], protos: &Protos) -> Json {
+    match protos.render_bytes(kind.message(), bytes) {
+        Ok(json) => typed(kind, json),
+        // It was read once, so this is a value that JSON has no form for: named, as an unknown type is.
+        Err(_) => json!({
+            "@type": "type.googleapis.com/google.protobuf.StringValue",
+            "value": format!("not shown: {} has no form in JSON", kind.message()),
+        }),
+    }
+}
+
+/// `json` with its type in front.
+fn typed(kind: Kind, json: Json) -> Json {
+    let mut all = Map::from_iter([("@type".to_owned(), Json::from(type_url(kind.message())))]);
+    if let Json::Object(fields) = json {
+        all.extend(fields);
+    }
+    all.into()
+}
