@@ -28,6 +28,7 @@ use crate::config;
 use crate::config::envoy::{AccessLog, PageListener};
 use crate::mesh::Snapshot;
 use crate::store::Publisher;
+use crate::telemetry::stats::Updates;
 
 /// What the control plane says of itself, for readiness and the admin port.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -42,6 +43,8 @@ pub struct Status {
     pub access_logs: Vec<AccessLog>,
     /// What the proxies' definitions say of stats.
     pub stats: StatsWishes,
+    /// Answers with clusters and with listeners, where an xDS server sends them.
+    pub updates: Option<(Updates, Updates)>,
 }
 
 /// What definitions say of stats, over all proxies: `envoy_stats_tags`, `envoy_statsd_url`, `envoy_dogstatsd_url` and

@@ -55,6 +55,14 @@ impl Snapshot {
     }
 }
 
+impl Target {
+    /// The cluster that it is for Consul and Envoy: named as its SNI, or by its id where none is sent. Targets of one cluster
+    /// that differ by priority alone have ids that differ after a `#`.
+    pub fn cluster(&self) -> &str {
+        if self.sni.is_empty() { self.id.split('#').next().unwrap_or_default() } else { &self.sni }
+    }
+}
+
 impl Generation for Snapshot {
     fn set_generation(&mut self, generation: u64) {
         self.generation = generation;

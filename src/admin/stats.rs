@@ -101,6 +101,10 @@ async fn collect(shared: &Shared) -> (Vec<Stat>, Arc<Snapshot>) {
         hub.drain();
         (Facts::capture(&hub), health::state(shared, &hub))
     };
+    let (connected, updates) = {
+        let status = shared.status.borrow();
+        (status.agent_reachable, status.updates)
+    };
     let process = Process {
         state: match state {
             health::State::Live => 0,
@@ -109,7 +113,8 @@ async fn collect(shared: &Shared) -> (Vec<Stat>, Arc<Snapshot>) {
             health::State::Initializing => 3,
         },
         uptime: shared.start.elapsed(),
-        connected: shared.status.borrow().agent_reachable,
+        connected,
+        updates,
         memory: model::Memory::now(),
     };
     (model::build(&snapshot, &facts, &process).await, snapshot)

@@ -26,6 +26,7 @@ pub(crate) fn status(state: &mut State, published: bool, agent_reachable: bool, 
         services,
         access_logs: access_logs(state),
         stats: stats_wishes(state),
+        updates: None,
     }
 }
 

@@ -282,6 +282,23 @@ fn check(settings: &RouterSettings) -> Result<(), RouterError> {
     Ok(())
 }
 
+impl Route {
+    /// The endpoints that it chooses from, where it leads to such.
+    pub fn upstream(&self) -> Option<&Arc<Upstream>> {
+        match &self.way {
+            Way::Forward(upstream) | Way::Originate { upstream, .. } => Some(upstream),
+            Way::Terminate { app, .. } => app.as_ref(),
+            Way::Original(_) => None,
+        }
+    }
+
+    /// The cluster that it leads to, for metrics: its name begins with that, and no cluster's name has a space.
+    pub fn cluster(&self) -> &str {
+        let named = self.name.split(' ').next().unwrap_or_default();
+        self.upstream().and_then(|upstream| upstream.targets.first()).map_or(named, |target| target.cluster())
+    }
+}
+
 impl Way {
     /// The service whose identity and intentions hold on this way, where TLS is spoken.
     pub fn service(&self) -> Option<&Arc<Service>> {

@@ -15,5 +15,5 @@ pub mod tags;
 pub mod text;
 
 pub use histogram::Histogram;
-pub use model::{Facts, Process, Stat, Value};
+pub use model::{Facts, Process, Stat, Updates, Value};
 pub use tags::Tagger;

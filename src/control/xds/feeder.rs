@@ -21,6 +21,7 @@ use crate::config::envoy::{PageListener, Xds};
 use crate::control::{Command, ControlError, ServiceStatus, StatsWishes, Status, dump};
 use crate::mesh::{Identity, Snapshot};
 use crate::store::Publisher;
+use crate::telemetry::stats::Updates;
 
 /// Events of the stream that may wait.
 const EVENTS_MAX: usize = 64;
@@ -57,6 +58,8 @@ pub(super) struct Feeder {
     refused: [Vec<String>; Kind::ALL.len()],
     notes: Vec<String>,
     pages: Vec<PageListener>,
+    /// By kind, the answers that were taken and those that were not.
+    updates: [Updates; Kind::ALL.len()],
     rotations: u64,
 }
 
@@ -95,6 +98,7 @@ impl Feeder {
             refused: Default::default(),
             notes: Vec::new(),
             pages: Vec::new(),
+            updates: Default::default(),
             rotations: 0,
         })
     }
@@ -159,7 +163,12 @@ impl Feeder {
         let refused = match Kind::of_url(&response.type_url) {
             Some(kind) => {
                 let refused = self.held.apply(kind, response);
-                let result = if refused.is_empty() { "accepted" } else { "rejected" };
+                let updates = &mut self.updates[kind as usize];
+                let (result, count) = match refused.is_empty() {
+                    true => ("accepted", &mut updates.accepted),
+                    false => ("rejected", &mut updates.rejected),
+                };
+                *count += 1;
                 metrics::counter!("ringfence_xds_updates_total", "type" => kind.short(), "result" => result).increment(1);
                 for why in &refused {
                     tracing::error!(resource = %why, "a resource is refused; the one before it, if any, stays, but a way in lets nobody in until it is understood");
@@ -283,6 +292,7 @@ impl Feeder {
             access_logs,
             // A bootstrap says it all at the start.
             stats: StatsWishes::default(),
+            updates: Some((self.updates[Kind::Cluster as usize], self.updates[Kind::Listener as usize])),
         };
         self.status.send_if_modified(|status| {
             let changed = *status != next;

@@ -6,12 +6,15 @@
 //! other failed handshake), curves and signature algorithms, changes of listeners and clusters since the start (what is active
 //! is known), panic mode, degraded and excluded members, `server.version` (Envoy's commit), and watchdogs.
 //!
+//! A listener with routes has the sums of its routes ([`routes`]).
+//!
 //! An upstream is one cluster, as Consul makes it before 1.14: named after its first target, with all targets' endpoints. What
 //! several upstreams lead to, and what several local services share by name (`local_app`), is told apart by [`Stat::owner`].
 
+mod routes;
 mod scopes;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -74,8 +77,19 @@ pub struct Process {
     pub uptime: Duration,
     /// Whether the control plane answers.
     pub connected: bool,
+    /// Updates of clusters and of listeners, where these come as resources.
+    pub updates: Option<(Updates, Updates)>,
     /// What it occupies.
     pub memory: Memory,
+}
+
+/// Answers of a control plane with resources of one kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Updates {
+    /// Taken whole.
+    pub accepted: u64,
+    /// Refused, at least in part.
+    pub rejected: u64,
 }
 
 /// Memory in bytes, as `/proc/self/status` has it.
@@ -102,26 +116,29 @@ impl Facts {
         }
     }
 
-    fn of(&self, service: &Arc<str>, upstream: Option<&Arc<str>>) -> Counted<'_> {
-        let direction = if upstream.is_some() { Direction::Outbound } else { Direction::Inbound };
-        let key = Key { direction, service: Arc::clone(service), upstream: upstream.cloned() };
-        Counted { series: self.series.get(&key), span: self.spans.get(&key) }
+    fn at(&self, key: &Key) -> Counted<'_> {
+        Counted { series: self.series.get(key), span: self.spans.get(key) }
+    }
+
+    /// How many endpoints of an upstream are ejected.
+    fn ejected(&self, upstream: &Arc<str>) -> u64 {
+        self.ejections.iter().filter(|ejection| ejection.upstream == *upstream).count() as u64
     }
 }
 
 /// What was counted for one listener.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Counted<'a> {
     series: Option<&'a (Totals, Vec<Share>)>,
     span: Option<&'a Span>,
 }
 
-impl Counted<'_> {
+impl<'a> Counted<'a> {
     fn totals(&self) -> Totals {
         self.series.map(|(totals, _)| totals.clone()).unwrap_or_default()
     }
 
-    fn shares(&self) -> &[Share] {
+    fn shares(&self) -> &'a [Share] {
         self.series.map(|(_, shares)| shares.as_slice()).unwrap_or_default()
     }
 
@@ -150,39 +167,97 @@ impl Memory {
 pub async fn build(snapshot: &Snapshot, facts: &Facts, process: &Process) -> Vec<Stat> {
     let mut stats = Vec::new();
     let mut breath = Breath(0);
-    for (owner, service) in snapshot.services.iter().enumerate() {
-        let mut clusters: BTreeMap<String, Cluster> = BTreeMap::new();
-        if let Some(public) = &service.public {
-            let counted = facts.of(&service.name, None);
-            let totals = counted.totals();
-            listener(&mut stats, owner, &public.bind, &counted, service.identity.as_deref());
-            scopes::tcp(&mut Scope::new(&mut stats, owner, "tcp.public_listener"), &totals, Direction::Inbound);
-            scopes::authorisation(&mut stats, owner, &totals, public.max_inbound_connections > 0);
-            clusters.entry("local_app".to_owned()).or_default().take_app(&totals, counted.span(), public.app.len());
+    let mut clusters = 0;
+    let owners = snapshot.services.len().max(usize::from(!snapshot.routers.is_empty()));
+    for owner in 0..owners {
+        let mut sums = Sums::default();
+        if let Some(service) = snapshot.services.get(owner) {
+            of_service(&mut stats, owner, service, facts, &mut sums, &mut breath).await;
+        }
+        for router in snapshot.routers.iter().filter(|router| routes::owner(snapshot, router) == owner) {
+            routes::tell(&mut stats, owner, router, facts, &mut sums);
             breath.take().await;
         }
-        for upstream in &service.upstreams {
-            let counted = facts.of(&service.name, Some(&upstream.name));
-            let totals = counted.totals();
-            listener(&mut stats, owner, &upstream.bind, &counted, None);
-            let scope = format!("tcp.{}", stat_prefix(upstream, service));
-            scopes::tcp(&mut Scope::new(&mut stats, owner, &scope), &totals, Direction::Outbound);
-            if let Some(name) = cluster_name(upstream) {
-                let ejected = facts.ejections.iter().filter(|ejection| ejection.upstream == upstream.name).count();
-                let cluster = clusters.entry(name).or_default();
-                cluster.take_upstream(upstream, &totals, counted.span(), ejected as u64);
-            }
-            breath.take().await;
-        }
-        for (name, cluster) in &clusters {
-            cluster.tell(&mut Scope::new(&mut stats, owner, &format!("cluster.{name}")), service.identity.as_deref());
-            breath.take().await;
-        }
+        clusters += sums.clusters.len();
+        sums.tell(&mut stats, owner, &mut breath).await;
     }
-    of_process(&mut stats, snapshot, facts, process);
+    of_process(&mut stats, snapshot, facts, process, clusters);
     // Runs of sorted names, which this sort takes as they are.
     stats.sort_by(|a, b| (&a.name, a.owner).cmp(&(&b.name, b.owner)));
     stats
+}
+
+/// What several listeners of one owner add to.
+#[derive(Debug, Default)]
+struct Sums {
+    /// By `stat_prefix`.
+    tcps: BTreeMap<String, scopes::Tcp>,
+    clusters: BTreeMap<String, Cluster>,
+    /// Of those who come in, and whether a limit is set on them.
+    inbound: Option<(Totals, bool)>,
+    /// Whose counters are in it: two chains of one service have the same.
+    counted: BTreeSet<Key>,
+}
+
+impl Sums {
+    /// What was counted under `key`; nothing the second time.
+    fn first<'a>(&mut self, facts: &'a Facts, key: &Key) -> Counted<'a> {
+        if self.counted.insert(key.clone()) { facts.at(key) } else { Counted::default() }
+    }
+
+    fn came_in(&mut self, totals: &Totals, limited: bool) {
+        let (sum, any) = self.inbound.get_or_insert_with(Default::default);
+        sum.merge(totals);
+        *any |= limited;
+    }
+
+    async fn tell(self, stats: &mut Vec<Stat>, owner: usize, breath: &mut Breath) {
+        if let Some((totals, limited)) = &self.inbound {
+            scopes::authorisation(stats, owner, totals, *limited);
+        }
+        for (prefix, tcp) in &self.tcps {
+            tcp.tell(&mut Scope::new(stats, owner, &format!("tcp.{prefix}")));
+            breath.take().await;
+        }
+        for (name, cluster) in &self.clusters {
+            cluster.tell(&mut Scope::new(stats, owner, &format!("cluster.{name}")));
+            breath.take().await;
+        }
+    }
+}
+
+async fn of_service(stats: &mut Vec<Stat>, owner: usize, service: &Service, facts: &Facts, sums: &mut Sums, breath: &mut Breath) {
+    if let Some(public) = &service.public {
+        let counted = sums.first(facts, &inbound(&service.name));
+        let totals = counted.totals();
+        let tls = service.identity.as_deref().map(|identity| (identity, &totals));
+        listener(stats, owner, &public.bind, &totals, counted.shares(), counted.span().length, tls);
+        sums.tcps.entry("public_listener".to_owned()).or_default().take(&totals, Direction::Inbound);
+        sums.came_in(&totals, public.max_inbound_connections > 0);
+        let app = sums.clusters.entry("local_app".to_owned()).or_default();
+        app.take_app(&totals, counted.span(), public.app.len());
+        breath.take().await;
+    }
+    for upstream in &service.upstreams {
+        let counted = sums.first(facts, &outbound(&service.name, &upstream.name));
+        let totals = counted.totals();
+        listener(stats, owner, &upstream.bind, &totals, counted.shares(), counted.span().length, None);
+        sums.tcps.entry(stat_prefix(upstream, service)).or_default().take(&totals, Direction::Outbound);
+        if let Some(name) = cluster_name(upstream) {
+            let cluster = sums.clusters.entry(name).or_default();
+            cluster.take_upstream(upstream, Direction::Outbound, &totals, counted.span(), facts.ejected(&upstream.name));
+            cluster.speaks_as(service.identity.as_ref());
+        }
+        breath.take().await;
+    }
+}
+
+fn inbound(service: &Arc<str>) -> Key {
+    Key { direction: Direction::Inbound, service: Arc::clone(service), upstream: None }
+}
+
+fn outbound(service: &Arc<str>, upstream: &Arc<str>) -> Key {
+    Key { direction: Direction::Outbound, service: Arc::clone(service), upstream: Some(Arc::clone(upstream)) }
 }
 
 /// Gives way after some scopes.
@@ -197,16 +272,24 @@ impl Breath {
     }
 }
 
-fn listener(stats: &mut Vec<Stat>, owner: usize, bind: &Bind, counted: &Counted<'_>, tls: Option<&Identity>) {
+/// `tls` is whose TLS ends here, and what was counted of that.
+fn listener(
+    stats: &mut Vec<Stat>,
+    owner: usize,
+    bind: &Bind,
+    totals: &Totals,
+    shares: &[Share],
+    length: Histogram,
+    tls: Option<(&Identity, &Totals)>,
+) {
     let mut scope = Scope::new(stats, owner, &format!("listener.{}", address(bind)));
-    let totals = counted.totals();
-    scopes::listener(&mut scope, &totals, counted.span().length);
-    for (worker, share) in counted.shares().iter().enumerate() {
+    scopes::listener(&mut scope, totals, length);
+    for (worker, share) in shares.iter().enumerate() {
         scope.counter(&format!("worker_{worker}.downstream_cx_total"), share.connections);
         scope.gauge(&format!("worker_{worker}.downstream_cx_active"), share.active, true);
     }
-    if let Some(identity) = tls {
-        scopes::ssl(&mut scope, &totals, identity);
+    if let Some((identity, totals)) = tls {
+        scopes::ssl(&mut scope, totals, identity);
     }
 }
 
@@ -235,7 +318,7 @@ fn stat_prefix(upstream: &Upstream, service: &Service) -> String {
 
 /// Consul's name of the cluster that an upstream leads to.
 fn cluster_name(upstream: &Upstream) -> Option<String> {
-    upstream.targets.first().map(|target| target.sni.to_string())
+    upstream.targets.first().map(|target| target.cluster().to_owned())
 }
 
 fn own_name(service: &Service) -> Option<&ServiceName> {
@@ -259,18 +342,24 @@ pub type SampleNames = BTreeMap<Key, SampleName>;
 /// The names for everything that `snapshot` has.
 pub fn sample_names(snapshot: &Snapshot) -> SampleNames {
     let mut names = BTreeMap::new();
+    let mut add = |key, owner, bind: &Bind, cluster: Option<String>| {
+        let cluster = cluster.map(|name| format!("cluster.{name}"));
+        names.insert(key, SampleName { owner, listener: format!("listener.{}", address(bind)), cluster });
+    };
     for (owner, service) in snapshot.services.iter().enumerate() {
-        let mut add = |direction, upstream: Option<&Arc<str>>, bind: &Bind, cluster: Option<String>| {
-            let key = Key { direction, service: Arc::clone(&service.name), upstream: upstream.cloned() };
-            let cluster = cluster.map(|name| format!("cluster.{name}"));
-            names.insert(key, SampleName { owner, listener: format!("listener.{}", address(bind)), cluster });
-        };
         if let Some(public) = &service.public {
-            add(Direction::Inbound, None, &public.bind, Some("local_app".to_owned()));
+            add(inbound(&service.name), owner, &public.bind, Some("local_app".to_owned()));
         }
         for upstream in &service.upstreams {
-            add(Direction::Outbound, Some(&upstream.name), &upstream.bind, cluster_name(upstream));
+            add(outbound(&service.name, &upstream.name), owner, &upstream.bind, cluster_name(upstream));
         }
+    }
+    for router in &snapshot.routers {
+        let (settings, owner) = (router.settings(), routes::owner(snapshot, router));
+        for route in router.routes() {
+            add(routes::key(settings, route), owner, &settings.bind, Some(route.cluster().to_owned()));
+        }
+        add(outbound(&settings.service, &settings.name), owner, &settings.bind, None);
     }
     names
 }
@@ -290,10 +379,8 @@ pub fn owners(snapshot: &Snapshot) -> Vec<Vec<(String, String)>> {
     snapshot.services.iter().map(of).collect()
 }
 
-fn of_process(stats: &mut Vec<Stat>, snapshot: &Snapshot, facts: &Facts, process: &Process) {
+fn of_process(stats: &mut Vec<Stat>, snapshot: &Snapshot, facts: &Facts, process: &Process, clusters: usize) {
     let listeners = snapshot.binds().count();
-    let clusters: usize =
-        snapshot.services.iter().map(|service| service.upstreams.len() + usize::from(service.public.is_some())).sum();
     let mut server = Scope::new(stats, PROCESS, "server");
     scopes::server(&mut server, process, facts.worker_connections.iter().sum(), facts.worker_connections.len());
     if let Some(days) = days_until_first_expiry(snapshot) {
@@ -302,11 +389,14 @@ fn of_process(stats: &mut Vec<Stat>, snapshot: &Snapshot, facts: &Facts, process
         server.gauge("days_until_first_cert_expiring", 0, false);
     }
     let active = listeners.saturating_sub(facts.listeners_failed);
-    scopes::managers(stats, snapshot.generation, clusters as u64, active as u64, process.connected);
+    // Without a stream of resources, each snapshot that was published replaced both kinds.
+    let published = || Updates { accepted: snapshot.generation, rejected: 0 };
+    let (cds, lds) = process.updates.unwrap_or_else(|| (published(), published()));
+    scopes::managers(stats, (cds, clusters as u64), (lds, active as u64), process.connected);
 }
 
 fn days_until_first_expiry(snapshot: &Snapshot) -> Option<u64> {
-    let of_services = snapshot.services.iter().filter_map(|service| service.identity.as_ref());
+    let of_services = snapshot.all_services().filter_map(|service| service.identity.as_ref());
     let first = of_services.chain(snapshot.identities.values()).map(|identity| identity.svid.not_after).min()?;
     Some(first.duration_since(SystemTime::now()).unwrap_or_default().as_secs() / 86_400)
 }

@@ -3,7 +3,9 @@
 //! Invariant: a scope has all of Envoy's names at layer 4, known or not, so that no query of a dashboard comes back empty; the
 //! list is checked against a real Envoy's.
 
-use super::{Memory, PROCESS, Process, Stat, Value, closed, unix_seconds};
+use std::sync::Arc;
+
+use super::{Memory, PROCESS, Process, Stat, Updates, Value, closed, unix_seconds};
 use crate::config;
 use crate::mesh::{Identity, Upstream};
 use crate::telemetry::cells::{Direction, SUITES};
@@ -14,7 +16,7 @@ use crate::telemetry::stats::Histogram;
 /// Envoy names a certificate without a file by the hash of its empty path.
 const UNNAMED: &str = "e3b0c442";
 
-const LISTENER_UNKNOWN: [&str; 10] = [
+const LISTENER_UNKNOWN: [&str; 9] = [
     "downstream_cx_overflow",
     "downstream_cx_overload_reject",
     "downstream_cx_transport_socket_connect_timeout",
@@ -24,7 +26,6 @@ const LISTENER_UNKNOWN: [&str; 10] = [
     "downstream_pre_cx_timeout",
     "extension_config_missing",
     "network_extension_config_missing",
-    "no_filter_chain_match",
 ];
 const TCP_UNKNOWN: [&str; 9] = [
     "downstream_cx_drain_close",
@@ -124,9 +125,8 @@ const SERVER_GAUGES_UNKNOWN: [&str; 5] = [
     "seconds_until_first_ocsp_response_expiring",
     "version",
 ];
-const PROCESS_UNKNOWN: [&str; 24] = [
+const PROCESS_UNKNOWN: [&str; 22] = [
     "cluster_manager.cds.update_failure",
-    "cluster_manager.cds.update_rejected",
     "cluster_manager.cluster_added",
     "cluster_manager.cluster_modified",
     "cluster_manager.cluster_removed",
@@ -136,7 +136,6 @@ const PROCESS_UNKNOWN: [&str; 24] = [
     "cluster_manager.update_out_of_merge_window",
     "control_plane.rate_limit_enforced",
     "listener_manager.lds.update_failure",
-    "listener_manager.lds.update_rejected",
     "listener_manager.listener_added",
     "listener_manager.listener_create_failure",
     "listener_manager.listener_create_success",
@@ -209,20 +208,38 @@ pub(super) fn listener(scope: &mut Scope<'_>, totals: &Totals, length: Histogram
     scope.gauge("downstream_pre_cx_active", 0, false);
     scope.histogram("downstream_cx_length_ms", length);
     scope.histogram("connections_accepted_per_socket_event", Histogram::default());
+    scope.counter("no_filter_chain_match", closed(totals, CloseReason::NoRoute));
     scope.zero(&LISTENER_UNKNOWN, &[]);
 }
 
-pub(super) fn tcp(scope: &mut Scope<'_>, totals: &Totals, direction: Direction) {
-    let (received, sent) = match direction {
-        Direction::Inbound => (totals.bytes_from_mesh, totals.bytes_to_mesh),
-        Direction::Outbound => (totals.bytes_to_mesh, totals.bytes_from_mesh),
-    };
-    scope.counter("downstream_cx_total", totals.connections);
-    scope.counter("downstream_cx_rx_bytes_total", received);
-    scope.counter("downstream_cx_tx_bytes_total", sent);
-    scope.counter("downstream_cx_no_route", closed(totals, CloseReason::NoRoute));
-    let gauges = ["downstream_cx_rx_bytes_buffered", "downstream_cx_tx_bytes_buffered", "upstream_flush_active"];
-    scope.zero(&TCP_UNKNOWN, &gauges);
+/// What goes through filters of one `stat_prefix`.
+#[derive(Debug, Default)]
+pub(super) struct Tcp {
+    connections: u64,
+    received: u64,
+    sent: u64,
+    no_route: u64,
+}
+
+impl Tcp {
+    pub(super) fn take(&mut self, totals: &Totals, direction: Direction) {
+        let (received, sent) = match direction {
+            Direction::Inbound => (totals.bytes_from_mesh, totals.bytes_to_mesh),
+            Direction::Outbound => (totals.bytes_to_mesh, totals.bytes_from_mesh),
+        };
+        self.connections += totals.connections;
+        (self.received, self.sent) = (self.received + received, self.sent + sent);
+        self.no_route += closed(totals, CloseReason::NoRoute);
+    }
+
+    pub(super) fn tell(&self, scope: &mut Scope<'_>) {
+        scope.counter("downstream_cx_total", self.connections);
+        scope.counter("downstream_cx_rx_bytes_total", self.received);
+        scope.counter("downstream_cx_tx_bytes_total", self.sent);
+        scope.counter("downstream_cx_no_route", self.no_route);
+        let gauges = ["downstream_cx_rx_bytes_buffered", "downstream_cx_tx_bytes_buffered", "upstream_flush_active"];
+        scope.zero(&TCP_UNKNOWN, &gauges);
+    }
 }
 
 pub(super) fn authorisation(stats: &mut Vec<Stat>, owner: usize, totals: &Totals, limited: bool) {
@@ -276,24 +293,24 @@ pub(super) struct Cluster {
     ejected: u64,
     full: bool,
     outlier: bool,
+    /// Whom TLS to its members is spoken as.
+    identity: Option<Arc<Identity>>,
 }
 
 impl Cluster {
     pub(super) fn take_app(&mut self, totals: &Totals, span: Span, addresses: usize) {
-        self.take(totals, span);
-        (self.received, self.sent) = (self.received + totals.bytes_to_mesh, self.sent + totals.bytes_from_mesh);
-        (self.members, self.healthy) = (self.members + addresses as u64, self.healthy + addresses as u64);
+        self.take(Direction::Inbound, totals, span);
+        // Two listeners that lead to one cluster share its members.
+        (self.members, self.healthy) = (self.members.max(addresses as u64), self.healthy.max(addresses as u64));
     }
 
-    pub(super) fn take_upstream(&mut self, upstream: &Upstream, totals: &Totals, span: Span, ejected: u64) {
+    pub(super) fn take_upstream(&mut self, upstream: &Upstream, direction: Direction, totals: &Totals, span: Span, ejected: u64) {
         let first = !self.outlier;
-        self.take(totals, span);
-        (self.received, self.sent) = (self.received + totals.bytes_from_mesh, self.sent + totals.bytes_to_mesh);
+        self.take(direction, totals, span);
         let max = upstream.max_connections.unwrap_or(config::UPSTREAM_CONNECTIONS_MAX);
         self.full |= totals.active >= u64::from(max);
         self.outlier = true;
         if first {
-            // Two listeners that lead to one cluster share its members.
             let endpoints = || upstream.targets.iter().flat_map(|target| target.endpoints.iter());
             self.members = endpoints().count() as u64;
             self.healthy = endpoints().filter(|endpoint| endpoint.healthy).count() as u64;
@@ -301,13 +318,27 @@ impl Cluster {
         self.ejected = self.ejected.max(ejected);
     }
 
-    fn take(&mut self, totals: &Totals, span: Span) {
+    /// Wherever the client wanted to go: it has no members.
+    pub(super) fn take_original(&mut self, totals: &Totals, span: Span) {
+        self.take(Direction::Outbound, totals, span);
+    }
+
+    pub(super) fn speaks_as(&mut self, identity: Option<&Arc<Identity>>) {
+        self.identity = identity.map(Arc::clone);
+    }
+
+    fn take(&mut self, direction: Direction, totals: &Totals, span: Span) {
+        let (received, sent) = match direction {
+            Direction::Inbound => (totals.bytes_to_mesh, totals.bytes_from_mesh),
+            Direction::Outbound => (totals.bytes_from_mesh, totals.bytes_to_mesh),
+        };
+        (self.received, self.sent) = (self.received + received, self.sent + sent);
         self.totals.merge(totals);
         self.span.connect.merge(&span.connect);
         self.span.far_length.merge(&span.far_length);
     }
 
-    pub(super) fn tell(&self, scope: &mut Scope<'_>, identity: Option<&Identity>) {
+    pub(super) fn tell(&self, scope: &mut Scope<'_>) {
         let totals = &self.totals;
         let seen = totals.connect_attempts > 0;
         scope.counter("upstream_cx_total", totals.connect_attempts);
@@ -331,7 +362,7 @@ impl Cluster {
         scope.counter("upstream_flow_control_resumed_reading_total", 0);
         if self.outlier {
             self.tell_outliers(scope);
-            if let Some(identity) = identity {
+            if let Some(identity) = &self.identity {
                 ssl(scope, totals, identity);
             }
         }
@@ -363,11 +394,19 @@ pub(super) fn server(scope: &mut Scope<'_>, process: &Process, connections: u64,
     scope.zero(&SERVER_UNKNOWN, &SERVER_GAUGES_UNKNOWN);
 }
 
-pub(super) fn managers(stats: &mut Vec<Stat>, generation: u64, clusters: u64, listeners: u64, connected: bool) {
+/// Each kind with its updates and how many of it are active.
+pub(super) fn managers(
+    stats: &mut Vec<Stat>,
+    (cds, clusters): (Updates, u64),
+    (lds, listeners): (Updates, u64),
+    connected: bool,
+) {
     let mut scope = Scope::new(stats, PROCESS, "");
-    // Each snapshot that was published replaced both.
-    scope.counter("cluster_manager.cds.update_success", generation);
-    scope.counter("listener_manager.lds.update_success", generation);
+    for (prefix, Updates { accepted, rejected }) in [("cluster_manager.cds", cds), ("listener_manager.lds", lds)] {
+        scope.counter(&format!("{prefix}.update_attempt"), accepted + rejected);
+        scope.counter(&format!("{prefix}.update_success"), accepted);
+        scope.counter(&format!("{prefix}.update_rejected"), rejected);
+    }
     scope.gauge("cluster_manager.active_clusters", clusters, true);
     scope.gauge("listener_manager.total_listeners_active", listeners, true);
     scope.gauge("listener_manager.workers_started", 1, true);

@@ -1,6 +1,7 @@
 //! The model beside the names of a real Envoy with the same listeners and clusters, and its sums.
 
-use std::collections::BTreeSet;
+mod routes;
+
 use std::time::Instant;
 
 use super::*;
