@@ -188,7 +188,7 @@ struct Shared {
     levels: Mutex<logging::Levels>,
     since: Mutex<facts::Since>,
     /// Whose turn it is to make a dump.
-    dumping: Mutex<()>,
+    dumping: Arc<Mutex<()>>,
     /// Listeners for pages that do not depend on a registration.
     fixed_pages: Vec<PageListener>,
     late_pages: Vec<PageListener>,
@@ -239,7 +239,7 @@ impl Shared {
             facts: settings.facts,
             levels: Mutex::new(logging::Levels::new(settings.log_level.0, settings.log_level.1)),
             since: Mutex::new(facts::Since::new()),
-            dumping: Mutex::new(()),
+            dumping: Arc::new(Mutex::new(())),
             fixed_pages,
             late_pages: settings.late_pages,
             bind_page: settings.bind_page,

@@ -319,5 +319,20 @@ fn the_dump_shows_what_the_server_sent_and_what_was_refused() {
     assert_eq!(rbac, "envoy.filters.network.rbac");
     let new = named(&resources::public_name(never)).expect("the one that never was");
     assert!(new["error_state"]["details"].is_string() && new.get("active_state").is_none(), "{new}");
+
+    // `consul troubleshoot proxy` looks for these.
+    let client = support::http::Client::new(pair.db.sidecar.admin_address(), None);
+    wait_for("the refusal is counted", PATIENCE, || {
+        let stats = client.get("/stats?filter=update_|connected_state").body;
+        let has = |line: &str| stats.lines().any(|found| found == line);
+        let all = [
+            "control_plane.connected_state: 1",
+            "cluster_manager.cds.update_success: 1",
+            "cluster_manager.cds.update_rejected: 0",
+            "listener_manager.lds.update_success: 1",
+            "listener_manager.lds.update_rejected: 1",
+        ];
+        if all.into_iter().all(has) { Ok(()) } else { Err(stats) }
+    });
     pair.stop();
 }

@@ -1,9 +1,10 @@
 //! `/certs`: certificates in use, with the roots they are used with.
 //!
-//! Invariant: one entry an identity. Envoy has one a TLS context, so that the same leaf appears again for each upstream; a
+//! Invariant: one entry a leaf, whoever shows it and on however many routes. Envoy has one a TLS context, so that the same leaf appears again for each upstream; a
 //! reader that looks for the earliest expiry finds the same here. What does not parse is left out: it was validated before
 //! it was published, so that is never.
 
+use std::collections::HashSet;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::extract::State;
@@ -25,14 +26,17 @@ pub(super) async fn certs(State(shared): Admin) -> Response {
 fn all(snapshot: &Snapshot, now: SystemTime) -> Value {
     let mut granted: Vec<_> = snapshot.identities.iter().collect();
     granted.sort_unstable_by_key(|(name, _)| *name);
-    let services = snapshot.services.iter().filter_map(|service| service.identity.as_deref());
+    let services = snapshot.all_services().filter_map(|service| service.identity.as_deref());
+    let mut told = HashSet::new();
     let identities = services.chain(granted.into_iter().map(|(_, identity)| &**identity));
+    let identities = identities.filter(|identity| told.insert((&identity.svid.id, &identity.svid.serial)));
     json!({"certificates": identities.map(|identity| entry(identity, now)).collect::<Vec<_>>()})
 }
 
-/// `envoy.admin.v3.Certificate`: the leaf without its intermediates, as in Envoy.
+/// `envoy.admin.v3.Certificate`: the leaf without its intermediates, as in Envoy. Roots of peers come after ours.
 fn entry(identity: &Identity, now: SystemTime) -> Value {
-    let roots: Vec<Value> = identity.bundle.roots.iter().filter_map(|root| details(root, now)).collect();
+    let of_peers = identity.bundle.peers.iter().flat_map(|peer| &peer.roots);
+    let roots: Vec<Value> = identity.bundle.roots.iter().chain(of_peers).filter_map(|root| details(root, now)).collect();
     let leaf: Vec<Value> = identity.svid.chain.first().and_then(|leaf| details(leaf, now)).into_iter().collect();
     json!({"ca_cert": roots, "cert_chain": leaf})
 }

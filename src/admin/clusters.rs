@@ -1,12 +1,13 @@
 //! `/clusters`: the app, each upstream target and their endpoints, as text and as JSON.
 //!
 //! Invariant: what is not known is 0 and never guessed. Connections are counted a listener, not an endpoint, so an
-//! endpoint has figures only where its cluster has one endpoint and its listener one cluster. Clusters are named as Consul
-//! names them: `local_app`, and the SNI of the target.
+//! endpoint has figures only where its cluster has one endpoint and its listeners or routes one cluster. Clusters are named as
+//! Consul names them: `local_app`, and the SNI of the target.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
@@ -17,17 +18,39 @@ use serde_json::{Value, json};
 use super::proto_json;
 use super::routes::{self, Admin, Parameters, TEXT};
 use crate::config::UPSTREAM_CONNECTIONS_MAX;
-use crate::mesh::{Address, Service, Snapshot, Target, Upstream};
-use crate::telemetry::cells::Direction;
+use crate::mesh::router::{Route, RouterSettings, Way};
+use crate::mesh::{Address, Identity, PublicListener, Service, Snapshot, Target, Upstream};
 use crate::telemetry::hub::{Hub, Key, Totals};
 
 /// One cluster of the snapshot.
 pub(super) struct Cluster<'a> {
     pub(super) name: String,
-    pub(super) service: &'a Service,
-    /// What it is dialed for; `None` is the app.
-    pub(super) target: Option<(&'a Upstream, &'a Target)>,
+    pub(super) kind: Kind<'a>,
+    pub(super) connect_timeout: Duration,
+    connections_max: u32,
     pub(super) hosts: Vec<Host>,
+    /// Under what its connections are counted.
+    counted: Vec<Key>,
+    /// All that is counted there is its own.
+    alone: bool,
+    /// The upstreams that lead to it, as ejections name them.
+    upstreams: Vec<&'a Arc<str>>,
+}
+
+/// What is behind a cluster's name.
+#[derive(Clone, Copy)]
+pub(super) enum Kind<'a> {
+    /// The app, reached in plain.
+    App,
+    /// A target of an upstream.
+    Target {
+        upstream: &'a Upstream,
+        target: &'a Target,
+        /// TLS is spoken to it, as this once there is a certificate.
+        tls: Option<Option<&'a Identity>>,
+    },
+    /// Wherever the client wanted to go.
+    Original,
 }
 
 /// One endpoint.
@@ -35,31 +58,108 @@ pub(super) struct Host {
     pub(super) address: Address,
     pub(super) weight: u32,
     pub(super) healthy: bool,
+    priority: usize,
 }
 
 /// Every cluster, each name once.
 pub(super) fn clusters(snapshot: &Snapshot) -> Vec<Cluster<'_>> {
-    let mut all: Vec<Cluster<'_>> = snapshot
-        .services
-        .iter()
-        .filter_map(|service| {
-            let public = service.public.as_ref()?;
-            let host = |address: &Address| Host { address: address.clone(), weight: 1, healthy: true };
-            let hosts = public.app.iter().map(host).collect();
-            Some(Cluster { name: local_app(snapshot, service), service, target: None, hosts })
-        })
-        .collect();
-    let mut seen = HashSet::new();
+    let mut all = All::default();
     for service in &snapshot.services {
-        for upstream in &service.upstreams {
-            for target in &upstream.targets {
-                if seen.insert(cluster_name(target)) {
-                    all.push(Cluster::of_target(service, upstream, target));
-                }
-            }
+        if let Some(public) = &service.public {
+            all.add_app(local_app(snapshot, service), public, Key::inbound(&service.name));
         }
     }
-    all
+    for service in &snapshot.services {
+        for upstream in &service.upstreams {
+            all.add_targets(upstream, Some(service.identity.as_deref()), &Key::outbound(&service.name, &upstream.name));
+        }
+    }
+    for router in &snapshot.routers {
+        router.routes().for_each(|route| all.add_route(router.settings(), route));
+    }
+    all.clusters
+}
+
+/// Clusters in the order in which they are found.
+#[derive(Default)]
+struct All<'a> {
+    clusters: Vec<Cluster<'a>>,
+    places: HashMap<String, usize>,
+}
+
+impl<'a> All<'a> {
+    fn add_route(&mut self, settings: &RouterSettings, route: &'a Route) {
+        let key = Key::of_route(settings, route);
+        match (&route.way, route.upstream()) {
+            (way, Some(upstream)) => {
+                let tls = match way {
+                    Way::Originate { service, .. } => Some(service.identity.as_deref()),
+                    Way::Forward(_) | Way::Terminate { .. } | Way::Original(_) => None,
+                };
+                self.add_targets(upstream, tls, &key);
+            }
+            (Way::Terminate { service, .. }, None) => {
+                if let Some(public) = &service.public {
+                    self.add_app(route.cluster().to_owned(), public, key);
+                }
+            }
+            (Way::Original(original), None) => {
+                let connections_max = original.max_connections.unwrap_or(UPSTREAM_CONNECTIONS_MAX);
+                self.add(route.cluster().to_owned(), Kind::Original, original.connect_timeout, connections_max, Some(key));
+            }
+            // These have an upstream.
+            (Way::Forward(_) | Way::Originate { .. }, None) => {}
+        }
+    }
+
+    fn add_app(&mut self, name: String, public: &'a PublicListener, key: Key) {
+        let cluster = self.add(name, Kind::App, public.local_connect_timeout, UPSTREAM_CONNECTIONS_MAX, Some(key));
+        cluster.take(public.app.iter().map(|address| Host { address: address.clone(), weight: 1, healthy: true, priority: 0 }));
+    }
+
+    fn add_targets(&mut self, upstream: &'a Upstream, tls: Option<Option<&'a Identity>>, key: &Key) {
+        let connections_max = upstream.max_connections.unwrap_or(UPSTREAM_CONNECTIONS_MAX);
+        for (index, target) in upstream.targets.iter().enumerate() {
+            let name = target.cluster();
+            let priority = upstream.targets[..index].iter().filter(|before| before.cluster() == name).count();
+            let alone = upstream.targets.iter().all(|other| other.cluster() == name);
+            let kind = Kind::Target { upstream, target, tls };
+            let key = Some(key.clone()).filter(|_| alone);
+            let cluster = self.add(name.to_owned(), kind, upstream.connect_timeout, connections_max, key);
+            if !cluster.upstreams.contains(&&upstream.name) {
+                cluster.upstreams.push(&upstream.name);
+            }
+            cluster.take(target.endpoints.iter().map(|endpoint| Host {
+                address: Address::Tcp(endpoint.address),
+                weight: endpoint.weight,
+                healthy: endpoint.healthy,
+                priority,
+            }));
+        }
+    }
+
+    /// The cluster of this name, which the first one to name it describes. `key` has what was counted, when that is all its own.
+    fn add(
+        &mut self,
+        name: String,
+        kind: Kind<'a>,
+        connect_timeout: Duration,
+        connections_max: u32,
+        key: Option<Key>,
+    ) -> &mut Cluster<'a> {
+        let place = *self.places.entry(name.clone()).or_insert(self.clusters.len());
+        if place == self.clusters.len() {
+            let (hosts, counted, upstreams) = (Vec::new(), Vec::new(), Vec::new());
+            self.clusters.push(Cluster { name, kind, connect_timeout, connections_max, hosts, counted, alone: true, upstreams });
+        }
+        let cluster = &mut self.clusters[place];
+        match key {
+            Some(key) if !cluster.counted.contains(&key) => cluster.counted.push(key),
+            Some(_) => {}
+            None => cluster.alone = false,
+        }
+        cluster
+    }
 }
 
 /// `local_app`; with several services in one process, the name says whose.
@@ -67,34 +167,15 @@ pub(super) fn local_app(snapshot: &Snapshot, service: &Service) -> String {
     if snapshot.services.len() == 1 { "local_app".to_owned() } else { format!("local_app:{}", service.proxy_id) }
 }
 
-/// The SNI, or the target's id where none is sent.
-pub(super) fn cluster_name(target: &Target) -> &str {
-    if target.sni.is_empty() { &target.id } else { &target.sni }
-}
-
-impl<'a> Cluster<'a> {
-    fn of_target(service: &'a Service, upstream: &'a Upstream, target: &'a Target) -> Self {
-        let hosts = target.endpoints.iter().map(|endpoint| Host {
-            address: Address::Tcp(endpoint.address),
-            weight: endpoint.weight,
-            healthy: endpoint.healthy,
-        });
-        let name = cluster_name(target).to_owned();
-        Self { name, service, target: Some((upstream, target)), hosts: hosts.collect() }
-    }
-
-    fn connections_max(&self) -> u32 {
-        self.target.and_then(|(upstream, _)| upstream.max_connections).unwrap_or(UPSTREAM_CONNECTIONS_MAX)
-    }
-
-    /// Whose counters are the counters of this cluster's only endpoint.
-    fn key(&self) -> Option<Key> {
-        let sole = self.hosts.len() == 1 && self.target.is_none_or(|(upstream, _)| upstream.targets.len() == 1);
-        sole.then(|| Key {
-            direction: if self.target.is_some() { Direction::Outbound } else { Direction::Inbound },
-            service: Arc::clone(&self.service.name),
-            upstream: self.target.map(|(upstream, _)| Arc::clone(&upstream.name)),
-        })
+impl Cluster<'_> {
+    /// Several listeners that lead here have the same hosts. `hosts` are told apart already.
+    fn take(&mut self, hosts: impl Iterator<Item = Host>) {
+        let known = self.hosts.len();
+        for host in hosts {
+            if !self.hosts[..known].iter().any(|known| known.address == host.address) {
+                self.hosts.push(host);
+            }
+        }
     }
 }
 
@@ -122,20 +203,22 @@ impl Known {
     }
 
     fn figures(&self, cluster: &Cluster<'_>, host: &Host) -> Figures {
-        let totals = cluster.key().and_then(|key| {
-            let at = self.totals.binary_search_by(|(known, _)| known.cmp(&key)).ok()?;
-            self.totals.get(at).map(|(_, totals)| totals)
-        });
-        let ejected = match (cluster.target, &host.address) {
-            (Some((upstream, _)), Address::Tcp(address)) => self.ejected.contains(&(Arc::clone(&upstream.name), *address)),
-            _ => false,
+        let ejected = match &host.address {
+            Address::Tcp(address) => {
+                cluster.upstreams.iter().any(|upstream| self.ejected.contains(&(Arc::clone(upstream), *address)))
+            }
+            Address::Unix(_) => false,
         };
-        match totals {
-            None => Figures { ejected, ..Figures::default() },
-            Some(totals) => {
-                Figures { active: totals.active, failed: totals.connect_failures, total: totals.connect_attempts, ejected }
+        let mut figures = Figures { ejected, ..Figures::default() };
+        if cluster.alone && cluster.hosts.len() == 1 {
+            let of = |key: &Key| self.totals.binary_search_by(|(known, _)| known.cmp(key)).ok();
+            for (_, totals) in cluster.counted.iter().filter_map(of).filter_map(|at| self.totals.get(at)) {
+                figures.active += totals.active;
+                figures.failed += totals.connect_failures;
+                figures.total += totals.connect_attempts;
             }
         }
+        figures
     }
 }
 
@@ -169,13 +252,13 @@ fn text(cluster: &Cluster<'_>, known: &Known) -> String {
         text.push_str(rest);
         text.push('\n');
     };
-    if cluster.target.is_some() {
+    if matches!(cluster.kind, Kind::Target { .. }) {
         for kind in ["success_rate", "local_origin_success_rate"] {
             line(&format!("outlier::{kind}_average::-1"));
             line(&format!("outlier::{kind}_ejection_threshold::-1"));
         }
     }
-    for (priority, connections) in [("default", cluster.connections_max()), ("high", UPSTREAM_CONNECTIONS_MAX)] {
+    for (priority, connections) in [("default", cluster.connections_max), ("high", UPSTREAM_CONNECTIONS_MAX)] {
         line(&format!("{priority}_priority::max_connections::{connections}"));
         line(&format!("{priority}_priority::max_pending_requests::1024"));
         line(&format!("{priority}_priority::max_requests::1024"));
@@ -199,7 +282,7 @@ fn text(cluster: &Cluster<'_>, known: &Known) -> String {
             stat(name, &"");
         }
         stat("canary", &false);
-        stat("priority", &0);
+        stat("priority", &host.priority);
         stat("success_rate", &-1);
         stat("local_origin_success_rate", &-1);
     }
@@ -226,7 +309,7 @@ fn status(cluster: &Cluster<'_>, known: &Known) -> Value {
     if !cluster.hosts.is_empty() {
         status["host_statuses"] = cluster.hosts.iter().map(|host| host_status(host, &known.figures(cluster, host))).collect();
     }
-    status["circuit_breakers"] = json!({"thresholds": [threshold(cluster.connections_max()), high]});
+    status["circuit_breakers"] = json!({"thresholds": [threshold(cluster.connections_max), high]});
     status["observability_name"] = json!(cluster.name);
     status
 }
@@ -259,11 +342,15 @@ fn host_status(host: &Host, figures: &Figures) -> Value {
     if figures.ejected {
         health["failed_outlier_check"] = json!(true);
     }
-    json!({
+    let mut status = json!({
         "address": proto_json::address(&host.address),
         "stats": stats,
         "health_status": health,
         "weight": host.weight,
         "locality": {},
-    })
+    });
+    if host.priority > 0 {
+        status["priority"] = json!(host.priority);
+    }
+    status
 }

@@ -16,7 +16,7 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use regex::Regex;
 use serde_json::{Map, Value, json};
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedMutexGuard, oneshot};
 
 use self::mask::Mask;
 use super::routes::{self, Admin, Parameters};
@@ -66,9 +66,9 @@ pub(super) async fn config_dump(State(shared): Admin, Query(parameters): Query<P
 async fn resources(shared: &Shared) -> Resources {
     let accepted = shared.resources.borrow().clone();
     if let Some(accepted) = accepted {
-        // One at a time: each takes megabytes.
-        let _turn = shared.dumping.lock().await;
-        return rendered(accepted).await;
+        // One at a time, whether or not its client still waits: each takes megabytes.
+        let turn = Arc::clone(&shared.dumping).lock_owned().await;
+        return rendered(accepted, turn).await;
     }
     let snapshot = shared.viewer.current();
     let mut since = shared.since.lock().await;
@@ -77,10 +77,14 @@ async fn resources(shared: &Shared) -> Resources {
 }
 
 /// Made on a thread of its own, because probes and scrapers wait for this one. Where none can be had, they wait.
-async fn rendered(accepted: Arc<dyn Accepted>) -> Resources {
+async fn rendered(accepted: Arc<dyn Accepted>, turn: OwnedMutexGuard<()>) -> Resources {
     let (sender, made) = oneshot::channel();
     let of_thread = Arc::clone(&accepted);
-    let thread = std::thread::Builder::new().name("dump".to_owned()).spawn(move || sender.send(of_thread.resources()));
+    let thread = std::thread::Builder::new().name("dump".to_owned()).spawn(move || {
+        // Nobody listens when the client is gone.
+        let _ = sender.send(of_thread.resources());
+        drop(turn);
+    });
     let made = match thread {
         Ok(_) => made.await.ok(),
         Err(_) => None,

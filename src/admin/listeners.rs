@@ -1,6 +1,6 @@
 //! `/listeners`: names and addresses, of the mesh's listeners and of those for admin pages.
 //!
-//! Names are Consul's: `public_listener:ADDRESS`, `UPSTREAM:ADDRESS`.
+//! Names are Consul's: `public_listener:ADDRESS`, `UPSTREAM:ADDRESS`; a router has the name that Consul gave it.
 
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
@@ -31,10 +31,12 @@ fn all(shared: &Shared) -> Vec<(String, Bind)> {
 }
 
 fn of_mesh(snapshot: &Snapshot) -> impl Iterator<Item = (String, &Bind)> {
-    snapshot.services.iter().flat_map(|service| {
+    let of_services = snapshot.services.iter().flat_map(|service| {
         let public = public(service).into_iter();
         public.chain(service.upstreams.iter().map(|upstream| (format!("{}:{}", upstream.name, upstream.bind), &upstream.bind)))
-    })
+    });
+    let settings = snapshot.routers.iter().map(|router| router.settings());
+    of_services.chain(settings.map(|settings| (settings.name.to_string(), &settings.bind)))
 }
 
 fn public(service: &Service) -> Option<(String, &Bind)> {

@@ -14,6 +14,7 @@ use serde::Serialize;
 use super::Rfc3339;
 use super::routes::{self, Parameters};
 use crate::identity::SpiffeId;
+use crate::mesh::router::Way;
 use crate::mesh::{Service, Snapshot, Upstream};
 use crate::telemetry::hub::{Failure, Hub};
 
@@ -80,10 +81,7 @@ pub(super) async fn reach(State(shared): routes::Admin, Query(parameters): Query
 
 /// The upstream of this name, or else the first that leads to a service of this name.
 fn find<'a>(snapshot: &'a Snapshot, to: &str) -> Option<(&'a Service, &'a Upstream)> {
-    let all = || {
-        let services = snapshot.services.iter();
-        services.flat_map(|service| service.upstreams.iter().map(move |upstream| (&**service, &**upstream)))
-    };
+    let all = || all(snapshot);
     let leads_there = |upstream: &Upstream| {
         let expected = upstream.targets.iter().flat_map(|target| target.expected.iter());
         expected.filter_map(SpiffeId::service_name).any(|name| &*name.service == to)
@@ -92,9 +90,20 @@ fn find<'a>(snapshot: &'a Snapshot, to: &str) -> Option<(&'a Service, &'a Upstre
     named.or_else(|| all().find(|(_, upstream)| leads_there(upstream)))
 }
 
+/// Every upstream with whose it is, those behind routes too.
+fn all(snapshot: &Snapshot) -> impl Iterator<Item = (&Service, &Upstream)> {
+    let of_services = snapshot.services.iter();
+    let of_services = of_services.flat_map(|service| service.upstreams.iter().map(move |upstream| (&**service, &**upstream)));
+    let routes = snapshot.routers.iter().flat_map(|router| router.routes());
+    let of_routes = routes.filter_map(|route| match &route.way {
+        Way::Originate { service, upstream } => Some((&**service, &**upstream)),
+        Way::Forward(_) | Way::Terminate { .. } | Way::Original(_) => None,
+    });
+    of_services.chain(of_routes)
+}
+
 fn unknown(snapshot: &Snapshot) -> String {
-    let upstreams = snapshot.services.iter().flat_map(|service| &service.upstreams);
-    let names: BTreeSet<&str> = upstreams.map(|upstream| &*upstream.name).collect();
+    let names: BTreeSet<&str> = all(snapshot).map(|(_, upstream)| &*upstream.name).collect();
     if names.is_empty() {
         return "this process has no upstream; add some to the service's proxy registration\n".to_owned();
     }

@@ -10,6 +10,7 @@ use serde::{Serialize, Serializer};
 
 use self::routers::RouterView;
 use super::Rfc3339;
+use crate::identity::PeerBundle;
 use crate::mesh::{Endpoint, Identity, PublicListener, Service, Snapshot, Target, Upstream};
 use crate::policy::{DefaultPolicy, Intention, Intentions};
 use crate::telemetry::hub::{Ejection, Hub, Listener, Worker, WorkerListener};
@@ -50,6 +51,17 @@ struct IdentityView {
     trust_domain: String,
     /// SHA-256 of each root's DER, lower-case hex.
     roots: Vec<String>,
+    /// Trust domains that this one is peered with.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    peers: Vec<PeerView>,
+}
+
+#[derive(Serialize)]
+struct PeerView {
+    trust_domain: String,
+    roots: Vec<String>,
+    /// Whether its services may call, as far as intentions let them; otherwise they only answer.
+    calls: bool,
 }
 
 #[derive(Serialize)]
@@ -198,6 +210,17 @@ impl From<&Identity> for IdentityView {
             chain_length: svid.chain.len(),
             trust_domain: bundle.trust_domain.to_string(),
             roots: bundle.roots.iter().map(|root| fingerprint(root)).collect(),
+            peers: bundle.peers.iter().map(PeerView::from).collect(),
+        }
+    }
+}
+
+impl From<&PeerBundle> for PeerView {
+    fn from(peer: &PeerBundle) -> Self {
+        Self {
+            trust_domain: peer.trust_domain.to_string(),
+            roots: peer.roots.iter().map(|root| fingerprint(root)).collect(),
+            calls: peer.calls,
         }
     }
 }

@@ -23,6 +23,7 @@ mod access_logs;
 mod callers;
 mod envoy;
 mod page_listeners;
+mod routers;
 
 /// Would be seen in any answer that prints the key, as text, base64 or numbers.
 const KEY: &[u8] = b"SECRETSECRETSECRETSECRET";

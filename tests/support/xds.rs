@@ -1,6 +1,7 @@
 //! An xDS server of the tests' own, on the same protobufs as Consul's: resources are set, versions count up, acks and nacks are
 //! kept, streams can be cut. One a proxy.
 #![allow(
+    dead_code,
     unreachable_pub,
     missing_docs,
     missing_debug_implementations,

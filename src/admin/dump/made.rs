@@ -3,19 +3,21 @@
 //! Invariant: everything here is in the snapshot; nothing is read from elsewhere. One cluster a target, under the SNI that
 //! it is dialed with; an upstream with failover leads to an aggregate of its targets, in their order.
 
+mod routers;
+
 use std::collections::HashSet;
 use std::time::SystemTime;
 
 use serde_json::{Map, Value, json};
 
-use super::super::clusters::{self, Cluster, cluster_name};
+use super::super::clusters::{self, Cluster, Kind};
 use super::super::facts::{Facts, Since};
 use super::super::{proto_json, routes};
 use super::{rbac, tls};
 use crate::config::AgentAddress;
 use crate::config::envoy::{PageAnswer, PageListener, PathMatch};
 use crate::control::dump::{Resource, Resources};
-use crate::mesh::{Balance, Outlier, Service, Snapshot, Upstream};
+use crate::mesh::{Balance, Outlier, PublicListener, Service, Snapshot, Upstream};
 
 const CLUSTER: &str = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
 const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
@@ -55,7 +57,9 @@ pub(super) fn resources(
     let mut clusters: Vec<Resource> =
         all.iter().map(|one| made("cluster", one.name.clone(), typed(CLUSTER, cluster(one)))).collect();
     let mut aggregates = HashSet::new();
-    for upstream in snapshot.services.iter().flat_map(|service| &service.upstreams).filter(|one| one.targets.len() > 1) {
+    let of_services = snapshot.services.iter().flat_map(|service| &service.upstreams);
+    let routes = snapshot.routers.iter().flat_map(|router| router.routes());
+    for upstream in of_services.chain(routes.filter_map(|route| route.upstream())).filter(|one| leads_to_several(one)) {
         let name = leads_to(upstream);
         if aggregates.insert(name.clone()) {
             clusters.push(made("cluster", name, typed(CLUSTER, aggregate(upstream))));
@@ -71,6 +75,10 @@ pub(super) fn resources(
             let listener = upstream_listener(service, upstream);
             listeners.push(made("listener", listener_name(&listener), typed(LISTENER, listener)));
         }
+    }
+    for router in &snapshot.routers {
+        let listener = routers::listener(router);
+        listeners.push(made("listener", listener_name(&listener), typed(LISTENER, listener)));
     }
     since.keep(|key| seen.contains(key));
     let (static_json, listeners_json) = (bare(&static_clusters), bare(&static_listeners));
@@ -151,16 +159,26 @@ fn local_agent(agent: &AgentAddress) -> Value {
 }
 
 fn cluster(cluster: &Cluster<'_>) -> Value {
-    let Some((upstream, target)) = cluster.target else {
-        let timeout = cluster.service.public.as_ref().map(|public| public.local_connect_timeout).unwrap_or_default();
-        let endpoints: Vec<Value> =
-            cluster.hosts.iter().map(|host| json!({"endpoint": {"address": proto_json::address(&host.address)}})).collect();
-        return json!({
-            "name": cluster.name,
-            "type": "STATIC",
-            "connect_timeout": proto_json::duration(timeout),
-            "load_assignment": {"cluster_name": cluster.name, "endpoints": [{"lb_endpoints": endpoints}]},
-        });
+    let (upstream, target, tls) = match cluster.kind {
+        Kind::Target { upstream, target, tls } => (upstream, target, tls),
+        Kind::Original => {
+            return json!({
+                "name": cluster.name,
+                "type": "ORIGINAL_DST",
+                "lb_policy": "CLUSTER_PROVIDED",
+                "connect_timeout": proto_json::duration(cluster.connect_timeout),
+            });
+        }
+        Kind::App => {
+            let endpoints: Vec<Value> =
+                cluster.hosts.iter().map(|host| json!({"endpoint": {"address": proto_json::address(&host.address)}})).collect();
+            return json!({
+                "name": cluster.name,
+                "type": "STATIC",
+                "connect_timeout": proto_json::duration(cluster.connect_timeout),
+                "load_assignment": {"cluster_name": cluster.name, "endpoints": [{"lb_endpoints": endpoints}]},
+            });
+        }
     };
     let mut json = json!({
         "name": cluster.name,
@@ -185,7 +203,9 @@ fn cluster(cluster: &Cluster<'_>) -> Value {
         .max_connections
         .map_or_else(|| json!({}), |connections| json!({"thresholds": [{"max_connections": connections}]}));
     json["outlier_detection"] = outlier(&upstream.outlier);
-    json["transport_socket"] = tls::upstream(cluster.service.identity.as_deref(), &target.sni, &target.expected);
+    if let Some(identity) = tls {
+        json["transport_socket"] = tls::upstream(identity, &target.sni, &target.expected);
+    }
     json["common_lb_config"] = json!({"healthy_panic_threshold": {}});
     json["alt_stat_name"] = json!(cluster.name);
     json
@@ -213,7 +233,8 @@ fn outlier(outlier: &Outlier) -> Value {
 }
 
 fn aggregate(upstream: &Upstream) -> Value {
-    let names: Vec<&str> = upstream.targets.iter().map(|target| cluster_name(target)).collect();
+    let mut names: Vec<&str> = upstream.targets.iter().map(|target| target.cluster()).collect();
+    names.dedup();
     json!({
         "name": leads_to(upstream),
         "connect_timeout": proto_json::duration(upstream.connect_timeout),
@@ -229,9 +250,14 @@ fn aggregate(upstream: &Upstream) -> Value {
 fn leads_to(upstream: &Upstream) -> String {
     match &upstream.targets[..] {
         [] => upstream.name.to_string(),
-        [one] => cluster_name(one).to_owned(),
-        [first, ..] => format!("failover~{}", cluster_name(first)),
+        [first, ..] if leads_to_several(upstream) => format!("failover~{}", first.cluster()),
+        [first, ..] => first.cluster().to_owned(),
     }
+}
+
+/// Targets of one cluster differ by priority alone.
+fn leads_to_several(upstream: &Upstream) -> bool {
+    upstream.targets.windows(2).any(|pair| pair[0].cluster() != pair[1].cluster())
 }
 
 fn assignment(cluster: &Cluster<'_>) -> Value {
@@ -256,6 +282,18 @@ fn assignment(cluster: &Cluster<'_>) -> Value {
 
 fn public_listener(snapshot: &Snapshot, service: &Service) -> Option<Value> {
     let public = service.public.as_ref()?;
+    let mut filters = inbound_filters(service, public);
+    filters.push(tcp_proxy("public_listener", &clusters::local_app(snapshot, service)));
+    Some(json!({
+        "name": format!("public_listener:{}", public.bind),
+        "address": proto_json::bind(&public.bind),
+        "filter_chains": [{"filters": filters, "transport_socket": tls::downstream(service.identity.as_deref())}],
+        "traffic_direction": "INBOUND",
+    }))
+}
+
+/// What decides on who comes in.
+fn inbound_filters(service: &Service, public: &PublicListener) -> Vec<Value> {
     let mut filters = vec![rbac::filter(&service.intentions)];
     if public.max_inbound_connections > 0 {
         filters.push(json!({"name": "envoy.filters.network.connection_limit", "typed_config": {
@@ -264,13 +302,7 @@ fn public_listener(snapshot: &Snapshot, service: &Service) -> Option<Value> {
             "max_connections": public.max_inbound_connections.to_string(),
         }}));
     }
-    filters.push(tcp_proxy("public_listener", &clusters::local_app(snapshot, service)));
-    Some(json!({
-        "name": format!("public_listener:{}", public.bind),
-        "address": proto_json::bind(&public.bind),
-        "filter_chains": [{"filters": filters, "transport_socket": tls::downstream(service.identity.as_deref())}],
-        "traffic_direction": "INBOUND",
-    }))
+    filters
 }
 
 fn upstream_listener(service: &Service, upstream: &Upstream) -> Value {

@@ -11,7 +11,7 @@ async fn published() -> Port {
 
 /// Reads `value` as Envoy's message of this name. Unknown fields, wrong types and wrong enums are errors.
 #[cfg(feature = "xds")]
-fn read_as(message: &str, value: &Value) {
+pub(super) fn read_as(message: &str, value: &Value) {
     use prost_reflect::{DescriptorPool, DynamicMessage};
     let pool = DescriptorPool::decode(&include_bytes!(concat!(env!("OUT_DIR"), "/envoy.binpb"))[..]).expect("descriptors");
     let descriptor = pool.get_message_by_name(message).expect("known");

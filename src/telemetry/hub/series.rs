@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::mesh::router::{Route, RouterSettings, Way};
 use crate::telemetry::cells::{Cell, Direction, ListenerCells, SUITES};
 use crate::telemetry::close::CloseReason;
 
@@ -25,6 +26,25 @@ pub struct Key {
 }
 
 impl Key {
+    /// Of a service's way in.
+    pub fn inbound(service: &Arc<str>) -> Self {
+        Self { direction: Direction::Inbound, service: Arc::clone(service), upstream: None }
+    }
+
+    /// Of a way out.
+    pub fn outbound(service: &Arc<str>, upstream: &Arc<str>) -> Self {
+        Self { direction: Direction::Outbound, service: Arc::clone(service), upstream: Some(Arc::clone(upstream)) }
+    }
+
+    /// What the connections of a route are counted under.
+    pub fn of_route(settings: &RouterSettings, route: &Route) -> Self {
+        match &route.way {
+            Way::Terminate { service, .. } => Self::inbound(&service.name),
+            Way::Originate { service, .. } => Self::outbound(&service.name, &route.name),
+            Way::Forward(_) | Way::Original(_) => Self::outbound(&settings.service, &route.name),
+        }
+    }
+
     /// The key that series share once there are too many.
     pub(in crate::telemetry) fn other(direction: Direction) -> Self {
         Self { direction, service: "other".into(), upstream: None }

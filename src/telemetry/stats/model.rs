@@ -25,6 +25,7 @@ use crate::mesh::{Bind, Identity, Service, Snapshot, Upstream};
 use crate::telemetry::cells::Direction;
 use crate::telemetry::close::CloseReason;
 use crate::telemetry::hub::{Ejection, Hub, Key, Share, Span, Totals};
+pub use routes::prefix as route_prefix;
 use scopes::{Cluster, Scope};
 
 /// Scopes made in a row before other tasks of the thread get their turn.
@@ -228,7 +229,7 @@ impl Sums {
 
 async fn of_service(stats: &mut Vec<Stat>, owner: usize, service: &Service, facts: &Facts, sums: &mut Sums, breath: &mut Breath) {
     if let Some(public) = &service.public {
-        let counted = sums.first(facts, &inbound(&service.name));
+        let counted = sums.first(facts, &Key::inbound(&service.name));
         let totals = counted.totals();
         let tls = service.identity.as_deref().map(|identity| (identity, &totals));
         listener(stats, owner, &public.bind, &totals, counted.shares(), counted.span().length, tls);
@@ -239,7 +240,7 @@ async fn of_service(stats: &mut Vec<Stat>, owner: usize, service: &Service, fact
         breath.take().await;
     }
     for upstream in &service.upstreams {
-        let counted = sums.first(facts, &outbound(&service.name, &upstream.name));
+        let counted = sums.first(facts, &Key::outbound(&service.name, &upstream.name));
         let totals = counted.totals();
         listener(stats, owner, &upstream.bind, &totals, counted.shares(), counted.span().length, None);
         sums.tcps.entry(stat_prefix(upstream, service)).or_default().take(&totals, Direction::Outbound);
@@ -250,14 +251,6 @@ async fn of_service(stats: &mut Vec<Stat>, owner: usize, service: &Service, fact
         }
         breath.take().await;
     }
-}
-
-fn inbound(service: &Arc<str>) -> Key {
-    Key { direction: Direction::Inbound, service: Arc::clone(service), upstream: None }
-}
-
-fn outbound(service: &Arc<str>, upstream: &Arc<str>) -> Key {
-    Key { direction: Direction::Outbound, service: Arc::clone(service), upstream: Some(Arc::clone(upstream)) }
 }
 
 /// Gives way after some scopes.
@@ -348,18 +341,18 @@ pub fn sample_names(snapshot: &Snapshot) -> SampleNames {
     };
     for (owner, service) in snapshot.services.iter().enumerate() {
         if let Some(public) = &service.public {
-            add(inbound(&service.name), owner, &public.bind, Some("local_app".to_owned()));
+            add(Key::inbound(&service.name), owner, &public.bind, Some("local_app".to_owned()));
         }
         for upstream in &service.upstreams {
-            add(outbound(&service.name, &upstream.name), owner, &upstream.bind, cluster_name(upstream));
+            add(Key::outbound(&service.name, &upstream.name), owner, &upstream.bind, cluster_name(upstream));
         }
     }
     for router in &snapshot.routers {
         let (settings, owner) = (router.settings(), routes::owner(snapshot, router));
         for route in router.routes() {
-            add(routes::key(settings, route), owner, &settings.bind, Some(route.cluster().to_owned()));
+            add(Key::of_route(settings, route), owner, &settings.bind, Some(route.cluster().to_owned()));
         }
-        add(outbound(&settings.service, &settings.name), owner, &settings.bind, None);
+        add(Key::outbound(&settings.service, &settings.name), owner, &settings.bind, None);
     }
     names
 }

@@ -4,7 +4,7 @@
 //! ends before; Envoy counts all of them at the listener, so that one has the sum. Prefixes are Consul's, as far as a route
 //! tells them: of chains by server name at a mesh gateway all have one.
 
-use super::{Facts, Stat, Sums, inbound, listener, outbound};
+use super::{Facts, Stat, Sums, listener};
 use crate::mesh::router::{Route, Router, RouterSettings, Way};
 use crate::mesh::{Service, Snapshot};
 use crate::telemetry::hub::{Key, Share, Totals};
@@ -18,23 +18,14 @@ pub(super) fn owner(snapshot: &Snapshot, router: &Router) -> usize {
     snapshot.services.iter().position(own).unwrap_or_default()
 }
 
-/// What a route's connections are counted under.
-pub(super) fn key(settings: &RouterSettings, route: &Route) -> Key {
-    match &route.way {
-        Way::Terminate { service, .. } => inbound(&service.name),
-        Way::Originate { service, .. } => outbound(&service.name, &route.name),
-        Way::Forward(_) | Way::Original(_) => outbound(&settings.service, &route.name),
-    }
-}
-
 pub(super) fn tell(stats: &mut Vec<Stat>, owner: usize, router: &Router, facts: &Facts, sums: &mut Sums) {
     let settings = router.settings();
-    let unrouted = sums.first(facts, &outbound(&settings.service, &settings.name));
+    let unrouted = sums.first(facts, &Key::outbound(&settings.service, &settings.name));
     let (mut totals, mut shares, mut span) = (unrouted.totals(), unrouted.shares().to_vec(), unrouted.span());
     let mut ended = Totals::default();
     let mut identity = None;
     for route in router.routes() {
-        let key = key(settings, route);
+        let key = Key::of_route(settings, route);
         let counted = sums.first(facts, &key);
         let of_route = counted.totals();
         totals.merge(&of_route);
@@ -74,7 +65,7 @@ fn add(sum: &mut Vec<Share>, shares: &[Share]) {
 }
 
 /// Consul's `stat_prefix` of a route's chain.
-fn prefix(settings: &RouterSettings, route: &Route) -> String {
+pub fn prefix(settings: &RouterSettings, route: &Route) -> String {
     let listener = settings.name.split(':').next().unwrap_or_default();
     let id = match &route.way {
         Way::Terminate { .. } | Way::Forward(_) if listener == PUBLIC => return PUBLIC.to_owned(),

@@ -93,7 +93,7 @@ async fn a_gateways_clusters_have_their_names_and_its_listener_all_connections()
     let has = |part: &str| stats.iter().any(|stat| stat.name.contains(part));
     assert!(!has("connect_authz") && !has("ssl."), "it holds no key and decides on nobody");
     let names = sample_names(&snapshot);
-    let of = |upstream: &str| &names[&outbound(&"airflow-worker".into(), &upstream.into())];
+    let of = |upstream: &str| &names[&Key::outbound(&"airflow-worker".into(), &upstream.into())];
     assert_eq!(of(DB).cluster, Some(format!("cluster.{DB}")));
     assert_eq!((of(name).cluster.as_ref(), of(name).listener.as_str()), (None, "listener.127.0.0.1_21512"));
 }
