@@ -19,8 +19,8 @@ use serde_json::{Map, Value, json};
 use tokio::sync::{OwnedMutexGuard, oneshot};
 
 use self::mask::Mask;
+use super::proto_json;
 use super::routes::{self, Admin, Parameters};
-use super::{Shared, proto_json};
 use crate::control::dump::{Accepted, Refused, Resource, Resources};
 
 /// Errors of this command have no charset in Envoy.
@@ -53,43 +53,44 @@ struct List {
 type Refusal = (StatusCode, String);
 
 pub(super) async fn config_dump(State(shared): Admin, Query(parameters): Query<Parameters>) -> Response {
-    let include_eds = parameters.iter().any(|(name, _)| name == "include_eds");
-    let sections = sections(&resources(&shared).await, include_eds);
-    match select(sections, &parameters) {
-        Ok(configs) if configs.is_empty() => proto_json::answer(&json!({})),
-        Ok(configs) => proto_json::answer(&json!({ "configs": configs })),
-        Err((status, text)) => routes::answer(status, PLAIN, text),
-    }
-}
-
-/// What the xDS feeder has accepted, or what the snapshot amounts to, with the pages' listeners in both.
-async fn resources(shared: &Shared) -> Resources {
+    // In a statement of its own: the channel is locked no longer.
     let accepted = shared.resources.borrow().clone();
     if let Some(accepted) = accepted {
         // One at a time, whether or not its client still waits: each takes megabytes.
         let turn = Arc::clone(&shared.dumping).lock_owned().await;
-        return rendered(accepted, turn).await;
+        return rendered(accepted, parameters, turn).await;
     }
     let snapshot = shared.viewer.current();
     let mut since = shared.since.lock().await;
-    since.note(shared);
-    made::resources(&snapshot, &shared.facts, &shared.pages(), shared.started, &mut since)
+    since.note(&shared);
+    let made = made::resources(&snapshot, &shared.facts, &shared.pages(), shared.started, &mut since);
+    answer(&made, &parameters)
 }
 
-/// Made on a thread of its own, because probes and scrapers wait for this one. Where none can be had, they wait.
-async fn rendered(accepted: Arc<dyn Accepted>, turn: OwnedMutexGuard<()>) -> Resources {
+/// What the xDS feeder has accepted, on a thread of its own: probes and scrapers wait for this one, and with that thread goes
+/// the memory that it took. Where none can be had, they wait.
+async fn rendered(accepted: Arc<dyn Accepted>, parameters: Parameters, turn: OwnedMutexGuard<()>) -> Response {
     let (sender, made) = oneshot::channel();
-    let of_thread = Arc::clone(&accepted);
+    let (of_thread, asked) = (Arc::clone(&accepted), parameters.clone());
     let thread = std::thread::Builder::new().name("dump".to_owned()).spawn(move || {
         // Nobody listens when the client is gone.
-        let _ = sender.send(of_thread.resources());
+        let _ = sender.send(answer(&of_thread.resources(), &asked));
         drop(turn);
     });
     let made = match thread {
         Ok(_) => made.await.ok(),
         Err(_) => None,
     };
-    made.unwrap_or_else(|| accepted.resources())
+    made.unwrap_or_else(|| answer(&accepted.resources(), &parameters))
+}
+
+fn answer(resources: &Resources, parameters: &Parameters) -> Response {
+    let include_eds = parameters.iter().any(|(name, _)| name == "include_eds");
+    match select(sections(resources, include_eds), parameters) {
+        Ok(configs) if configs.is_empty() => proto_json::answer(&json!({})),
+        Ok(configs) => proto_json::answer(&json!({ "configs": configs })),
+        Err((status, text)) => routes::answer(status, PLAIN, text),
+    }
 }
 
 fn sections(resources: &Resources, include_eds: bool) -> Vec<Section> {

@@ -1,5 +1,7 @@
 //! Envoy's commands on a port with the snapshot of the neighbouring tests.
 
+use std::sync::atomic::Ordering;
+
 use super::*;
 use serde_json::{Value, json};
 
@@ -148,6 +150,52 @@ async fn accepted_resources_are_shown_instead_of_made_ones() {
     assert_eq!((&refused["name"], refused.get("active_state")), (&json!("b"), None));
     #[cfg(feature = "xds")]
     read_as("envoy.admin.v3.ConfigDump", &dump);
+}
+
+/// Takes as long as it is told to.
+#[derive(Debug, Default)]
+struct Slow {
+    begun: std::sync::atomic::AtomicUsize,
+    may_end: AtomicBool,
+}
+
+impl crate::control::dump::Accepted for Slow {
+    fn resources(&self) -> crate::control::dump::Resources {
+        self.begun.fetch_add(1, Ordering::SeqCst);
+        while !self.may_end.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        crate::control::dump::Resources {
+            bootstrap: json!({}),
+            bootstrap_at: SystemTime::UNIX_EPOCH,
+            static_clusters: Vec::new(),
+            static_listeners: Vec::new(),
+            clusters: Vec::new(),
+            endpoints: Vec::new(),
+            listeners: Vec::new(),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_dump_delays_no_other_page_and_is_made_once_at_a_time() {
+    let port = published().await;
+    let slow = Arc::new(Slow::default());
+    let begun = || slow.begun.load(Ordering::SeqCst);
+    port.resources.send_replace(Some(Arc::clone(&slow) as Arc<dyn crate::control::dump::Accepted>));
+    let ask = || port.json("/config_dump");
+    // A client that goes away leaves its dump to be made, and the next one waits for that.
+    let impatient = tokio::time::timeout(Duration::from_millis(200), ask()).await;
+    assert!(impatient.is_err() && begun() == 1);
+    let meanwhile = async {
+        assert_eq!(port.ask("GET", "/hot_restart_version").await.body, "disabled");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(begun(), 1, "two at once");
+        slow.may_end.store(true, Ordering::SeqCst);
+    };
+    let (dump, ()) = tokio::join!(ask(), meanwhile);
+    assert_eq!(dump["configs"][0]["@type"], "type.googleapis.com/envoy.admin.v3.BootstrapConfigDump");
+    assert_eq!(begun(), 2);
 }
 
 #[tokio::test]
