@@ -79,6 +79,34 @@ fn wait_echo(at: SocketAddr) {
     wait_for("an echo", PATIENCE, || round_trip(at, b"first").map_err(|error| error.to_string()));
 }
 
+/// The gateway's own pages tell its listener and the cluster behind it.
+fn assert_shown(gateway: &Proxy, front: SocketAddr, behind: SocketAddr) {
+    let client = support::http::Client::new(gateway.sidecar.admin_address(), None);
+    let name = resources::upstream_name("default", front);
+    assert_eq!(client.get("/listeners").body, format!("{name}::{front}\n"));
+    let clusters = client.get("/clusters").body;
+    assert!(clusters.contains(&format!("{DB}::{behind}::health_flags::healthy")), "{clusters}");
+    let protos = ringfence::control::xds::proto_json::Protos::load();
+    for (path, message) in [
+        ("/clusters?format=json", "envoy.admin.v3.Clusters"),
+        ("/listeners?format=json", "envoy.admin.v3.Listeners"),
+        ("/config_dump?include_eds", "envoy.admin.v3.ConfigDump"),
+    ] {
+        let json = serde_json::from_str(&client.get(path).body).expect("JSON");
+        protos.encode(message, &json).unwrap_or_else(|error| panic!("{path}: {error}"));
+    }
+    let address = front.to_string().replace(':', "_");
+    let counted = [
+        format!("cluster.{DB}.upstream_cx_active: 1"),
+        format!("listener.{address}.downstream_cx_active: 1"),
+        "control_plane.connected_state: 1".to_owned(),
+    ];
+    wait_for("the connection is counted", PATIENCE, || {
+        let stats = client.get("/stats?filter=_active|connected_state").body;
+        if counted.iter().all(|line| stats.lines().any(|found| found == line)) { Ok(()) } else { Err(stats) }
+    });
+}
+
 #[test]
 fn a_mesh_gateway_stands_between_two_sidecars_and_holds_no_key() {
     let (ca, app) = (Ca::new(TRUST_DOMAIN), Echo::start());
@@ -91,6 +119,7 @@ fn a_mesh_gateway_stands_between_two_sidecars_and_holds_no_key() {
     wait_echo(listen);
     round_trip(listen, &support::bytes(1, 300_000)).expect("an echo of 300 kB");
     let mut live = Live::open(listen);
+    assert_shown(&gateway, front, public);
     // A service more is a route more, and touches nobody.
     gateway.server.set(CLUSTER, LEGACY, &resources::plain_cluster(LEGACY));
     // Now it knows no such name: nobody new, and who is there stays.

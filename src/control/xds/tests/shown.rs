@@ -168,6 +168,25 @@ fn what_the_bootstrap_has_is_static() {
     assert_eq!(named(&told.static_listeners, "ready").version_info, "");
 }
 
+#[test]
+fn a_bootstrap_as_consul_writes_it_is_told_without_its_token() {
+    let path = format!("{}/tests/fixtures/consul-1.10/xds/sidecar.bootstrap.json", env!("CARGO_MANIFEST_DIR"));
+    let mut json: Json = serde_json::from_str(&std::fs::read_to_string(path).expect("the fixture is there")).expect("JSON");
+    let service = &mut json["dynamic_resources"]["ads_config"]["grpc_services"];
+    let service = if service.is_array() { &mut service[0] } else { service };
+    service["initial_metadata"] = json!([{"key": "x-consul-token", "value": "TOP-TOKEN"}]);
+    let mut bench = Bench::new("db");
+    let read = crate::control::xds::bootstrap::read(&bench.protos, &[json]).expect("it is a bootstrap");
+    assert_eq!(read.xds.initial_metadata[0].1.as_str(), "TOP-TOKEN");
+    let told = bench.told(read.xds.bootstrap);
+    assert_eq!(named(&told.static_clusters, "local_agent").json["name"], "local_agent");
+    let shown = told.bootstrap.to_string();
+    assert!(shown.contains("x-consul-token") && shown.contains("[redacted]"), "{shown}");
+    assert!(SECRETS.iter().all(|secret| !format!("{told:?}").contains(secret)), "{told:?}");
+    let dump = json!({"@type": "type.googleapis.com/envoy.admin.v3.BootstrapConfigDump", "bootstrap": told.bootstrap});
+    bench.protos.encode(ADMIN, &json!({"configs": [dump]})).expect("Envoy's message");
+}
+
 /// Prints what five hundred clusters cost; the bound only catches another order of magnitude.
 #[test]
 fn five_hundred_clusters_are_told_in_a_moment() {
