@@ -276,7 +276,7 @@ fn a_connection_manager_that_tells_nothing_apart_is_bytes_and_its_rbac_holds() {
     assert!(header.contains("route_config.virtual_hosts[0].routes[0].match: more than a path"), "{header}");
     let path = told(json!([rbac, router]), json!([{"match": {"path": "/a"}, "route": {"cluster": "local_app"}}]));
     assert!(path.contains("transport_socket: with routes by path"), "{path}");
-    let mut by_path = rbac.clone();
+    let mut by_path = rbac;
     by_path["typed_config"]["rules"]["policies"]["one"]["permissions"] = json!([{"url_path": {"path": {"exact": "/a"}}}]);
     let by_path = told(json!([by_path, router]), all_to("local_app"));
     assert!(by_path.contains("http_filters[0].rules.policies[one].permissions[0].url_path"), "{by_path}");
