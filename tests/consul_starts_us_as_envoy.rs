@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use support::http::Client;
-use support::traffic::round_trip;
-use support::{Consul, Definition, Echo, Mesh, PATIENCE, Process, ports, wait_for};
+use support::traffic::{Live, round_trip};
+use support::{Consul, Definition, Echo, Mesh, PATIENCE, Process, ports, wait_for, wait_until};
 
 struct Sidecar {
     process: Process,
@@ -34,6 +34,13 @@ impl Sidecar {
 
     fn client(&self) -> Client {
         Client::new(self.admin, None)
+    }
+
+    /// The process that serves now.
+    fn pid(&self) -> u32 {
+        let answer = self.client().get("/upgrade");
+        let told: serde_json::Value = serde_json::from_str(&answer.body).expect("JSON");
+        told["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).unwrap_or_else(|| panic!("no pid: {told}"))
     }
 
     fn wait_ready(&self) {
@@ -74,11 +81,27 @@ fn two_services_talk_and_end_as_they_should() {
     let line = wait_for_line(&db.log, "bytes_from_mesh\":100000");
     assert!(line.contains("/svc/web"), "{line}");
 
-    for sidecar in [&mut web, &mut db] {
-        sidecar.process.signal("TERM");
-        let status = sidecar.process.wait_exit(PATIENCE);
-        assert_eq!(status.code(), Some(0), "{}", sidecar.process.tail());
+    // Consul gave the bootstrap by a FIFO that is gone: an upgrade has it all the same, and so has the next one.
+    let mut live = Live::open(upstream);
+    let mut before = web.pid();
+    for _ in 0..2 {
+        signal(before, "USR2");
+        let after = wait_for("another process serves", PATIENCE, || {
+            let now = web.pid();
+            if now == before { Err(web.process.tail()) } else { Ok(now) }
+        });
+        web.wait_ready();
+        round_trip(upstream, &support::bytes(11, 100_000)).expect("an echo of 100 kB after the upgrade");
+        live.ping().expect("the connection of the first process");
+        before = after;
     }
+    drop(live);
+    assert_eq!(web.process.wait_exit(PATIENCE).code(), Some(0), "{}", web.process.tail());
+    signal(before, "TERM");
+    wait_until("the last of them ends", PATIENCE, || web.client().try_get("/ready").is_err());
+
+    db.process.signal("TERM");
+    assert_eq!(db.process.wait_exit(PATIENCE).code(), Some(0), "{}", db.process.tail());
 }
 
 #[test]
@@ -101,6 +124,10 @@ fn an_abrupt_end_can_be_had() {
     process.signal("TERM");
     assert_eq!(process.wait_exit(PATIENCE).code(), Some(0), "{}", process.tail());
     assert!(process.output().contains("ending at once"), "{}", process.output());
+}
+
+fn signal(pid: u32, name: &str) {
+    assert!(Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().expect("kill runs").success());
 }
 
 fn wait_for_line(path: &Path, wanted: &str) -> String {

@@ -5,13 +5,15 @@
 //! alone and told.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use arc_swap::ArcSwap;
 use serde::{Deserialize, Serialize};
@@ -64,6 +66,37 @@ pub struct Inherited {
     pub wrong: Vec<String>,
 }
 
+/// What the argument named here gave a single time, in a file of memory.
+static KEPT_ARGUMENT: OnceLock<(PathBuf, File)> = OnceLock::new();
+
+/// Keeps what was read from the file that an argument names, for the process that takes this one's place: a FIFO gives it once.
+/// Further calls change nothing.
+pub fn keep_argument(path: &Path, text: &[u8]) -> io::Result<()> {
+    // SAFETY: the name is a C string; what comes back is ours alone.
+    let fd = unsafe { libc::memfd_create(c"ringfence-bootstrap".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just gave us this descriptor and nobody else has it.
+    let mut file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.write_all(text)?;
+    let _ = KEPT_ARGUMENT.set((path.to_owned(), file));
+    Ok(())
+}
+
+/// An argument as the successor must have it: what was kept is read from the descriptor that it inherits.
+fn argument(given: OsString, path: &Path, fd: RawFd) -> OsString {
+    let prefix = given.as_bytes().strip_suffix(path.as_os_str().as_bytes());
+    match prefix {
+        Some(prefix) if prefix.is_empty() || prefix.starts_with(b"-") => {
+            let mut text = OsStr::from_bytes(prefix).to_owned();
+            text.push(format!("/proc/self/fd/{fd}"));
+            text
+        }
+        _ => given,
+    }
+}
+
 /// Starts this program's file again, as it is on disk now, with the same arguments and with every listening socket of this
 /// process; `kept` names what it has in the descriptor store.
 pub fn start_successor(arguments: impl Iterator<Item = OsString>, kept: BTreeSet<String>) -> io::Result<Successor> {
@@ -79,7 +112,14 @@ pub fn start_successor(arguments: impl Iterator<Item = OsString>, kept: BTreeSet
     // A file that was replaced is gone under its old name: the new one has the name.
     let program =
         program.to_str().and_then(|text| text.strip_suffix(" (deleted)")).map_or_else(|| program.clone(), PathBuf::from);
-    let child = Command::new(program).args(arguments.skip(1)).env(VARIABLE, message).spawn()?;
+    let kept_argument = KEPT_ARGUMENT.get();
+    let kept_argument =
+        kept_argument.map(|(path, file)| Ok::<_, io::Error>((path, inheritable(file.as_raw_fd())?))).transpose()?;
+    let arguments = arguments.skip(1).map(|given| match &kept_argument {
+        Some((path, fd)) => argument(given, path, fd.as_raw_fd()),
+        None => given,
+    });
+    let child = Command::new(program).args(arguments).env(VARIABLE, message).spawn()?;
     sys_nonblocking(ready.as_raw_fd())?;
     Ok(Successor { child, ready, go })
 }
@@ -301,6 +341,17 @@ mod tests {
     use std::net::TcpListener;
 
     use super::*;
+
+    #[test]
+    fn an_argument_that_names_what_is_kept_is_told_where_it_is() {
+        let of = |given: &str| argument(given.into(), Path::new("/tmp/boot.json"), 7).into_string().expect("text");
+        assert_eq!(of("/tmp/boot.json"), "/proc/self/fd/7");
+        assert_eq!(of("--config-path=/tmp/boot.json"), "--config-path=/proc/self/fd/7");
+        assert_eq!(of("-c/tmp/boot.json"), "-c/proc/self/fd/7");
+        for other in ["/etc/tmp/boot.json", "/tmp/boot.json.old", "-c", ""] {
+            assert_eq!(of(other), other);
+        }
+    }
 
     fn message(sockets: Vec<(RawFd, Place)>) -> Message {
         Message { ready: -1, go: -1, sockets, kept: BTreeSet::new() }

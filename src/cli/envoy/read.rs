@@ -1,15 +1,18 @@
 //! The bootstrap's text, from where Consul and others put it.
 //!
-//! Invariant: the path is opened once and read to its end: it may be a FIFO that somebody writes to a single time. What is
-//! read is bounded in bytes ([`BYTES_MAX`]) and, for a writer that never comes, in time ([`READ_TIMEOUT`]).
+//! Invariant: the path is opened once and read to its end: it may be a FIFO that somebody writes to a single time, and then the
+//! text is kept in memory for the process that an upgrade starts. What is read is bounded in bytes ([`BYTES_MAX`]) and, for a writer that never comes, in time ([`READ_TIMEOUT`]).
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value as Json;
 use zeroize::Zeroizing;
+
+use crate::sys::handover;
 
 /// Most bytes of a bootstrap. Consul's has 20 kB.
 const BYTES_MAX: u64 = 16 << 20;
@@ -48,18 +51,28 @@ fn text(path: &Path) -> Result<Zeroizing<String>, String> {
     std::thread::Builder::new()
         .name("bootstrap".to_owned())
         .spawn(move || {
-            let mut text = Zeroizing::new(String::new());
-            let read = File::open(owned).and_then(|file| file.take(BYTES_MAX + 1).read_to_string(&mut text));
+            let read = File::open(owned).and_then(|file| {
+                let mut text = Zeroizing::new(String::new());
+                let once = file.metadata()?.file_type().is_fifo();
+                file.take(BYTES_MAX + 1).read_to_string(&mut text)?;
+                Ok((text, once))
+            });
             // Nobody listens any more: the time was over.
-            let _ = sender.send(read.map(|_| text));
+            let _ = sender.send(read);
         })
         .map_err(|error| format!("no thread to read it: {error}"))?;
     let clock = tokio::runtime::Builder::new_current_thread().enable_time().build();
     let clock = clock.map_err(|error| format!("no clock to wait for it: {error}"))?;
     let read = clock.block_on(async { tokio::time::timeout(READ_TIMEOUT, receiver).await });
     match read.map(|sent| sent.expect("the reader sends before it ends")) {
-        Ok(Ok(text)) if text.len() as u64 > BYTES_MAX => Err(format!("it is larger than {BYTES_MAX} bytes")),
-        Ok(Ok(text)) => Ok(text),
+        Ok(Ok((text, _))) if text.len() as u64 > BYTES_MAX => Err(format!("it is larger than {BYTES_MAX} bytes")),
+        Ok(Ok((text, once))) => {
+            if once {
+                // Without it this process serves all the same, and only an upgrade would not find it.
+                let _ = handover::keep_argument(path, text.as_bytes());
+            }
+            Ok(text)
+        }
         Ok(Err(error)) => Err(format!("Invalid path: {} ({error})", path.display())),
         Err(_) => Err(format!("nobody wrote it within {READ_TIMEOUT:?}")),
     }
