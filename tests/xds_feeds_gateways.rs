@@ -210,6 +210,35 @@ fn peers_are_let_in_from_their_trust_domain_by_their_roots_alone() {
 }
 
 #[test]
+fn permissive_mode_comes_and_goes_without_a_cut() {
+    let (ca, app) = (Ca::new(TRUST_DOMAIN), Echo::start());
+    let (listen, public) = (ports::free_address(), ports::free_address());
+    let (of_db, name) = (material(&ca, &ca.leaf("db")), resources::public_name(public));
+    let strict = |allowed: &[&str]| resources::public_listener(public, &of_db, resources::allow(allowed));
+    let db = db(&strict(&["web"]), public, app.address);
+    let of_web = material(&ca, &ca.leaf("web"));
+    let web = web(&of_web, &[("db", ca.id("db").as_str(), listen)], public);
+    wait_echo(listen);
+    let mut live = Live::open(listen);
+    let set = |listener| {
+        let from = db.server.seen().len();
+        db.server.set(LISTENER, &name, &listener);
+        assert_eq!(db.server.wait_answered(from, LISTENER), None);
+    };
+    let permissive =
+        |allowed: &[&str]| resources::permissive_listener(public, &of_db, resources::allow(allowed), app.address.port());
+    for listener in [permissive(&["web"]), strict(&["web"]), permissive(&["web", "api"])] {
+        set(listener);
+        wait_echo(listen);
+        live.ping().expect("the connection of before");
+    }
+    set(permissive(&["api"]));
+    live.wait_cut(PATIENCE);
+    assert!(round_trip(listen, b"denied").is_err(), "intentions hold in permissive mode too");
+    [web, db].into_iter().for_each(Proxy::stop);
+}
+
+#[test]
 fn a_transparent_proxy_leads_virtual_addresses_to_the_mesh_and_lets_the_rest_pass() {
     if !entered("a_transparent_proxy_leads_virtual_addresses_to_the_mesh_and_lets_the_rest_pass") {
         return;

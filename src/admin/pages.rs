@@ -17,7 +17,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::uri::PathAndQuery;
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::pem::PemObject;
@@ -38,6 +38,18 @@ use crate::mesh::router::Network;
 const RETRY: Duration = Duration::from_secs(1);
 /// Wait for a backend: connecting, and the head of its answer.
 const BACKEND_TIMEOUT: Duration = Duration::from_secs(10);
+/// Headers of one connection (RFC 9110, 7.6.1), and of a body, which there is none of.
+const HOP_BY_HOP: [HeaderName; 9] = [
+    header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    header::CONTENT_LENGTH,
+];
 /// Listeners at once.
 const LISTENERS_MAX: usize = 64;
 
@@ -244,12 +256,14 @@ async fn forward(address: SocketAddr, uri: Uri, method: Method, headers: &Header
     tokio::spawn(connection);
     let mut asked = axum::http::Request::new(Body::empty());
     (*asked.method_mut(), *asked.uri_mut()) = (method, uri);
-    let host = HeaderValue::from_str(&address.to_string()).map_err(io::Error::other)?;
-    asked.headers_mut().insert(header::HOST, host);
-    for name in [header::ACCEPT, header::ACCEPT_ENCODING, header::USER_AGENT] {
-        if let Some(value) = headers.get(&name) {
-            asked.headers_mut().insert(name, value.clone());
-        }
+    // A check has its own Host and credentials; what is of this connection stays here.
+    *asked.headers_mut() = headers.clone();
+    for name in HOP_BY_HOP {
+        asked.headers_mut().remove(name);
+    }
+    if !asked.headers().contains_key(header::HOST) {
+        let host = HeaderValue::from_str(&address.to_string()).map_err(io::Error::other)?;
+        asked.headers_mut().insert(header::HOST, host);
     }
     let answer = sender.send_request(asked).await.map_err(io::Error::other)?;
     Ok(answer.map(Body::new))

@@ -101,7 +101,7 @@ pub(crate) fn parse(service: &wire::Service, scrape: &Scrape) -> Result<Definiti
     let mut warnings = Vec::new();
     let public = public(service, &config, &mut warnings)?;
     let mut pages = pages::of(&config, scrape, &mut warnings);
-    pages.extend(pages::exposed(service, &mut warnings));
+    pages.extend(pages::exposed(service, &config, &mut warnings));
     let stats = stats::wishes(&config, &environment, &mut warnings);
     note_ignored(proxy, &config, &mut warnings);
     let name = Name {

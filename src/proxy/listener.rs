@@ -128,7 +128,14 @@ pub(super) enum Place {
 impl Place {
     /// Which way its connections go.
     pub(super) fn direction(&self) -> Direction {
-        if matches!(self, Self::Public(_)) { Direction::Inbound } else { Direction::Outbound }
+        let ends = |route: &Route| matches!(route.way, Way::Terminate { .. });
+        let inbound = match self {
+            Self::Public(_) => true,
+            Self::Router(router) => router.routes().any(|route| ends(route)),
+            Self::Route(route) => ends(route),
+            Self::Upstream(_) | Self::Redirect | Self::Lease => false,
+        };
+        if inbound { Direction::Inbound } else { Direction::Outbound }
     }
 }
 
@@ -184,17 +191,47 @@ pub(super) fn key_of(router: &Router, route: &Route) -> Key {
 /// The newest state of the service that `listener` serves; `wanted` is what the snapshot says of the listener itself.
 pub(super) fn service_of(listener: &Listener, wanted: Option<&Wanted>, snapshot: &Snapshot) -> Option<Arc<Service>> {
     let before = &listener.service;
+    let of_proxy = || snapshot.services.iter().find(|service| service.proxy_id == before.proxy_id);
     let found = match (wanted, &listener.part) {
         (Some(wanted), _) => Some(&wanted.service),
-        // One proxy ends TLS for many services.
-        (None, Part::Terminate(_) | Part::Originate(_)) => {
-            let ways = snapshot.routers.iter().flat_map(|router| router.routes()).filter_map(|route| route.way.service());
-            ways.into_iter().find(|service| service.proxy_id == before.proxy_id && service.name == before.name)
+        (None, Part::Terminate(_)) => {
+            ending_for(listener, snapshot).or_else(|| of_proxy().filter(|now| has_public_at(now, listener)))
         }
-        (None, Part::Public | Part::Upstream(_)) => snapshot.services.iter().find(|service| service.proxy_id == before.proxy_id),
+        (None, Part::Originate(_)) => {
+            let ways = snapshot.routers.iter().flat_map(|router| router.routes()).filter_map(|route| match &route.way {
+                Way::Originate { service, .. } => Some(service),
+                Way::Forward(_) | Way::Terminate { .. } | Way::Original(_) => None,
+            });
+            ways.into_iter().find(|service| same_identity(service, before))
+        }
+        (None, Part::Public) => {
+            let moved = || ending_for(listener, snapshot);
+            of_proxy().filter(|now| now.public.is_some()).or_else(moved).or_else(of_proxy)
+        }
+        (None, Part::Upstream(_)) => of_proxy(),
         (None, Part::Redirect | Part::Lease | Part::Router(_) | Part::Forward(_) | Part::Original(_)) => None,
     };
     found.map(Arc::clone)
+}
+
+/// The service that TLS ends for now where `listener` ended it before: a public listener may have become one with routes.
+fn ending_for<'a>(listener: &Listener, snapshot: &'a Snapshot) -> Option<&'a Arc<Service>> {
+    let here = snapshot.routers.iter().filter(|router| router.settings().bind == listener.bind);
+    let ways = here.flat_map(|router| router.routes()).filter_map(|route| match &route.way {
+        Way::Terminate { service, .. } => Some(service),
+        Way::Forward(_) | Way::Originate { .. } | Way::Original(_) => None,
+    });
+    ways.into_iter().find(|service| same_identity(service, &listener.service))
+}
+
+/// One proxy may speak for several services, and for services of one name in several namespaces.
+fn same_identity(a: &Service, b: &Service) -> bool {
+    let id = |service: &Service| service.identity.as_ref().map(|identity| identity.svid.id.clone());
+    a.proxy_id == b.proxy_id && a.name == b.name && id(a) == id(b)
+}
+
+fn has_public_at(service: &Service, listener: &Listener) -> bool {
+    service.public.as_ref().is_some_and(|public| public.bind == listener.bind)
 }
 
 impl Wanted {

@@ -212,6 +212,20 @@ pub fn peered_listener(
     public_with(bind, ending(validated(material, by_domain(domains)), rbac, "local_app"))
 }
 
+/// A public listener that also takes clients without a certificate who were going to the app's own port.
+pub fn permissive_listener(bind: SocketAddr, material: &Material, rbac: listener::Filter, app_port: u16) -> listener::Listener {
+    let port = envoy_types::pb::google::protobuf::UInt32Value { value: app_port.into() };
+    let raw = listener::FilterChain {
+        filter_chain_match: Some(listener::FilterChainMatch { destination_port: Some(port), ..Default::default() }),
+        filters: vec![proxy_to("public_listener", "local_app")],
+        ..Default::default()
+    };
+    let mut listener = public_listener(bind, material, rbac);
+    listener.filter_chains.push(raw);
+    listener.listener_filters.push(listener_filter("original_dst"));
+    listener
+}
+
 /// A filter chain that ends mutual TLS.
 fn ending(context: Option<tls::CommonTlsContext>, rbac: listener::Filter, cluster: &str) -> listener::FilterChain {
     let context = tls::DownstreamTlsContext {

@@ -38,10 +38,12 @@ pub(super) fn of(config: &Opaque<'_>, scrape: &Scrape, warnings: &mut Vec<String
 }
 
 /// `expose.paths`: single paths of the app, in plain HTTP at ports of their own, as Consul has Envoy do it.
-pub(super) fn exposed(service: &wire::Service, warnings: &mut Vec<String>) -> Vec<PageListener> {
+pub(super) fn exposed(service: &wire::Service, config: &Opaque<'_>, warnings: &mut Vec<String>) -> Vec<PageListener> {
     let mut pages: Vec<PageListener> = Vec::new();
+    let bound = super::lenient(config.text("bind_address"), warnings);
+    let address = bound.as_ref().unwrap_or(&service.address);
     for path in &service.proxy.expose.paths {
-        match one_exposed(service, path) {
+        match one_exposed(service, address, path) {
             Ok(page) if pages.iter().any(|known| known.bind == page.bind) => {
                 warnings.push(format!("{}: another exposed path has port {}", page.name, path.listener_port));
             }
@@ -52,7 +54,7 @@ pub(super) fn exposed(service: &wire::Service, warnings: &mut Vec<String>) -> Ve
     pages
 }
 
-fn one_exposed(service: &wire::Service, path: &wire::ExposedPath) -> Result<PageListener, String> {
+fn one_exposed(service: &wire::Service, address: &str, path: &wire::ExposedPath) -> Result<PageListener, String> {
     if !path.path.starts_with('/') {
         return Err("is no path; write it with a slash in front".to_owned());
     }
@@ -62,8 +64,9 @@ fn one_exposed(service: &wire::Service, path: &wire::ExposedPath) -> Result<Page
     if !matches!(path.protocol.as_str(), "" | "http") {
         return Err(format!("has protocol {}: only http is served without TLS", path.protocol.escape_default()));
     }
-    let ip = super::bind_ip(&service.address, Ipv4Addr::UNSPECIFIED, "address")?;
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, path.local_path_port));
+    let ip = super::bind_ip(address, Ipv4Addr::UNSPECIFIED, "address")?;
+    let app = super::bind_ip(&service.proxy.local_service_address, Ipv4Addr::LOCALHOST, "local_service_address")?;
+    let address = SocketAddr::new(app, path.local_path_port);
     let name = format!("exposed_path_{}:{}", path.path.trim_start_matches('/').replace('/', "_"), path.listener_port);
     let answer = PageAnswer::Backend { address, rewrite: None };
     Ok(listener(&name, SocketAddr::new(ip, path.listener_port), PathMatch::Exact(path.path.clone()), answer))
@@ -112,7 +115,7 @@ mod tests {
             value["Proxy"]["Expose"] = json!({"Paths": paths});
             let mut warnings = Vec::new();
             let service: wire::Service = serde_json::from_value(value).expect("the capture parses");
-            (exposed(&service, &mut warnings), warnings)
+            (exposed(&service, &Opaque::new(&serde_json::Map::new()), &mut warnings), warnings)
         };
         let health = json!({"Path": "/health/live", "LocalPathPort": 8080, "ListenerPort": 21500, "Protocol": "http"});
         let (found, none) = read(json!([health]));

@@ -119,7 +119,7 @@ impl Builder<'_> {
         keep_service(next, old)
     }
 
-    /// What the service shows. A gateway that ends TLS for others has nothing to show of its own.
+    /// What the service shows: to peers, or where it only calls, upstream. A gateway that does neither has nothing to show.
     fn identity(&self) -> Option<&Arc<Identity>> {
         let mut endings = self.held.listeners.values().filter_map(|listener| match &listener.role {
             Role::Public(ending) => Some(ending),
@@ -128,11 +128,15 @@ impl Builder<'_> {
         if let Some(ending) = endings.next() {
             return self.around.identities.of(&ending.material);
         }
-        if self.held.listeners.values().any(|listener| listener.endings().next().is_some()) {
-            return None;
-        }
-        let mut in_use = self.around.identities.in_use();
-        in_use.next().filter(|_| in_use.next().is_none())
+        let mut upstreams = self.held.listeners.values().filter_map(|listener| match &listener.role {
+            Role::Upstream { cluster, .. } => Some(cluster),
+            Role::Public(_) | Role::Pages { .. } | Role::Router(_) => None,
+        });
+        upstreams.find_map(|cluster| {
+            let mut leaves = Vec::new();
+            collect(self.held, cluster, 0, &mut leaves).ok()?;
+            leaves.iter().find_map(|leaf| self.around.identities.of(&leaf.tls.as_ref()?.material))
+        })
     }
 
     fn public_listener(&self, listener: &Listener, ending: &Ending) -> Result<PublicListener, String> {
@@ -225,7 +229,11 @@ impl Builder<'_> {
             };
             let Some(members) = members(self.held, cluster) else {
                 let prefix = format!("{}#", cluster.name);
-                targets.extend(old_targets.iter().filter(|old| *old.id == *cluster.name || old.id.starts_with(&prefix)).cloned());
+                let kept = old_targets.iter().filter(|old| *old.id == *cluster.name || old.id.starts_with(&prefix));
+                targets.extend(kept.map(|old| {
+                    let next = Target { sni: Arc::clone(&sni), expected: Arc::clone(&expected), ..(**old).clone() };
+                    keep(next, Some(old))
+                }));
                 continue;
             };
             let none = Vec::new();

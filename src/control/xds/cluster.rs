@@ -170,10 +170,10 @@ fn outlier(message: Option<&pb::OutlierDetection>) -> Result<Outlier, Refusal> {
     })
 }
 
-/// A duration that is not negative.
 /// Protobuf's own bound on durations, 10,000 years; instants beyond do not exist.
 const DURATION_SECONDS_MAX: u64 = 315_576_000_000;
 
+/// A duration that is not negative.
 pub(super) fn duration(value: Option<&well_known::Duration>, field: &str) -> Result<Option<Duration>, Refusal> {
     let Some(value) = value else { return Ok(None) };
     match (u64::try_from(value.seconds), u32::try_from(value.nanos)) {

@@ -339,7 +339,7 @@ impl Feeder {
         if !(self.held.listeners.answered || late && self.held.clusters.answered) {
             return Some("waiting for listeners from the xDS server".to_owned());
         }
-        if self.identities.lacks_any() {
+        if self.identities.has_none_of_its_offers() {
             return Some("waiting for a certificate that can be used".to_owned());
         }
         if late {

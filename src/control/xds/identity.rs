@@ -48,9 +48,9 @@ impl Identities {
         self.by_id.values().filter_map(|candidate| candidate.current.as_ref())
     }
 
-    /// Whether one that is offered cannot be used yet, and none of its name is.
-    pub(super) fn lacks_any(&self) -> bool {
-        self.by_id.values().any(|candidate| candidate.current.is_none())
+    /// Whether some are offered and none can be used.
+    pub(super) fn has_none_of_its_offers(&self) -> bool {
+        !self.by_id.is_empty() && self.in_use().next().is_none()
     }
 
     /// Why newest offers are not in use.

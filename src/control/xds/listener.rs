@@ -6,7 +6,7 @@
 mod chain;
 mod http;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use super::cluster::duration;
 use super::endpoint::Host;
 use super::refusal::{Refusal, message_name};
 use super::tls_context::{self, Material};
-use crate::config::envoy::AccessLog;
+use crate::config::envoy::{AccessLog, PathMatch};
 use crate::mesh::Bind;
 use crate::mesh::router::Match;
 use crate::policy::{DefaultPolicy, Intentions};
@@ -135,7 +135,7 @@ impl Listener {
                 access_logs.extend_from_slice(&filters.access_logs);
                 match filters.paths.is_empty() {
                     true => alone(message, &bind, chain, filters).map_err(|why| why.under(place))?,
-                    false => pages(chain, filters).map_err(|why| why.under(place))?,
+                    false => pages(message, chain, filters).map_err(|why| why.under(place))?,
                 }
             }
             None => Role::Router(routes(message, &inspection, &mut access_logs)?),
@@ -169,19 +169,24 @@ impl Listener {
         one.into_iter().chain(of_routes)
     }
 
-    /// Lets nobody in any more.
+    /// Lets nobody in any more: what passes intentions by goes with them.
     pub(super) fn deny_all(&mut self) {
+        let ends = |chain: &Chain| matches!(chain.way, Way::End(_));
         let nobody = Arc::new(Intentions::new(Vec::new(), DefaultPolicy::Deny));
         match &mut self.role {
             Role::Public(ending) => ending.intentions = nobody,
-            Role::Upstream { .. } | Role::Pages { .. } => {}
-            Role::Router(Routes { chains, fallback, .. }) => {
-                for chain in chains.iter_mut().chain(fallback) {
+            Role::Upstream { .. } => {}
+            Role::Pages { routes, .. } => routes.clear(),
+            Role::Router(routes) if routes.all().any(ends) => {
+                routes.chains.retain(ends);
+                routes.fallback.take_if(|chain| !ends(chain));
+                for chain in routes.chains.iter_mut().chain(&mut routes.fallback) {
                     if let Way::End(ending) = &mut chain.way {
                         ending.intentions = Arc::clone(&nobody);
                     }
                 }
             }
+            Role::Router(_) => {}
         }
     }
 }
@@ -205,13 +210,19 @@ impl Routes {
 }
 
 /// Requests by path, in plain: what Consul makes of `expose`. Behind TLS requests would have to be looked at.
-fn pages(chain: &pb::FilterChain, filters: Filters) -> Result<Role, Refusal> {
+fn pages(message: &pb::Listener, chain: &pb::FilterChain, filters: Filters) -> Result<Role, Refusal> {
     let wanted = "requests are told apart by path only where a local app's single paths are exposed in plain HTTP: expected none";
     if chain.transport_socket.is_some() {
         return Err(Refusal::new("transport_socket", "with routes by path", wanted));
     }
     if filters.rbac || filters.max_connections != 0 {
         return Err(Refusal::new("filters", "rbac or connection_limit with routes by path", wanted));
+    }
+    let whole = |route: &PageRoute| matches!((&route.path, &route.to), (PathMatch::Prefix(_), Target::Cluster { .. }));
+    if message.traffic_direction != INBOUND || filters.paths.iter().any(whole) {
+        let wanted =
+            "in plain HTTP single paths of the local app are exposed: expected exact paths in a listener for traffic inbound";
+        return Err(Refusal::new("filters.http_connection_manager.route_config", "routes by prefix, or outbound", wanted));
     }
     Ok(Role::Pages { routes: filters.paths, sources: chain::sources(chain)? })
 }
@@ -263,6 +274,7 @@ fn routes(message: &pb::Listener, inspection: &Inspection, access_logs: &mut Vec
     let mut chains: Vec<Chain> = chains.collect::<Result<_, _>>()?;
     let fallback = message.default_filter_chain.as_ref();
     let fallback = fallback.map(|chain| read(chain, "default_filter_chain".to_owned())).transpose()?;
+    check_ways(message, &chains, fallback.as_ref())?;
     tell_apart(&mut chains, fallback.as_ref());
     let timeout = duration(message.listener_filters_timeout.as_ref(), "listener_filters_timeout")?;
     Ok(Routes {
@@ -274,6 +286,47 @@ fn routes(message: &pb::Listener, inspection: &Inspection, access_logs: &mut Vec
         chains,
         fallback,
     })
+}
+
+/// What no chain may be beside another.
+fn check_ways(message: &pb::Listener, chains: &[Chain], fallback: Option<&Chain>) -> Result<(), Refusal> {
+    let all = || chains.iter().chain(fallback);
+    let ends = all().any(|chain| matches!(chain.way, Way::End(_)));
+    if message.traffic_direction == INBOUND && !ends && all().any(|chain| matches!(chain.way, Way::Cluster(_))) {
+        let wanted = "a way in that is not mutual TLS is served only beside one that is: expected a DownstreamTlsContext";
+        return Err(Refusal::missing("filter_chains.transport_socket", wanted));
+    }
+    let mut seen = HashSet::new();
+    for (index, chain) in chains.iter().enumerate() {
+        let place = format!("filter_chains[{index}]");
+        if matches!(chain.way, Way::End(_)) && chain.matches.tls == Some(false) {
+            return Err(Refusal::new(
+                format!("{place}.filter_chain_match.transport_protocol"),
+                "raw_buffer",
+                "TLS ends here: expected tls",
+            ));
+        }
+        if matches!(chain.way, Way::ServerName) && (chain.matches != Match::default() || fallback.is_some()) {
+            let wanted =
+                "names that are no cluster's are reset: expected sni_cluster in a chain without conditions, and none by default";
+            return Err(Refusal::new(format!("{place}.filters"), "sni_cluster", wanted));
+        }
+        // Each condition by itself, as connections are matched.
+        for network in each(&chain.matches.networks) {
+            for name in each(&chain.matches.server_names) {
+                if !seen.insert((chain.matches.port, network, name, chain.matches.tls)) {
+                    let wanted = format!("another chain takes the same connections: {}", chain.matches);
+                    return Err(Refusal::new(format!("{place}.filter_chain_match"), "doubled", wanted));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Each of `wanted`, or one time none.
+fn each<T>(wanted: &[T]) -> impl Iterator<Item = Option<&T>> {
+    wanted.iter().map(Some).chain(wanted.is_empty().then_some(None))
 }
 
 /// Several chains to one cluster are named after whom they take as well. Never after their place: a connection belongs to its
@@ -296,6 +349,10 @@ fn way(chain: &pb::FilterChain, filters: Filters) -> Result<Way, Refusal> {
     match tls {
         Some(_) if filters.by_server_name => {
             Err(Refusal::new("filters", "sni_cluster", "TLS is passed on by it: expected no DownstreamTlsContext"))
+        }
+        Some(_) if filters.http => {
+            let wanted = "x-forwarded-client-cert would reach the app as a stranger wrote it: expected tcp_proxy (set the protocol to tcp)";
+            Err(Refusal::new("filters", "http_connection_manager behind TLS", wanted))
         }
         Some(_) if !filters.rbac => {
             let wanted = "without it every certificate of the mesh would be let in: expected envoy.filters.network.rbac first";
@@ -351,6 +408,17 @@ fn inspection(message: &pb::Listener) -> Result<Inspection, Refusal> {
 }
 
 fn bind(message: &pb::Listener) -> Result<Bind, Refusal> {
+    if message.filter_chain_matcher.is_some() {
+        return Err(Refusal::new(
+            "filter_chain_matcher",
+            "present",
+            "chains are told apart by filter_chain_match: expected none",
+        ));
+    }
+    if !message.additional_addresses.is_empty() {
+        let wanted = "a listener has one address here: expected none";
+        return Err(Refusal::new("additional_addresses", message.additional_addresses.len(), wanted));
+    }
     if message.bind_to_port.as_ref().is_some_and(|bound| !bound.value) {
         return Err(Refusal::new("bind_to_port", "false", "a listener is reached by its own port only: expected true"));
     }

@@ -268,7 +268,7 @@ fn check_pair(chain_pem: &str, key_pem: &str) -> Result<(), Refusal> {
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(chain_pem.as_bytes())
         .take(CHAIN_CERTIFICATES_MAX + 1)
         .collect::<Result<_, _>>()
-        .map_err(|error| Refusal::new(field, error, "expected CERTIFICATE blocks, leaf first"))?;
+        .map_err(|_| Refusal::new(field, "unreadable", "expected CERTIFICATE blocks, leaf first"))?;
     if chain.is_empty() || chain.len() > CHAIN_CERTIFICATES_MAX {
         let wanted = format!("expected one to {CHAIN_CERTIFICATES_MAX}, leaf first");
         return Err(Refusal::new(field, format!("{} certificates", chain.len()), wanted));
@@ -287,12 +287,17 @@ fn check_pair(chain_pem: &str, key_pem: &str) -> Result<(), Refusal> {
 
 fn roots(source: Option<&core::DataSource>, field: &str) -> Result<String, Refusal> {
     let pem = inline(source, field)?;
-    let mut count = 0;
-    for root in CertificateDer::pem_slice_iter(pem.as_bytes()) {
-        root.map_err(|error| Refusal::new(field, error, "expected CERTIFICATE blocks"))?;
-        count += 1;
+    let blocks: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
+    // What the reader says would quote the line, which may be of a key.
+    let blocks = blocks.map_err(|_| Refusal::new(field, "unreadable", "expected CERTIFICATE blocks"))?;
+    if blocks.is_empty() {
+        return Err(Refusal::new(field, "no certificate", "expected CERTIFICATE blocks"));
     }
-    if count == 0 { Err(Refusal::new(field, "no certificate", "expected CERTIFICATE blocks")) } else { Ok(pem) }
+    // Whose they are makes no difference to whether they can be.
+    match verify::bundle("roots.consul", &[&pem]) {
+        Ok(_) => Ok(pem),
+        Err(why) => Err(Refusal::new(field, why, "expected certificates of CAs")),
+    }
 }
 
 /// Cipher suites and curves are not narrowed: what is spoken here is a subset of Envoy's defaults already.

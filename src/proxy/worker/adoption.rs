@@ -137,7 +137,10 @@ impl<R: Ring> Worker<R> {
             Bind::Tcp(address) if !address.ip().is_unspecified() => Some(*address),
             Bind::Tcp(_) | Bind::Unix { .. } => None,
         };
-        let subject = Subject { peer, remote: connection.facts.downstream, local, server_name: None };
+        let facts = &connection.facts;
+        // Where it wanted to go, before it was redirected here.
+        let local = facts.original.or(local);
+        let subject = Subject { peer, remote: facts.downstream, local, server_name: facts.server_name.as_deref() };
         listener.service.intentions.decide_on(&subject)
     }
 

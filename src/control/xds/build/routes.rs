@@ -3,6 +3,7 @@
 //! Invariant: a chain that cannot be served takes its connections and lets them wait for nothing, rather than that they fall to
 //! a chain which takes more; only it is named. Where TLS ends, no chain leads bytes past it but one that Consul sent as such.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::{Builder, Spoken, keep_service};
@@ -69,11 +70,13 @@ impl Builder<'_> {
     ) -> Vec<Arc<Route>> {
         let taken = |name: &str| routes.all().flat_map(|chain| &chain.matches.server_names).any(|known| known.takes(name));
         let plain = self.held.clusters.values().filter(|cluster| cluster.tls.is_none());
+        let mut seen = HashSet::new();
         let names: Vec<(String, ServerName)> = plain
             .filter(|cluster| !matches!(cluster.discovery, Discovery::OriginalDestination) && !taken(&cluster.name))
             .filter_map(|cluster| match cluster.name.parse() {
-                Ok(name @ ServerName::Exact(_)) => Some((cluster.name.clone(), name)),
-                Ok(ServerName::Under(_)) | Err(_) => None,
+                // Names differ in more than case, or the second is none.
+                Ok(name @ ServerName::Exact(_)) if seen.insert(name.clone()) => Some((cluster.name.clone(), name)),
+                Ok(_) | Err(_) => None,
             })
             .collect();
         let route = |(cluster, name): (String, ServerName)| {

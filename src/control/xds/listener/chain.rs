@@ -37,6 +37,8 @@ pub(super) struct Filters {
     /// The cluster is that of the server name.
     pub(super) by_server_name: bool,
     pub(super) cluster: String,
+    /// It ends in an `http_connection_manager`.
+    pub(super) http: bool,
     /// The paths of an `http_connection_manager` that tells them apart; then there is no cluster.
     pub(super) paths: Vec<Route>,
     pub(super) access_logs: Vec<AccessLog>,
@@ -129,7 +131,7 @@ fn address(range: &CidrRange) -> Result<(IpAddr, u8), Refusal> {
     Ok((address, prefix.ok_or_else(refused)?))
 }
 
-/// What its filters say, the last of which must be `tcp_proxy`.
+/// What its filters say, the last of which must lead somewhere.
 pub(super) fn filters(chain: &pb::FilterChain) -> Result<Filters, Refusal> {
     let mut found = Filters::default();
     let mut ended = false;
@@ -153,7 +155,7 @@ pub(super) fn filters(chain: &pb::FilterChain) -> Result<Filters, Refusal> {
         ended = [TCP_PROXY, CONNECTION_MANAGER].contains(&message_name(any));
     }
     if !ended {
-        return Err(Refusal::missing("filters", "expected envoy.filters.network.tcp_proxy as the last filter"));
+        return Err(Refusal::missing("filters", "expected tcp_proxy or an http_connection_manager as the last filter"));
     }
     if !found.by_server_name && found.cluster.is_empty() && found.paths.is_empty() {
         return Err(Refusal::missing("filters.tcp_proxy.cluster", "expected a cluster's name"));
@@ -175,7 +177,8 @@ fn take(found: &mut Filters, any: &Any, name: &str) -> Result<(), Refusal> {
             if most == 0 {
                 return Err(Refusal::new(format!("{field}.max_connections"), most, "expected 1 or more"));
             }
-            found.max_connections = u32::try_from(most).unwrap_or(u32::MAX);
+            let most = u32::try_from(most).unwrap_or(u32::MAX);
+            found.max_connections = if found.max_connections == 0 { most } else { most.min(found.max_connections) };
         }
         TCP_PROXY => {
             let filter: tcp_proxy::TcpProxy = unpack(any, TCP_PROXY, field)?;
@@ -190,8 +193,7 @@ fn take(found: &mut Filters, any: &Any, name: &str) -> Result<(), Refusal> {
                 Some(cluster) => cluster.clone_into(&mut found.cluster),
                 None => found.paths.clone_from(&http.routes),
             }
-            found.rbac |= http.rbac;
-            found.rules.extend(http.rules);
+            found.http = true;
         }
         _ => return Err(Refusal::new("name", format!("{name} ({})", message_name(any)), FILTERS_WANTED)),
     }

@@ -1,23 +1,20 @@
 //! `http_connection_manager`, as far as L4 can do what it says: requests that all go to one cluster are bytes, and single paths
 //! of a local app are a listener for pages.
 //!
-//! Invariant: what is read here needs nobody to look at a request in the mesh: routes by anything but the path, other filters
-//! than RBAC on certificates, and routes that come by RDS are refused by their names.
+//! Invariant: what is read here needs nobody to look at a request in the mesh: routes by anything but the path, filters that do
+//! something, and routes that come by RDS are refused by their names. What Envoy does to headers is not done, so whoever lets
+//! peers in by it is refused (`listener`): an app may trust `x-forwarded-client-cert`, which Envoy takes from strangers.
 
 use envoy_types::pb::envoy::config::accesslog::v3::AccessLog;
 use envoy_types::pb::envoy::config::route::v3 as route;
-use envoy_types::pb::envoy::extensions::filters::http::rbac::v3::Rbac as HttpRbac;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as pb;
-use envoy_types::pb::envoy::extensions::filters::network::rbac::v3::Rbac;
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::CodecType;
 use envoy_types::pb::google::protobuf::Any;
 
 use crate::config::envoy::PathMatch;
-use crate::control::xds::rbac;
 use crate::control::xds::refusal::{Refusal, message_name, unpack};
-use crate::policy::network::Rules;
 
 pub(super) const CONNECTION_MANAGER: &str = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
-const RBAC: &str = "envoy.extensions.filters.http.rbac.v3.RBAC";
 /// Filters without an effect on where a request goes, or whether it does.
 const PASSIVE: [&str; 4] = [
     "envoy.extensions.filters.http.router.v3.Router",
@@ -25,14 +22,12 @@ const PASSIVE: [&str; 4] = [
     "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
     "envoy.filters.http.grpc_stats",
 ];
-const FILTERS_WANTED: &str = "http_connection_manager: requests are not looked at: expected router and rbac on certificates";
+const FILTERS_WANTED: &str = "http_connection_manager: requests are not looked at: expected router";
 const ROUTES_WANTED: &str =
     "http_connection_manager: requests are not told apart: expected one virtual host for * with routes by path or prefix";
 
 /// What a connection manager asks for.
 pub(super) struct Http {
-    pub(super) rules: Vec<Rules>,
-    pub(super) rbac: bool,
     pub(super) routes: Vec<Route>,
     pub(super) access_log: Vec<AccessLog>,
 }
@@ -55,28 +50,17 @@ impl Http {
     pub(super) fn read(any: &Any, field: &str) -> Result<Self, Refusal> {
         let manager: pb::HttpConnectionManager = unpack(any, CONNECTION_MANAGER, field)?;
         let under = |why: Refusal| why.under(field);
-        let (mut rules, mut rbac) = (Vec::new(), false);
+        if !matches!(CodecType::try_from(manager.codec_type), Ok(CodecType::Auto | CodecType::Http1)) {
+            return Err(Refusal::new(format!("{field}.codec_type"), manager.codec_type, "expected AUTO or HTTP1"));
+        }
         for (index, filter) in manager.http_filters.iter().enumerate() {
-            let place = format!("{field}.http_filters[{index}]");
-            let any = match &filter.config_type {
-                Some(pb::http_filter::ConfigType::TypedConfig(any)) => Some(any),
-                Some(pb::http_filter::ConfigType::ConfigDiscovery(_)) | None => None,
+            let kind = match &filter.config_type {
+                Some(pb::http_filter::ConfigType::TypedConfig(any)) => message_name(any),
+                Some(pb::http_filter::ConfigType::ConfigDiscovery(_)) | None => filter.name.as_str(),
             };
-            let kind = any.map_or(filter.name.as_str(), message_name);
-            match (kind, any) {
-                (RBAC, Some(any)) => {
-                    let filter: HttpRbac = unpack(any, RBAC, &place)?;
-                    if filter.matcher.is_some() {
-                        return Err(Refusal::new(format!("{place}.matcher"), "present", "expected rules"));
-                    }
-                    let network = Rbac { rules: filter.rules, ..Rbac::default() };
-                    rules.extend(rbac::rules(&network).map_err(|why| why.under(&place))?);
-                    rbac = true;
-                }
-                (kind, _) if PASSIVE.contains(&kind) => {}
-                (kind, _) => {
-                    return Err(Refusal::new(format!("{place}.name"), format!("{} ({kind})", filter.name), FILTERS_WANTED));
-                }
+            if !PASSIVE.contains(&kind) {
+                let place = format!("{field}.http_filters[{index}].name");
+                return Err(Refusal::new(place, format!("{} ({kind})", filter.name), FILTERS_WANTED));
             }
         }
         let routes = match &manager.route_specifier {
@@ -84,7 +68,7 @@ impl Http {
             Some(_) => return Err(Refusal::new(format!("{field}.route_specifier"), "rds or scoped_routes", ROUTES_WANTED)),
             None => return Err(Refusal::missing(format!("{field}.route_config"), ROUTES_WANTED)),
         };
-        Ok(Self { rules, rbac, routes, access_log: manager.access_log })
+        Ok(Self { routes, access_log: manager.access_log })
     }
 
     /// The one cluster that every request goes to, as it came.
@@ -107,6 +91,18 @@ fn routes(config: &route::RouteConfiguration) -> Result<Vec<Route>, Refusal> {
     if host.domains != ["*"] {
         return Err(Refusal::new(format!("{place}.domains"), host.domains.join(","), ROUTES_WANTED));
     }
+    let bare = route::VirtualHost {
+        name: host.name.clone(),
+        domains: host.domains.clone(),
+        routes: host.routes.clone(),
+        ..route::VirtualHost::default()
+    };
+    if *host != bare {
+        return Err(Refusal::new(place, "more than domains and routes", ROUTES_WANTED));
+    }
+    if config.vhds.is_some() || !config.typed_per_filter_config.is_empty() {
+        return Err(Refusal::new("route_config", "vhds or typed_per_filter_config", ROUTES_WANTED));
+    }
     let all = host.routes.iter().enumerate();
     all.map(|(index, one)| one_route(one).map_err(|why| why.under(&format!("{place}.routes[{index}]")))).collect()
 }
@@ -124,9 +120,18 @@ fn one_route(message: &route::Route) -> Result<Route, Refusal> {
     if matches != bare {
         return Err(Refusal::new("match", "more than a path", ROUTES_WANTED));
     }
+    let bare = route::Route {
+        name: message.name.clone(),
+        r#match: message.r#match.clone(),
+        action: message.action.clone(),
+        ..route::Route::default()
+    };
+    if *message != bare {
+        return Err(Refusal::new("route", "more than match and action", ROUTES_WANTED));
+    }
     let to = match &message.action {
         Some(Action::Route(action)) => match &action.cluster_specifier {
-            Some(route::route_action::ClusterSpecifier::Cluster(name)) if action.regex_rewrite.is_none() => Target::Cluster {
+            Some(route::route_action::ClusterSpecifier::Cluster(name)) if as_it_came(action) => Target::Cluster {
                 name: name.clone(),
                 rewrite: Some(action.prefix_rewrite.clone()).filter(|rewrite| !rewrite.is_empty()),
             },
@@ -139,4 +144,12 @@ fn one_route(message: &route::Route) -> Result<Route, Refusal> {
         _ => return Err(Refusal::new("action", "of another kind", "expected route or direct_response")),
     };
     Ok(Route { path, to })
+}
+
+/// Whether nothing but the beginning of the path is changed, and nobody else gets the request too.
+fn as_it_came(action: &route::RouteAction) -> bool {
+    action.regex_rewrite.is_none()
+        && action.path_rewrite_policy.is_none()
+        && action.host_rewrite_specifier.is_none()
+        && action.request_mirror_policies.is_empty()
 }

@@ -183,9 +183,24 @@ fn permissive_mode_is_a_chain_by_port_beside_the_one_that_decides() {
     assert!(service.intentions.decide(&bench.ca.id("web")).is_ok());
     let refused = bench.send(Kind::Listener, &[listener("public_listener", "INBOUND", &["http_inspector"], json!([]))]);
     assert!(refused[0].contains("listener_filters[0].name: envoy.filters.listener.http_inspector"), "{refused:?}");
-    bench.build();
+    let router = bench.router();
     let Way::Terminate { service, .. } = bench.way("local_app for all") else { panic!("TLS does not end") };
     assert!(service.intentions.decide(&bench.ca.id("web")).is_err());
+    assert!(router.enforces() && router.routes().count() == 1, "nobody passes the intentions by either");
+    assert_eq!(bench.taken(&to("127.0.0.1:8080", false)).as_deref(), Some("local_app for all"), "where TLS is wanted");
+}
+
+#[test]
+fn a_permissive_sidecar_calls_under_its_own_certificate() {
+    let mut bench = Bench::new("ingress");
+    let capture = Bench::fixture("ingress");
+    bench.send_all(&capture);
+    let raw = json!({"filter_chain_match": {"destination_port": 8080}, "filters": [proxy("local_app")]});
+    let public = listener("public_listener", "INBOUND", &["original_dst"], json!([ending("local_app"), raw]));
+    assert_eq!(bench.send(Kind::Listener, &[public]), Vec::<String>::new());
+    let service = bench.build();
+    assert_eq!(service.identity.as_ref().expect("its own").svid.id, bench.ca.id("ingress"));
+    assert!(!service.upstreams.is_empty());
 }
 
 #[test]
@@ -229,6 +244,23 @@ fn matches_that_are_not_looked_at_are_refused_by_their_names() {
     assert!(long.contains("prefix_ranges[0].prefix_len: 33; 10.0.0.0/33 is no network"), "{long}");
     let blind = told(&[], json!({"server_names": ["db.consul"]}));
     assert!(blind.contains("listener_filters: absent; what a connection says first is looked at by"), "{blind}");
+    let mut raw = |direction: &str, filters: &[&str], chains: Json| {
+        bench.send(Kind::Listener, &[listener("one", direction, filters, chains)]).join("; ")
+    };
+    let port = |cluster: &str| json!({"filter_chain_match": {"destination_port": 80}, "filters": [proxy(cluster)]});
+    let plain = raw("INBOUND", &["original_dst"], json!([port("x")]));
+    assert!(plain.contains("transport_socket: absent; a way in that is not mutual TLS"), "{plain}");
+    let twice = raw("OUTBOUND", &["original_dst"], json!([port("x"), port("y")]));
+    assert!(twice.contains("filter_chains[1].filter_chain_match: doubled; another chain takes the same"), "{twice}");
+    let sni = json!({"filters": [{"name": "envoy.filters.network.sni_cluster"}, proxy("")]});
+    let mut by_name = listener("one", "UNSPECIFIED", &["tls_inspector"], json!([sni]));
+    by_name["default_filter_chain"] = json!({"filters": [proxy("x")]});
+    let by_name = bench.send(Kind::Listener, &[by_name]).join("; ");
+    assert!(by_name.contains("sni_cluster; names that are no cluster's are reset"), "{by_name}");
+    let mut told = |filters: &[&str], matches: Json| {
+        let chains = json!([{"filter_chain_match": matches, "filters": [proxy("x")]}]);
+        bench.send(Kind::Listener, &[listener("one", "OUTBOUND", filters, chains)]).join("; ")
+    };
     let empty = told(&["tls_inspector"], json!({"server_names": ["*"]}));
     assert!(empty.contains("server_names[0]: server name \"*\" cannot be matched"), "{empty}");
 }
@@ -245,41 +277,36 @@ fn all_to(cluster: &str) -> Json {
 }
 
 #[test]
-fn a_connection_manager_that_tells_nothing_apart_is_bytes_and_its_rbac_holds() {
+fn a_connection_manager_that_tells_nothing_apart_is_bytes() {
     let mut bench = Bench::new("web");
-    let app = json!({"name": "local_app", "type": "STATIC", "load_assignment": {"cluster_name": "local_app", "endpoints": [
-        {"lb_endpoints": [{"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 8080}}}}]}]}});
-    bench.send(Kind::Cluster, &[app]);
-    let rbac = json!({"name": "envoy.filters.http.rbac", "typed_config": {"@type": format!("{HTTP}.http.rbac.v3.RBAC"),
-        "rules": {"policies": {"one": {"permissions": [{"any": true}], "principals": [{"authenticated": {"principal_name": {
-            "safe_regex": {"regex": "^spiffe://[^/]+/ns/default/dc/[^/]+/svc/api$"}}}}]}}}}});
+    bench.send_all(&Bench::fixture("ingress"));
+    let capture = Bench::fixture("ingress");
+    let cluster = capture["clusters"][0]["name"].as_str().expect("a name");
     let router = json!({"name": "envoy.filters.http.router"});
-    let public = |filters: Json, routes: Json| {
-        let mut chain = ending("x");
-        chain["filters"] = json!([manager(routes, filters)]);
-        listener("public_listener", "INBOUND", &[], json!([chain]))
+    let out = |filters: Json, routes: Json| {
+        listener("http:127.0.0.1:15001", "OUTBOUND", &[], json!([{"filters": [manager(routes, filters)]}]))
     };
-    assert_eq!(bench.send(Kind::Listener, &[public(json!([rbac, router]), all_to("local_app"))]), Vec::<String>::new());
+    assert_eq!(bench.send(Kind::Listener, &[out(json!([router]), all_to(cluster))]), Vec::<String>::new());
     let service = bench.build();
-    assert_eq!(service.public.as_ref().expect("served").app, [Address::Tcp(([127, 0, 0, 1], 8_080).into())]);
-    let decide = |name: &str| service.intentions.decide(&bench.ca.id(name)).is_ok();
-    assert!(decide("api") && !decide("web"));
+    let upstream = service.upstreams.iter().find(|upstream| upstream.bind.to_string() == "127.0.0.1:15001").expect("served");
+    assert!(&*upstream.name == "http" && !upstream.targets.is_empty());
 
-    let mut told = |filters: Json, routes: Json| bench.send(Kind::Listener, &[public(filters, routes)]).join("; ");
-    let without = told(json!([router]), all_to("local_app"));
-    assert!(without.contains("filter_chains[0].filters: absent; without it every certificate"), "{without}");
-    let lua = told(json!([rbac, {"name": "envoy.filters.http.lua"}, router]), all_to("local_app"));
-    assert!(lua.contains("typed_config.http_filters[1].name: envoy.filters.http.lua"), "{lua}");
-    let header =
-        json!([{"match": {"prefix": "/", "headers": [{"name": "x", "present_match": true}]}, "route": {"cluster": "local_app"}}]);
-    let header = told(json!([rbac, router]), header);
-    assert!(header.contains("route_config.virtual_hosts[0].routes[0].match: more than a path"), "{header}");
-    let path = told(json!([rbac, router]), json!([{"match": {"path": "/a"}, "route": {"cluster": "local_app"}}]));
-    assert!(path.contains("transport_socket: with routes by path"), "{path}");
-    let mut by_path = rbac;
-    by_path["typed_config"]["rules"]["policies"]["one"]["permissions"] = json!([{"url_path": {"path": {"exact": "/a"}}}]);
-    let by_path = told(json!([by_path, router]), all_to("local_app"));
-    assert!(by_path.contains("http_filters[0].rules.policies[one].permissions[0].url_path"), "{by_path}");
+    let mut told = |listener: Json| bench.send(Kind::Listener, &[listener]).join("; ");
+    let lua = told(out(json!([{"name": "envoy.filters.http.lua"}, router]), all_to(cluster)));
+    assert!(lua.contains("typed_config.http_filters[0].name: envoy.filters.http.lua"), "{lua}");
+    let by_header =
+        json!([{"match": {"prefix": "/", "headers": [{"name": "x", "present_match": true}]}, "route": {"cluster": cluster}}]);
+    let by_header = told(out(json!([router]), by_header));
+    assert!(by_header.contains("route_config.virtual_hosts[0].routes[0].match: more than a path"), "{by_header}");
+    let changed = json!([{"match": {"prefix": "/"}, "route": {"cluster": cluster}, "request_headers_to_remove": ["x"]}]);
+    let changed = told(out(json!([router]), changed));
+    assert!(changed.contains("routes[0].route: more than match and action"), "{changed}");
+    let by_path = told(out(json!([router]), json!([{"match": {"path": "/a"}, "route": {"cluster": cluster}}])));
+    assert!(by_path.contains("route_config: routes by prefix, or outbound"), "{by_path}");
+    let mut chain = ending("x");
+    chain["filters"] = json!([manager(all_to(cluster), json!([router]))]);
+    let inbound = told(listener("public_listener", "INBOUND", &[], json!([chain])));
+    assert!(inbound.contains("http_connection_manager behind TLS; x-forwarded-client-cert"), "{inbound}");
 }
 
 #[test]

@@ -38,7 +38,7 @@ const TCP_UNKNOWN: [&str; 9] = [
     "route_delayed_total",
     "upstream_flush_total",
 ];
-const CLUSTER_UNKNOWN: [&str; 24] = [
+const CLUSTER_UNKNOWN: [&str; 26] = [
     "assignment_stale",
     "assignment_timeout_received",
     "assignment_use_cached",
@@ -51,6 +51,7 @@ const CLUSTER_UNKNOWN: [&str; 24] = [
     "update_no_rebuild",
     "update_success",
     "upstream_cx_close_notify",
+    "upstream_cx_connect_with_0_rtt",
     "upstream_cx_destroy_local",
     "upstream_cx_destroy_local_with_active_rq",
     "upstream_cx_destroy_remote",
@@ -59,6 +60,7 @@ const CLUSTER_UNKNOWN: [&str; 24] = [
     "upstream_cx_idle_timeout",
     "upstream_cx_max_duration_reached",
     "upstream_cx_pool_overflow",
+    "upstream_cx_preconnect_skipped",
     "upstream_cx_protocol_error",
     "upstream_flow_control_backed_up_total",
     "upstream_flow_control_drained_total",
