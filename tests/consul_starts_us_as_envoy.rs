@@ -83,20 +83,20 @@ fn two_services_talk_and_end_as_they_should() {
 
     // Consul gave the bootstrap by a FIFO that is gone: an upgrade has it all the same, and so has the next one.
     let mut live = Live::open(upstream);
-    let mut seen = vec![web.process.id()];
+    let mut seen = Serving(vec![web.process.id()]);
     for _ in 0..2 {
-        signal(seen[seen.len() - 1], "USR2");
+        signal(seen.last(), "USR2");
         // While one takes over from another, both answer.
         let next = wait_for("another process serves", PATIENCE, || {
-            web.serving().filter(|pid| !seen.contains(pid)).ok_or_else(|| web.process.tail())
+            web.serving().filter(|pid| !seen.0.contains(pid)).ok_or_else(|| web.process.tail())
         });
-        seen.push(next);
+        seen.0.push(next);
         round_trip(upstream, &support::bytes(11, 100_000)).expect("an echo of 100 kB after the upgrade");
         live.ping().expect("the connection of the first process");
     }
     drop(live);
     assert_eq!(web.process.wait_exit(PATIENCE).code(), Some(0), "{}", web.process.tail());
-    signal(seen[2], "TERM");
+    signal(seen.last(), "TERM");
     wait_until("the last of them ends", PATIENCE, || web.client().try_get("/ready").is_err());
 
     db.process.signal("TERM");
@@ -123,6 +123,24 @@ fn an_abrupt_end_can_be_had() {
     process.signal("TERM");
     assert_eq!(process.wait_exit(PATIENCE).code(), Some(0), "{}", process.tail());
     assert!(process.output().contains("ending at once"), "{}", process.output());
+}
+
+/// Processes that served one after the other; the last one ends with the test, however that ends.
+struct Serving(Vec<u32>);
+
+impl Serving {
+    fn last(&self) -> u32 {
+        self.0[self.0.len() - 1]
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        // The first one is the harness's own.
+        if std::thread::panicking() && self.0.len() > 1 {
+            let _ = Command::new("kill").args(["-KILL", &self.last().to_string()]).output();
+        }
+    }
 }
 
 fn signal(pid: u32, name: &str) {
