@@ -164,6 +164,13 @@ fn a_terminating_gateway_speaks_for_services_that_have_no_sidecar() {
     assert!(round_trip(to_db, b"past the intentions").is_err());
     assert_eq!(legacy.accepted(), before, "bytes reached an app past the intentions");
 
+    // Without its cluster a chain leads nowhere, not to another.
+    gateway.server.remove(CLUSTER, LEGACY);
+    wait_until("nowhere", PATIENCE, || round_trip(to_legacy, b"nowhere").is_err());
+    wait_echo(to_billing);
+    gateway.server.set(CLUSTER, LEGACY, &resources::plain_cluster(LEGACY));
+    wait_echo(to_legacy);
+
     let (mut denied, mut other) = (Live::open(to_legacy), Live::open(to_billing));
     gateway.server.set(LISTENER, &resources::upstream_name("default", front), &listener(&[]));
     denied.wait_cut(PATIENCE);

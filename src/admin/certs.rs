@@ -1,8 +1,8 @@
 //! `/certs`: certificates in use, with the roots they are used with.
 //!
-//! Invariant: one entry a leaf, whoever shows it and on however many routes. Envoy has one a TLS context, so that the same leaf appears again for each upstream; a
-//! reader that looks for the earliest expiry finds the same here. What does not parse is left out: it was validated before
-//! it was published, so that is never.
+//! Invariant: one entry a leaf, whoever shows it and on however many routes. Envoy has one a TLS context, so that the same leaf
+//! appears again for each upstream; a reader that looks for the earliest expiry finds the same here. What does not parse is left
+//! out: it was validated before it was published, so that is never.
 
 use std::collections::HashSet;
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -34,7 +34,8 @@ const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 /// Pause after a failed accept (descriptors ran out).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Accepts and serves whom `admits` lets in, over TLS where that is given, until `shutdown` turns true or its sender is gone, and then until open requests have ended.
+/// Accepts and serves whom `admits` lets in, over TLS where that is given, until `shutdown` turns true or its sender is gone, and
+/// then until open requests have ended.
 pub(super) async fn serve(
     listener: TcpListener,
     tls: Option<TlsAcceptor>,
@@ -88,7 +89,7 @@ async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> (TcpStream, So
         match listener.accept().await {
             Ok((stream, peer)) => return (stream, peer, permit),
             Err(error) => {
-                tracing::warn!(%error, "the admin port cannot accept; it tries again");
+                tracing::warn!(%error, "the admin port or a listener for pages cannot accept; it tries again");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

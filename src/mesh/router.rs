@@ -370,6 +370,22 @@ impl ServerName {
     }
 }
 
+/// One of the things that a match takes: port, network, server name, and whether TLS is spoken; `None` is any.
+pub type Place<'a> = (Option<u16>, Option<Network>, Option<&'a ServerName>, Option<bool>);
+
+impl Match {
+    /// Everything that it takes, one by one. Two routes that have a place in common cannot be told apart.
+    pub fn places(&self) -> impl Iterator<Item = Place<'_>> {
+        let networks = each(&self.networks);
+        networks.flat_map(move |network| each(&self.server_names).map(move |name| (self.port, network.copied(), name, self.tls)))
+    }
+}
+
+/// Each of `wanted`, or one time none.
+fn each<T>(wanted: &[T]) -> impl Iterator<Item = Option<&T>> {
+    wanted.iter().map(Some).chain(wanted.is_empty().then_some(None))
+}
+
 impl fmt::Display for Match {
     /// For people and names: `10.0.0.0/8 *.db.consul port 5432 tls`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

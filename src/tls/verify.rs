@@ -189,9 +189,9 @@ impl Trust {
 
     /// The domain whose roots decide on who claims to be `claimed`; ours where it is nobody we know of.
     fn domain(&self, claimed: Option<&SpiffeId>, role: Role) -> &Domain {
-        let known = |domain: &&Domain| claimed.is_some_and(|id| id.trust_domain() == &*domain.name);
-        let peers = self.peers.iter().filter(|domain| role == Role::Client || domain.calls);
-        peers.into_iter().find(known).unwrap_or(&self.own)
+        let known = |domain: &Domain| claimed.is_some_and(|id| id.trust_domain() == &*domain.name);
+        let mut peers = self.peers.iter().filter(|domain| role == Role::Client || domain.calls);
+        peers.find(|domain| known(domain)).unwrap_or(&self.own)
     }
 
     /// Builds a path to a root of `domain` and returns the time in which all of it is valid.

@@ -18,7 +18,7 @@ use super::listener::{Ending, Listener, PageRoute, Role, Target as PageTarget};
 use super::tls_context::Material;
 use crate::config;
 use crate::config::envoy::{PageAnswer, PageListener};
-use crate::control::build::{keep, keep_text};
+use crate::control::build::{keep, keep_text, same_parts};
 use crate::control::consul::watch::hosts::ADDRESSES_MAX;
 use crate::mesh::router::Router;
 use crate::mesh::{Address, Bind, DenyReply, Endpoint, Identity, PublicListener, Service, Snapshot, Target, Upstream};
@@ -53,16 +53,14 @@ pub(super) struct Built {
 pub(super) fn mesh(held: &Held, around: &Surroundings<'_>, old: &Snapshot) -> Built {
     let mut builder = Builder { held, around, notes: Vec::new() };
     let service = builder.service(old.services.first());
-    let routed = held.listeners.values().filter_map(|listener| match &listener.role {
-        Role::Router(routes) => Some((listener, routes)),
-        Role::Public(_) | Role::Upstream { .. } | Role::Pages { .. } => None,
-    });
-    let pages = held.listeners.values().filter_map(|listener| match &listener.role {
-        Role::Pages { routes, sources } => builder.page(listener, routes, sources),
-        Role::Public(_) | Role::Upstream { .. } | Role::Router(_) => None,
-    });
-    let pages = pages.collect();
-    let routers = routed.filter_map(|(listener, routes)| builder.router(listener, routes, &old.routers)).collect();
+    let (mut routers, mut pages) = (Vec::new(), Vec::new());
+    for listener in held.listeners.values() {
+        match &listener.role {
+            Role::Router(routes) => routers.extend(builder.router(listener, routes, &old.routers)),
+            Role::Pages { routes, sources } => pages.extend(builder.page(listener, routes, sources)),
+            Role::Public(_) | Role::Upstream { .. } => {}
+        }
+    }
     Built { service, routers, pages, notes: builder.notes }
 }
 
@@ -161,26 +159,27 @@ impl Builder<'_> {
             return None;
         };
         let mut notes = Vec::new();
-        let mut answer = |target: &PageTarget| match target {
-            PageTarget::Status(status) => PageAnswer::Status(*status),
-            PageTarget::Cluster { name, rewrite } => match self.cluster(name).and_then(|cluster| self.app(cluster)) {
-                Ok(app) => match app.first() {
-                    Some(Address::Tcp(address)) => PageAnswer::Backend { address: *address, rewrite: rewrite.clone() },
-                    Some(Address::Unix(_)) | None => {
-                        notes.push(format!("listener {}: cluster {name} has no TCP address", listener.name));
-                        PageAnswer::Status(UNAVAILABLE)
-                    }
-                },
-                Err(why) => {
-                    notes.push(format!("listener {}: {why}", listener.name));
-                    PageAnswer::Status(UNAVAILABLE)
-                }
-            },
-        };
-        let routes = routes.iter().map(|route| config::envoy::PageRoute { path: route.path.clone(), answer: answer(&route.to) });
+        let routes = routes.iter().map(|route| {
+            let answer = self.page_answer(&route.to).unwrap_or_else(|why| {
+                notes.push(format!("listener {}: {why}", listener.name));
+                PageAnswer::Status(UNAVAILABLE)
+            });
+            config::envoy::PageRoute { path: route.path.clone(), answer }
+        });
         let routes = routes.collect();
         self.notes.extend(notes);
         Some(PageListener { name: listener.name.clone(), bind, routes, tls: None, sources: sources.to_vec() })
+    }
+
+    fn page_answer(&self, target: &PageTarget) -> Result<PageAnswer, String> {
+        let (name, rewrite) = match target {
+            PageTarget::Status(status) => return Ok(PageAnswer::Status(*status)),
+            PageTarget::Cluster { name, rewrite } => (name, rewrite.clone()),
+        };
+        match self.app(self.cluster(name)?)?.first() {
+            Some(Address::Tcp(address)) => Ok(PageAnswer::Backend { address: *address, rewrite }),
+            Some(Address::Unix(_)) | None => Err(format!("cluster {name} has no TCP address")),
+        }
     }
 
     fn cluster(&self, name: &str) -> Result<&Cluster, String> {
@@ -319,8 +318,7 @@ fn unchanged(old: &Service, next: &Service) -> bool {
         && same_identity
         && Arc::ptr_eq(&old.intentions, &next.intentions)
         && old.public == next.public
-        && old.upstreams.len() == next.upstreams.len()
-        && old.upstreams.iter().zip(&next.upstreams).all(|(a, b)| Arc::ptr_eq(a, b))
+        && same_parts(&old.upstreams, &next.upstreams)
 }
 
 /// The clusters that have members, behind aggregates in their order.

@@ -18,6 +18,7 @@ use super::shown::Everything;
 use super::stream::{Event, Opener};
 use super::subscription::{Subscription, answer};
 use crate::config::envoy::{PageListener, Xds};
+use crate::control::build::same_parts;
 use crate::control::{Command, ControlError, ServiceStatus, StatsWishes, Status, dump};
 use crate::mesh::{Identity, Snapshot};
 use crate::store::Publisher;
@@ -255,9 +256,7 @@ impl Feeder {
             }
             self.notes = notes;
         }
-        let same_routers =
-            routers.len() == current.routers.len() && routers.iter().zip(&current.routers).all(|(a, b)| Arc::ptr_eq(a, b));
-        if same_routers && current.services.first().is_some_and(|old| Arc::ptr_eq(old, &service)) {
+        if same_parts(&routers, &current.routers) && current.services.first().is_some_and(|old| Arc::ptr_eq(old, &service)) {
             return;
         }
         let next = Snapshot { services: vec![service], routers, identities: Arc::clone(&current.identities), generation: 0 };

@@ -3,7 +3,8 @@
 //! Invariant: certificate and key of an identity come from one context; it is put in use only when key, chain, roots and
 //! validity hold together now, otherwise the one before stays. In a rotation listeners and clusters differ for a moment: the
 //! newest leaf that is valid wins, and the roots of all contexts are trusted until they agree again. Roots vouch for the trust
-//! domain that their context names and for no other, and for callers only where a listener says so.
+//! domain that their context names and for no other; those of a peer vouch for callers only where a listener says so. One peer's
+//! roots that cannot be used keep that peer out, and nobody else.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -67,6 +68,7 @@ impl Identities {
                 of_id.push(Arc::clone(material));
             }
         }
+        // Nothing at all is what a server that starts over tells: what was in use is good until its end.
         if offered.is_empty() {
             return;
         }
@@ -95,9 +97,9 @@ impl Candidate {
     fn settle(&mut self, workers: usize, now: SystemTime) -> Result<bool, String> {
         self.refused = None;
         let Some(first) = self.offered.first() else { return Ok(false) };
-        let bundle = Arc::new(self.bundle(first.leaf.trust_domain())?);
+        let (bundle, mut refused) = self.bundle(first.leaf.trust_domain())?;
+        let bundle = Arc::new(bundle);
         let mut best: Option<(Svid, &Material)> = None;
-        let mut refused = None;
         for material in &self.offered {
             match validate(material, &bundle, now) {
                 Ok(svid) if best.as_ref().is_none_or(|(known, _)| svid.not_before > known.not_before) => {
@@ -121,8 +123,8 @@ impl Candidate {
         Ok(rotated)
     }
 
-    /// The roots of every context, by whom they vouch for.
-    fn bundle(&self, ours: &str) -> Result<TrustBundle, String> {
+    /// The roots of every context, by whom they vouch for, and why a peer's are not among them.
+    fn bundle(&self, ours: &str) -> Result<(TrustBundle, Option<String>), String> {
         let mut by_domain: BTreeMap<&str, (Vec<&str>, bool)> = BTreeMap::new();
         for roots in self.offered.iter().flat_map(|material| &material.roots) {
             let (pems, callers) = by_domain.entry(&roots.trust_domain).or_default();
@@ -134,11 +136,14 @@ impl Candidate {
         let (own, _) =
             by_domain.remove(ours).ok_or_else(|| format!("no TLS context has roots for {ours}, its own trust domain"))?;
         let mut bundle = verify::bundle(ours, &own).map_err(|why| why.to_string())?;
+        let mut refused = None;
         for (domain, (pems, calls)) in by_domain {
-            let of_peer = verify::bundle(domain, &pems).map_err(|why| why.to_string())?;
-            bundle.peers.push(PeerBundle { trust_domain: of_peer.trust_domain, roots: of_peer.roots, calls });
+            match verify::bundle(domain, &pems) {
+                Ok(TrustBundle { trust_domain, roots, .. }) => bundle.peers.push(PeerBundle { trust_domain, roots, calls }),
+                Err(why) => refused = Some(format!("peer {domain}: {why}")),
+            }
         }
-        Ok(bundle)
+        Ok((bundle, refused))
     }
 
     /// The versions that every context allows; where they leave none, the configuration says so when it is made.

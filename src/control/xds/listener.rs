@@ -133,10 +133,9 @@ impl Listener {
         let role = match only {
             Some((chain, place, filters)) => {
                 access_logs.extend_from_slice(&filters.access_logs);
-                match filters.paths.is_empty() {
-                    true => alone(message, &bind, chain, filters).map_err(|why| why.under(place))?,
-                    false => pages(message, chain, filters).map_err(|why| why.under(place))?,
-                }
+                let role =
+                    if filters.paths.is_empty() { alone(message, &bind, chain, filters) } else { pages(message, chain, filters) };
+                role.map_err(|why| why.under(place))?
             }
             None => Role::Router(routes(message, &inspection, &mut access_logs)?),
         };
@@ -193,7 +192,7 @@ impl Listener {
 
 impl Way {
     /// The cluster that it names.
-    fn cluster(&self) -> Option<&str> {
+    pub(super) fn cluster(&self) -> Option<&str> {
         match self {
             Self::End(ending) => Some(&ending.cluster),
             Self::Cluster(name) => Some(name),
@@ -275,7 +274,7 @@ fn routes(message: &pb::Listener, inspection: &Inspection, access_logs: &mut Vec
     let fallback = message.default_filter_chain.as_ref();
     let fallback = fallback.map(|chain| read(chain, "default_filter_chain".to_owned())).transpose()?;
     check_ways(message, &chains, fallback.as_ref())?;
-    tell_apart(&mut chains, fallback.as_ref());
+    name_apart(&mut chains, fallback.as_ref());
     let timeout = duration(message.listener_filters_timeout.as_ref(), "listener_filters_timeout")?;
     Ok(Routes {
         transparent: inspection.transparent,
@@ -311,27 +310,17 @@ fn check_ways(message: &pb::Listener, chains: &[Chain], fallback: Option<&Chain>
                 "names that are no cluster's are reset: expected sni_cluster in a chain without conditions, and none by default";
             return Err(Refusal::new(format!("{place}.filters"), "sni_cluster", wanted));
         }
-        // Each condition by itself, as connections are matched.
-        for network in each(&chain.matches.networks) {
-            for name in each(&chain.matches.server_names) {
-                if !seen.insert((chain.matches.port, network, name, chain.matches.tls)) {
-                    let wanted = format!("another chain takes the same connections: {}", chain.matches);
-                    return Err(Refusal::new(format!("{place}.filter_chain_match"), "doubled", wanted));
-                }
-            }
+        if !chain.matches.places().all(|place| seen.insert(place)) {
+            let wanted = format!("another chain takes the same connections: {}", chain.matches);
+            return Err(Refusal::new(format!("{place}.filter_chain_match"), "doubled", wanted));
         }
     }
     Ok(())
 }
 
-/// Each of `wanted`, or one time none.
-fn each<T>(wanted: &[T]) -> impl Iterator<Item = Option<&T>> {
-    wanted.iter().map(Some).chain(wanted.is_empty().then_some(None))
-}
-
 /// Several chains to one cluster are named after whom they take as well. Never after their place: a connection belongs to its
 /// chain by name, and places change.
-fn tell_apart(chains: &mut [Chain], fallback: Option<&Chain>) {
+fn name_apart(chains: &mut [Chain], fallback: Option<&Chain>) {
     let mut seen: HashMap<String, usize> = HashMap::new();
     for chain in chains.iter().chain(fallback) {
         *seen.entry(chain.name.clone()).or_default() += 1;
@@ -351,7 +340,8 @@ fn way(chain: &pb::FilterChain, filters: Filters) -> Result<Way, Refusal> {
             Err(Refusal::new("filters", "sni_cluster", "TLS is passed on by it: expected no DownstreamTlsContext"))
         }
         Some(_) if filters.http => {
-            let wanted = "x-forwarded-client-cert would reach the app as a stranger wrote it: expected tcp_proxy (set the protocol to tcp)";
+            let wanted = "x-forwarded-client-cert would reach the app as a stranger wrote it: expected tcp_proxy, so set the \
+                          protocol to tcp";
             Err(Refusal::new("filters", "http_connection_manager behind TLS", wanted))
         }
         Some(_) if !filters.rbac => {

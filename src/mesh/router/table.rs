@@ -40,22 +40,18 @@ impl Table {
     pub(super) fn new(settings: &RouterSettings) -> Result<Self, RouterError> {
         let mut table = Self::default();
         for (place, route) in settings.routes.iter().enumerate() {
-            let networks = each(&route.matches.networks);
-            for network in networks {
-                for name in each(&route.matches.server_names) {
-                    let ports = table.0.entry(route.matches.port).or_default();
-                    let protocols = ports.names(network.copied()).protocols(name);
-                    let wanted = protocols.of(route.matches.tls);
-                    if let Some(first) = *wanted {
-                        return Err(RouterError::Overlap {
-                            router: Arc::clone(&settings.name),
-                            first: Arc::clone(&settings.routes[first].name),
-                            second: Arc::clone(&route.name),
-                            what: format!("{:?}", route.matches),
-                        });
-                    }
-                    *wanted = Some(place);
+            for (port, network, name, tls) in route.matches.places() {
+                let ports = table.0.entry(port).or_default();
+                let wanted = ports.names(network).protocols(name).of(tls);
+                if let Some(first) = *wanted {
+                    return Err(RouterError::Overlap {
+                        router: Arc::clone(&settings.name),
+                        first: Arc::clone(&settings.routes[first].name),
+                        second: Arc::clone(&route.name),
+                        what: format!("{:?}", route.matches),
+                    });
                 }
+                *wanted = Some(place);
             }
         }
         for ports in table.0.values_mut() {
@@ -70,12 +66,6 @@ impl Table {
         let names = ports.find(seen.destination.map(|destination| destination.ip()))?;
         names.find(seen.server_name.unwrap_or_default())?.find(seen.tls)
     }
-}
-
-/// Each of `wanted`, or one time none.
-fn each<T>(wanted: &[T]) -> impl Iterator<Item = Option<&T>> {
-    let none = wanted.is_empty().then_some(None);
-    none.into_iter().chain(wanted.iter().map(Some))
 }
 
 impl Ports {

@@ -1,19 +1,19 @@
 //! Routers of listeners whose connections are told apart: mesh and terminating gateways, transparent proxying, permissive mode.
 //!
-//! Invariant: a chain that cannot be served takes its connections and lets them wait for nothing, rather than that they fall to
-//! a chain which takes more; only it is named. Where TLS ends, no chain leads bytes past it but one that Consul sent as such.
+//! Invariant: a chain that cannot be served takes its connections and ends them, rather than that they fall to a chain which
+//! takes more; only it is named. Where TLS ends, no chain leads bytes past it but one that Consul sent as such.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::{Builder, Spoken, keep_service};
 use crate::config;
-use crate::control::build::{keep, keep_text};
+use crate::control::build::{keep, keep_text, same_parts};
 use crate::control::xds::cluster::{Cluster, Discovery};
 use crate::control::xds::listener::{self, Chain, Ending, Listener, Routes};
 use crate::control::xds::tls_context::Material;
 use crate::mesh::router::{Match, Original, Route, Router, RouterSettings, ServerName, Way};
-use crate::mesh::{Balance, DenyReply, Outlier, PublicListener, Service, Upstream};
+use crate::mesh::{Address, Balance, DenyReply, Outlier, PublicListener, Service, Target, Upstream};
 use crate::policy::Intentions;
 
 impl Builder<'_> {
@@ -22,26 +22,16 @@ impl Builder<'_> {
         let of_old = |old: &&Arc<Router>| *old.settings().name == *listener.name && old.settings().bind == listener.bind;
         let old = old.iter().find(of_old);
         let ends_tls = routes.all().any(|chain| matches!(chain.way, listener::Way::End(_)));
-        let mut next = Vec::new();
-        for chain in &routes.chains {
-            match &chain.way {
-                // Consul ends the chains of a terminating gateway with one to no cluster, to have unknown names reset. A cluster
-                // of the name that a client asks for would be reached past the intentions.
-                listener::Way::ServerName if ends_tls => {}
-                listener::Way::ServerName => next.extend(self.by_server_name(listener, routes, &chain.matches, old)),
-                _ => next.push(self.route(listener, routes, chain, old)),
-            }
+        let by_name = |chain: &&Chain| matches!(chain.way, listener::Way::ServerName);
+        let told = routes.chains.iter().filter(|chain| !by_name(chain));
+        let mut next: Vec<Arc<Route>> = told.map(|chain| self.route(listener, routes, chain, old)).collect();
+        // Consul ends the chains of a terminating gateway with one to no cluster, to have unknown names reset. A cluster of the
+        // name that a client asks for would be reached past the intentions.
+        if !ends_tls && routes.all().any(|chain| by_name(&chain)) {
+            next.extend(self.by_server_name(listener, routes, old));
         }
-        let fallback = routes.fallback.as_ref();
-        let fallback = match fallback.map(|chain| &chain.way) {
-            Some(listener::Way::ServerName) => {
-                if !ends_tls {
-                    next.extend(self.by_server_name(listener, routes, &Match::default(), old));
-                }
-                None
-            }
-            _ => fallback.map(|chain| self.route(listener, routes, chain, old)),
-        };
+        let fallback = routes.fallback.as_ref().filter(|chain| !by_name(chain));
+        let fallback = fallback.map(|chain| self.route(listener, routes, chain, old));
         let settings = RouterSettings {
             name: keep_text(old.map(|old| &old.settings().name), &listener.name),
             service: keep_text(old.map(|old| &old.settings().service), self.around.cluster),
@@ -61,13 +51,7 @@ impl Builder<'_> {
     }
 
     /// `sni_cluster`: a route for each cluster whose name a client may ask for and no other chain takes.
-    fn by_server_name(
-        &mut self,
-        listener: &Listener,
-        routes: &Routes,
-        matches: &Match,
-        old: Option<&Arc<Router>>,
-    ) -> Vec<Arc<Route>> {
+    fn by_server_name(&mut self, listener: &Listener, routes: &Routes, old: Option<&Arc<Router>>) -> Vec<Arc<Route>> {
         let taken = |name: &str| routes.all().flat_map(|chain| &chain.matches.server_names).any(|known| known.takes(name));
         let plain = self.held.clusters.values().filter(|cluster| cluster.tls.is_none());
         let mut seen = HashSet::new();
@@ -80,7 +64,7 @@ impl Builder<'_> {
             })
             .collect();
         let route = |(cluster, name): (String, ServerName)| {
-            let matches = Match { server_names: vec![name], ..matches.clone() };
+            let matches = Match { server_names: vec![name], ..Match::default() };
             let named = routes.all().any(|chain| chain.name == cluster);
             let name = if named { format!("{cluster} by its name") } else { cluster.clone() };
             self.route(listener, routes, &Chain { name, matches, way: listener::Way::Cluster(cluster) }, old)
@@ -173,7 +157,7 @@ impl Builder<'_> {
         chain: &Chain,
         ending: &Ending,
         old: Option<&Arc<Upstream>>,
-    ) -> Result<(Vec<crate::mesh::Address>, Option<Arc<Upstream>>), String> {
+    ) -> Result<(Vec<Address>, Option<Arc<Upstream>>), String> {
         let cluster = self.cluster(&ending.cluster)?;
         if let Discovery::Static(_) = &cluster.discovery {
             return Ok((self.app(cluster)?, None));
@@ -208,8 +192,10 @@ impl Builder<'_> {
     }
 }
 
-/// What has no endpoint and never will while the resources stay as they are.
+/// A cluster without an endpoint: whoever gets there is reset at once.
 fn nowhere(listener: &Listener, chain: &Chain) -> Arc<Upstream> {
+    let id = chain.way.cluster().unwrap_or(&chain.name).into();
+    let nobody = Target { id, sni: "".into(), expected: [].into(), endpoints: [].into(), access: None };
     Arc::new(Upstream {
         name: chain.name.as_str().into(),
         bind: listener.bind.clone(),
@@ -218,7 +204,7 @@ fn nowhere(listener: &Listener, chain: &Chain) -> Arc<Upstream> {
         max_connections: None,
         outlier: Outlier::default(),
         deny_reply: DenyReply::Close,
-        targets: Vec::new(),
+        targets: vec![Arc::new(nobody)],
     })
 }
 
@@ -237,13 +223,14 @@ fn same_way(a: &Way, b: &Way) -> bool {
 }
 
 fn same_settings(a: &RouterSettings, b: &RouterSettings) -> bool {
-    let same = |a: &[Arc<Route>], b: &[Arc<Route>]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b));
-    let of = |settings: &RouterSettings| settings.fallback.clone().into_iter().collect::<Vec<_>>();
-    let text = |settings: &RouterSettings| [&settings.name, &settings.service, &settings.proxy_id].map(Arc::clone);
-    text(a) == text(b)
-        && (a.transparent, a.permissive, a.inspect_timeout, a.silent_is_raw)
-            == (b.transparent, b.permissive, b.inspect_timeout, b.silent_is_raw)
+    let texts = |settings: &RouterSettings| [&settings.name, &settings.service, &settings.proxy_id].map(Arc::clone);
+    let plain = |settings: &RouterSettings| {
+        let RouterSettings { transparent, permissive, inspect_timeout, silent_is_raw, .. } = *settings;
+        (transparent, permissive, inspect_timeout, silent_is_raw)
+    };
+    texts(a) == texts(b)
+        && plain(a) == plain(b)
         && a.bind == b.bind
-        && same(&a.routes, &b.routes)
-        && same(&of(a), &of(b))
+        && same_parts(&a.routes, &b.routes)
+        && same_parts(a.fallback.as_slice(), b.fallback.as_slice())
 }

@@ -25,7 +25,8 @@ const CONNECTION_LIMIT: &str = "envoy.extensions.filters.network.connection_limi
 const SNI_CLUSTER: &str = "envoy.extensions.filters.network.sni_cluster.v3.SniCluster";
 /// The same filter where it comes without a type.
 const SNI_CLUSTER_NAME: &str = "envoy.filters.network.sni_cluster";
-const FILTERS_WANTED: &str = "at L4 rbac, connection_limit, sni_cluster, tcp_proxy and an http_connection_manager that passes all to one cluster are known";
+const FILTERS_WANTED: &str = "at L4 rbac, connection_limit, sni_cluster, tcp_proxy and an http_connection_manager that passes all \
+                              to one cluster are known";
 
 /// What the filters of a chain say.
 #[derive(Default)]
@@ -67,12 +68,8 @@ pub(super) fn sources(chain: &pb::FilterChain) -> Result<Vec<(IpAddr, u8)>, Refu
         return Err(Refusal::new("filter_chain_match", "more than source_prefix_ranges", "expected no other condition"));
     }
     let ranges = found.source_prefix_ranges.iter().enumerate();
-    let one = |(index, range)| {
-        let (address, prefix) =
-            address(range).map_err(|why| why.under(&format!("filter_chain_match.source_prefix_ranges[{index}]")))?;
-        Ok((address, prefix))
-    };
-    ranges.map(one).collect()
+    let place = |index| format!("filter_chain_match.source_prefix_ranges[{index}]");
+    ranges.map(|(index, range)| address(range).map_err(|why| why.under(&place(index)))).collect()
 }
 
 /// Whom a chain takes.

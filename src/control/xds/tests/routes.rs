@@ -119,7 +119,7 @@ fn a_terminating_gateway_shows_each_service_its_own_certificate_and_passes_nothi
     assert!(Arc::ptr_eq(&service, &first), "the other one does not touch it");
     let Way::Terminate { service, app } = bench.way("billing") else { panic!("TLS does not end") };
     assert_eq!(service.identity.as_ref().expect("one").svid.id, bench.ca.id("billing"));
-    assert!(app.expect("nowhere yet").targets.is_empty() && bench.notes[0].contains("cluster billing is not there"));
+    assert!(app.expect("nowhere yet").targets[0].endpoints.is_empty() && bench.notes[0].contains("cluster billing is not there"));
 }
 
 #[test]
@@ -153,10 +153,10 @@ fn a_transparent_proxy_tells_virtual_addresses_apart_and_lets_the_rest_pass() {
     assert_eq!(upstream.targets[0].expected[0], bench.ca.id("broker"));
     assert_eq!(bench.taken(&to("192.0.2.1:80", false)).as_deref(), Some("original-destination"));
     assert_ne!(bench.taken(&to("240.0.0.3:443", false)), Some(first), "two chains to one cluster are two routes");
-    // Nothing leaves for the mesh in plain: it waits for what does not come, and does not fall to the passthrough.
+    // Nothing leaves for the mesh in plain: it ends there, and does not fall to the passthrough.
     let Way::Forward(nowhere) = bench.way("local_app") else { panic!("served") };
     assert!(
-        nowhere.targets.is_empty() && bench.notes.iter().any(|note| note.contains("nothing leaves without")),
+        nowhere.targets[0].endpoints.is_empty() && bench.notes.iter().any(|note| note.contains("nothing leaves without")),
         "{:?}",
         bench.notes
     );
@@ -227,6 +227,28 @@ fn a_peer_is_trusted_for_its_own_domain_and_where_a_listener_says_so() {
     let bundle = &service.identity.as_ref().unwrap_or_else(|| panic!("{:?}", bench.notes)).bundle;
     assert_eq!((&*bundle.trust_domain, bundle.roots.as_slice()), (TRUST_DOMAIN, std::slice::from_ref(bench.ca.certificate())));
     assert_eq!(bundle.peers, [answering.as_peer(false), calling.as_peer(true)]);
+}
+
+#[test]
+fn a_peer_with_more_roots_than_are_kept_is_left_out_alone() {
+    let mut bench = Bench::new("web");
+    let peer = |name: &str| {
+        let roots: String = (0..40).map(|_| chain_pem(std::slice::from_ref(Ca::new("aaaa.consul").certificate()))).collect();
+        json!({"name": name, "type": "EDS", "transport_socket": {"name": "tls", "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext", "sni": name,
+            "common_tls_context": {
+                "tls_certificates": [{"certificate_chain": {}, "private_key": {}}],
+                "validation_context": {"trusted_ca!": roots, "match_typed_subject_alt_names": [
+                    {"san_type": "URI", "matcher": {"exact": format!("spiffe://aaaa.consul/ns/default/dc/dc1/svc/{name}")}}]}}}}})
+    };
+    assert_eq!(bench.send(Kind::Cluster, &[peer("one"), peer("two")]), Vec::<String>::new());
+    let public = listener("public_listener", "INBOUND", &[], json!([ending("local_app")]));
+    assert_eq!(bench.send(Kind::Listener, &[public]), Vec::<String>::new());
+    let service = bench.build();
+    let identity = service.identity.as_ref().expect("our own certificate is in use all the same");
+    assert!(identity.bundle.peers.is_empty());
+    let why = bench.identities.refused().next().expect("a reason");
+    assert!(why.starts_with("peer aaaa.consul: "), "{why}");
 }
 
 #[test]
