@@ -253,11 +253,6 @@ pub(super) fn keep<T: PartialEq>(next: T, old: Option<&Arc<T>>) -> Arc<T> {
     }
 }
 
-/// Whether two lists hold the very same parts.
-pub(super) fn same_parts<T>(a: &[Arc<T>], b: &[Arc<T>]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b))
-}
-
 pub(super) fn keep_text(old: Option<&Arc<str>>, next: &str) -> Arc<str> {
     match old {
         Some(old) if **old == *next => Arc::clone(old),

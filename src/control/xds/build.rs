@@ -18,7 +18,7 @@ use super::listener::{Ending, Listener, PageRoute, Role, Target as PageTarget};
 use super::tls_context::Material;
 use crate::config;
 use crate::config::envoy::{PageAnswer, PageListener};
-use crate::control::build::{keep, keep_text, same_parts};
+use crate::control::build::{keep, keep_text};
 use crate::control::consul::watch::hosts::ADDRESSES_MAX;
 use crate::mesh::router::Router;
 use crate::mesh::{Address, Bind, DenyReply, Endpoint, Identity, PublicListener, Service, Snapshot, Target, Upstream};
@@ -298,6 +298,11 @@ fn waiting<'a>(held: &'a Held, name: &'a str, depth: usize) -> Option<&'a str> {
         }
         _ => None,
     }
+}
+
+/// Whether two lists hold the very same parts.
+pub(super) fn same_parts<T>(a: &[Arc<T>], b: &[Arc<T>]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b))
 }
 
 fn keep_service(next: Service, old: Option<&Arc<Service>>) -> Arc<Service> {

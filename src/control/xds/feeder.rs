@@ -18,7 +18,6 @@ use super::shown::Everything;
 use super::stream::{Event, Opener};
 use super::subscription::{Subscription, answer};
 use crate::config::envoy::{PageListener, Xds};
-use crate::control::build::same_parts;
 use crate::control::{Command, ControlError, ServiceStatus, StatsWishes, Status, dump};
 use crate::mesh::{Identity, Snapshot};
 use crate::store::Publisher;
@@ -256,7 +255,8 @@ impl Feeder {
             }
             self.notes = notes;
         }
-        if same_parts(&routers, &current.routers) && current.services.first().is_some_and(|old| Arc::ptr_eq(old, &service)) {
+        if build::same_parts(&routers, &current.routers) && current.services.first().is_some_and(|old| Arc::ptr_eq(old, &service))
+        {
             return;
         }
         let next = Snapshot { services: vec![service], routers, identities: Arc::clone(&current.identities), generation: 0 };

@@ -6,9 +6,9 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::{Builder, Spoken, keep_service};
+use super::{Builder, Spoken, keep_service, same_parts};
 use crate::config;
-use crate::control::build::{keep, keep_text, same_parts};
+use crate::control::build::{keep, keep_text};
 use crate::control::xds::cluster::{Cluster, Discovery};
 use crate::control::xds::listener::{self, Chain, Ending, Listener, Routes};
 use crate::control::xds::tls_context::Material;
