@@ -132,6 +132,8 @@ pub struct PublicListener {
     pub handshake_timeout: Duration,
     /// Most connections at once over all workers; 0 is unlimited.
     pub max_inbound_connections: u32,
+    /// As [`Upstream::idle_timeout`].
+    pub idle_timeout: Option<Duration>,
 }
 
 /// One upstream: a local listener and the targets behind it.
@@ -149,6 +151,11 @@ pub struct Upstream {
     pub max_connections: Option<u32>,
     /// Passive health checking.
     pub outlier: Outlier,
+    /// A connection that moves no byte either way for so long, or an eighth longer, is cut. `None` is never: Envoy's default of
+    /// an hour cuts pooled database connections, and dead peers are found by keepalive.
+    pub idle_timeout: Option<Duration>,
+    /// Endpoints that one connection tries; `None` is this proxy's own number.
+    pub connect_attempts: Option<u32>,
     /// How a local client that is denied is told.
     pub deny_reply: DenyReply,
     /// In failover order: a target is used only when none before it has a healthy endpoint.

@@ -7,6 +7,7 @@
 
 mod close;
 mod connection;
+mod idle;
 mod inspect;
 mod leg;
 mod limits;

@@ -96,6 +96,7 @@ impl Gateway {
             local_connect_timeout: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(10),
             max_inbound_connections: 0,
+            idle_timeout: None,
         };
         let server = Side::new(with_service(Service {
             public: Some(Arc::new(public_listener)),
@@ -146,6 +147,8 @@ fn cluster(endpoints: &[SocketAddr], max_connections: Option<u32>) -> Upstream {
         balance: Balance::RoundRobin,
         max_connections,
         outlier: Outlier::default(),
+        idle_timeout: None,
+        connect_attempts: None,
         deny_reply: DenyReply::Close,
         targets: vec![Arc::new(target(endpoints))],
     }

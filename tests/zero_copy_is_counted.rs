@@ -130,6 +130,7 @@ fn mesh(app: SocketAddr, through_gateway: bool) -> (Vec<Side>, SocketAddr) {
             local_connect_timeout: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(10),
             max_inbound_connections: 0,
+            idle_timeout: None,
         })),
         upstreams: Vec::new(),
     });
@@ -157,6 +158,8 @@ fn mesh(app: SocketAddr, through_gateway: bool) -> (Vec<Side>, SocketAddr) {
             balance: Balance::RoundRobin,
             max_connections: None,
             outlier: Outlier::default(),
+            idle_timeout: None,
+            connect_attempts: None,
             deny_reply: DenyReply::Close,
             targets: vec![Arc::new(target)],
         })],
@@ -183,6 +186,8 @@ fn gateway(public: SocketAddr) -> (Side, SocketAddr) {
         balance: Balance::RoundRobin,
         max_connections: None,
         outlier: Outlier::default(),
+        idle_timeout: None,
+        connect_attempts: None,
         deny_reply: DenyReply::Close,
         targets: vec![Arc::new(target)],
     };

@@ -147,6 +147,7 @@ fn snapshot() -> Snapshot {
         local_connect_timeout: Duration::from_secs(5),
         handshake_timeout: Duration::from_secs(10),
         max_inbound_connections: 7,
+        idle_timeout: None,
     };
     let target = Target {
         id: "cache.default.dc1".into(),
@@ -162,6 +163,8 @@ fn snapshot() -> Snapshot {
         balance: Balance::default(),
         max_connections: Some(3),
         outlier: Outlier::default(),
+        idle_timeout: None,
+        connect_attempts: None,
         deny_reply: DenyReply::Close,
         targets: vec![Arc::new(target)],
     };

@@ -412,6 +412,7 @@ mod tests {
                 local_connect_timeout: config::LOCAL_CONNECT_TIMEOUT,
                 handshake_timeout: config::HANDSHAKE_TIMEOUT,
                 max_inbound_connections: 0,
+                idle_timeout: None,
             })),
             upstreams: Vec::new(),
         })

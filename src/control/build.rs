@@ -100,6 +100,7 @@ fn public_listener(state: &State, public: &definition::Public) -> Option<PublicL
         local_connect_timeout: public.local_connect_timeout,
         handshake_timeout: public.handshake_timeout,
         max_inbound_connections: public.max_inbound_connections,
+        idle_timeout: public.idle_timeout,
     })
 }
 
@@ -135,9 +136,11 @@ fn upstream(
         name: keep_text(old.map(|old| &old.name), &spec.label),
         bind: spec.bind.clone(),
         connect_timeout: spec.connect_timeout.or(chain_timeout).unwrap_or(config::CONNECT_TIMEOUT),
-        balance,
+        balance: spec.tuning.balance.unwrap_or(balance),
         max_connections: spec.max_connections,
         outlier: spec.outlier,
+        idle_timeout: spec.tuning.idle_timeout,
+        connect_attempts: spec.tuning.connect_attempts,
         deny_reply: spec.deny_reply,
         targets,
     };

@@ -23,7 +23,7 @@ use crate::config::envoy::{AccessLog, PageListener, Scrape};
 use crate::mesh::{Bind, DenyReply, Outlier};
 
 use upstream::upstream;
-pub(crate) use upstream::{Destination, Upstream};
+pub(crate) use upstream::{Destination, Tuning, Upstream};
 
 /// Upstreams of one proxy that are believed.
 const UPSTREAMS_MAX: usize = 1_024;
@@ -55,6 +55,7 @@ pub(crate) struct Public {
     pub(crate) local_connect_timeout: Duration,
     pub(crate) handshake_timeout: Duration,
     pub(crate) max_inbound_connections: u32,
+    pub(crate) idle_timeout: Option<Duration>,
 }
 
 /// The app behind it, not yet resolved.
@@ -151,6 +152,7 @@ pub(crate) fn from_flags(flags: &config::ServiceProxy, settings: &config::Consul
             local_connect_timeout: config::LOCAL_CONNECT_TIMEOUT,
             handshake_timeout: config::HANDSHAKE_TIMEOUT,
             max_inbound_connections: 0,
+            idle_timeout: None,
         }),
     };
     let upstreams: Vec<Upstream> = flags
@@ -168,6 +170,7 @@ pub(crate) fn from_flags(flags: &config::ServiceProxy, settings: &config::Consul
             mesh_gateway: String::new(),
             max_connections: None,
             outlier: Outlier::default(),
+            tuning: Tuning::default(),
             deny_reply: DenyReply::Close,
         })
         .collect();
@@ -260,6 +263,7 @@ fn public(service: &wire::Service, config: &Opaque<'_>, warnings: &mut Vec<Strin
         ),
         handshake_timeout: positive(lenient(config.millis("handshake_timeout_ms"), warnings), config::HANDSHAKE_TIMEOUT),
         max_inbound_connections: lenient(config.small("max_inbound_connections"), warnings).unwrap_or(0),
+        idle_timeout: None,
     }))
 }
 

@@ -127,6 +127,8 @@ pub struct Original {
     pub connect_timeout: Duration,
     /// Most connections at once over all workers; `None` is Envoy's 1,024.
     pub max_connections: Option<u32>,
+    /// As [`Upstream::idle_timeout`].
+    pub idle_timeout: Option<Duration>,
 }
 
 /// What is known of a connection when it is routed.
@@ -305,6 +307,15 @@ impl Way {
         match self {
             Self::Terminate { service, .. } | Self::Originate { service, .. } => Some(service),
             Self::Forward(_) | Self::Original(_) => None,
+        }
+    }
+
+    /// As [`Upstream::idle_timeout`].
+    pub fn idle_timeout(&self) -> Option<Duration> {
+        match self {
+            Self::Forward(upstream) | Self::Originate { upstream, .. } => upstream.idle_timeout,
+            Self::Terminate { service, .. } => service.public.as_ref()?.idle_timeout,
+            Self::Original(original) => original.idle_timeout,
         }
     }
 }

@@ -5,12 +5,13 @@
 //! and a lease given back only when nothing is pending on it; a connection ends exactly once, with one reason.
 //!
 //! Knows no listener, no snapshot and no clock but `Io::now`. `inspect` looks at the first bytes, `secure` holds the handshake,
-//! `relay` the two byte directions, `linger` the last word to a refused peer.
+//! `relay` the two byte directions, `idle` how long they may rest, `linger` the last word to a refused peer.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::close::{self, CloseReason, Side};
+use super::idle::Idle;
 pub(super) use super::leg::{Leg, MESH, PLAIN};
 use super::refusal::Replying;
 use super::relay::Flow;
@@ -122,6 +123,10 @@ pub(super) struct Connection {
     pub(super) silent_is_raw: bool,
     /// The far leg counts as open.
     pub(super) far_open: bool,
+    /// It must be over by then: its listener went away.
+    pub(super) drain_by: Option<Instant>,
+    /// How long it may move no byte, where that is bounded.
+    pub(super) idle: Option<Box<Idle>>,
     reset: bool,
 }
 
@@ -185,6 +190,8 @@ impl Connection {
             raw: false,
             silent_is_raw: false,
             far_open: false,
+            drain_by: None,
+            idle: None,
             reset: false,
         }
     }
@@ -244,8 +251,7 @@ impl Connection {
             (Stage::Handshake | Stage::Connecting, Direction::Outbound) => self.retreat(io, CloseReason::ConnectTimeout),
             (Stage::Connecting, Direction::Inbound) => self.retreat(io, CloseReason::AppUnreachable),
             (Stage::Linger | Stage::Reply, _) => self.close(io, self.facts.reason, true),
-            // Only a connection whose listener went away has a deadline while bytes flow.
-            (Stage::Relay, _) => self.close(io, CloseReason::Drained, true),
+            (Stage::Relay, _) => self.relayed_too_long(io),
             (Stage::Retreat(_) | Stage::Closing, _) => Next::Wait,
         }
     }

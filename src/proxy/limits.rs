@@ -9,7 +9,7 @@ pub(super) const SWEEP_PER_TURN_MAX: usize = 4_096;
 /// Connections that may wait for a first certificate or endpoint, per worker.
 pub(super) const HELD_MAX: usize = 1_024;
 /// Endpoints tried for one connection before it is given up.
-pub(super) const CONNECT_ATTEMPTS_MAX: u16 = 3;
+pub(super) const CONNECT_ATTEMPTS_MAX: u32 = 3;
 /// How long a refused peer may take to read its alert before the connection is reset.
 pub(super) const LINGER: Duration = Duration::from_secs(1);
 /// How long a denied local client may take to ask, be told and leave.

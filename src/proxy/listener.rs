@@ -11,7 +11,7 @@ mod wanted;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
@@ -208,6 +208,16 @@ impl Role {
             },
             // The key tells the parts apart.
             (_, Place::Public(_) | Place::Upstream(_) | Place::Redirect | Place::Lease | Place::Router(_)) => {}
+        }
+    }
+
+    /// How long its connections may move no byte.
+    pub(super) fn idle_timeout(&self) -> Option<Duration> {
+        match self {
+            Self::Public { public, .. } => public.idle_timeout,
+            Self::Upstream(balancer) | Self::Forward(balancer) => balancer.upstream().idle_timeout,
+            Self::Original(original) => original.idle_timeout,
+            Self::Router(_) | Self::Redirect | Self::Lease => None,
         }
     }
 

@@ -13,10 +13,11 @@ mod open;
 mod raw;
 mod seal;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::close::CloseReason;
 use super::connection::{Connection, Io, MESH, Next, PLAIN, Stage};
+use super::idle::Idle;
 use super::limits::{REGION_IDLE, SMALL_RECEIVES_MAX};
 use crate::buffer::{Class, Lease, Pool, Span};
 use crate::ring::{Completion, Op, PARTS_MAX, Ring};
@@ -151,9 +152,10 @@ impl Flow {
 
 impl Connection {
     /// Both legs are open and the peer is known: bytes flow.
-    pub(super) fn start_relay<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
+    pub(super) fn start_relay<R: Ring>(&mut self, io: &mut Io<'_, R>, idle_timeout: Option<Duration>) -> Next {
         self.stage = Stage::Relay;
-        self.deadline = None;
+        self.idle = idle_timeout.map(|limit| Box::new(Idle::new(limit, io.now)));
+        self.rearm_relay(io.now);
         if self.raw {
             return self.start_raw(io);
         }

@@ -56,6 +56,8 @@ struct Mesh {
     ca: Ca,
     client: Side,
     server: Side,
+    /// Of the server's public listener.
+    idle_timeout: Option<Duration>,
     /// Between the two, where a test puts one.
     gateway: Option<Side>,
 }
@@ -112,7 +114,7 @@ impl Mesh {
         let network = Network::new(seed, faults);
         let ca = Ca::new("mesh.consul");
         let (client, server) = (Side::telling_apart(&network, attribution), Side::new(&network));
-        let mut mesh = Self { network, ca, client, server, gateway: None };
+        let mut mesh = Self { network, ca, client, server, idle_timeout: None, gateway: None };
         mesh.publish_client(&[PUBLIC], true);
         mesh.publish_server(DefaultPolicy::Allow);
         mesh.turns(400);
@@ -149,6 +151,8 @@ impl Mesh {
             balance: Balance::RoundRobin,
             max_connections: None,
             outlier: Outlier::default(),
+            idle_timeout: None,
+            connect_attempts: None,
             deny_reply,
             targets: vec![Arc::new(target)],
         };
@@ -174,6 +178,7 @@ impl Mesh {
             local_connect_timeout: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(10),
             max_inbound_connections: 0,
+            idle_timeout: self.idle_timeout,
         };
         let service = Service {
             name: "warehouse".into(),
@@ -479,4 +484,44 @@ fn connections_of_a_listener_that_moved_are_judged_by_the_new_policy() {
     drop((client, server));
     let (_, server) = mesh.finish();
     assert_eq!(server[0].reason, CloseReason::Revoked);
+}
+
+#[test]
+fn only_a_connection_that_moves_no_byte_is_idle() {
+    let mut mesh = Mesh::new(7, Faults::NONE);
+    let app = mesh.network.listen(APP);
+    mesh.idle_timeout = Some(Duration::from_millis(800));
+    mesh.publish_server(DefaultPolicy::Allow);
+    mesh.turns(50);
+    let client = mesh.network.connect(LISTEN).expect("the sidecar listens");
+    for _ in 0..4 {
+        client.write(b"byte");
+        mesh.turns(700);
+    }
+    let server = mesh.network.accept(app).expect("the app was dialed");
+    assert_eq!(server.read(100), Ok(Some(b"bytebytebytebyte".to_vec())), "it moved bytes all the time");
+    mesh.turns(300);
+    assert!(server.read(100).is_err() && client.read(100).is_err(), "both ends see a reset");
+    drop((client, server));
+    let (_, server) = mesh.finish();
+    assert_eq!(server[0].reason, CloseReason::Idle);
+}
+
+#[test]
+fn an_idle_limit_does_not_outlive_the_drain_of_its_listener() {
+    let mut mesh = Mesh::new(8, Faults::NONE);
+    let app = mesh.network.listen(APP);
+    mesh.idle_timeout = Some(Duration::from_secs(60));
+    mesh.publish_server(DefaultPolicy::Allow);
+    mesh.turns(50);
+    let client = mesh.network.connect(LISTEN).expect("the sidecar listens");
+    client.write(b"hello");
+    mesh.turns(500);
+    let server = mesh.network.accept(app).expect("the app was dialed");
+    mesh.publish_server_at(address(21_001), DefaultPolicy::Allow);
+    mesh.turns(DRAIN_MS as usize + 50);
+    assert!(client.read(100).is_err(), "its listener is gone, and so is its time");
+    drop((client, server));
+    let (_, server) = mesh.finish();
+    assert_eq!(server[0].reason, CloseReason::Drained);
 }

@@ -255,6 +255,8 @@ mod tests {
             balance,
             max_connections: None,
             outlier: Outlier::default(),
+            idle_timeout: None,
+            connect_attempts: None,
             deny_reply: DenyReply::Close,
             targets: targets
                 .into_iter()

@@ -50,11 +50,13 @@ pub enum CloseReason {
     Drained,
     /// The process ends at once.
     Shutdown,
+    /// No byte moved for longer than its listener allows.
+    Idle,
 }
 
 impl CloseReason {
     /// Every reason, in counter order.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Complete,
         Self::Probe,
         Self::Denied,
@@ -78,6 +80,7 @@ impl CloseReason {
         Self::OutOfBuffers,
         Self::Drained,
         Self::Shutdown,
+        Self::Idle,
     ];
 
     /// Its name in logs and metrics.
@@ -106,6 +109,7 @@ impl CloseReason {
             Self::OutOfBuffers => "out_of_buffers",
             Self::Drained => "drained",
             Self::Shutdown => "shutdown",
+            Self::Idle => "idle",
         }
     }
 }

@@ -163,6 +163,8 @@ pub fn snapshot(warm: &[&str]) -> Snapshot {
         balance: Balance::default(),
         max_connections: None,
         outlier: Outlier::default(),
+        idle_timeout: None,
+        connect_attempts: None,
         deny_reply: DenyReply::Close,
         targets: vec![Arc::new(target)],
     };

@@ -6,7 +6,7 @@
 mod routers;
 
 use std::collections::HashSet;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Map, Value, json};
 
@@ -283,7 +283,7 @@ fn assignment(cluster: &Cluster<'_>) -> Value {
 fn public_listener(snapshot: &Snapshot, service: &Service) -> Option<Value> {
     let public = service.public.as_ref()?;
     let mut filters = inbound_filters(service, public);
-    filters.push(tcp_proxy("public_listener", &clusters::local_app(snapshot, service)));
+    filters.push(tcp_proxy("public_listener", &clusters::local_app(snapshot, service), public.idle_timeout));
     Some(json!({
         "name": format!("public_listener:{}", public.bind),
         "address": proto_json::bind(&public.bind),
@@ -309,7 +309,7 @@ fn upstream_listener(service: &Service, upstream: &Upstream) -> Value {
     json!({
         "name": format!("{}:{}", upstream.name, upstream.bind),
         "address": proto_json::bind(&upstream.bind),
-        "filter_chains": [{"filters": [tcp_proxy(&stat_prefix(service, upstream), &leads_to(upstream))]}],
+        "filter_chains": [{"filters": [tcp_proxy(&stat_prefix(service, upstream), &leads_to(upstream), upstream.idle_timeout)]}],
         "traffic_direction": "OUTBOUND",
     })
 }
@@ -328,11 +328,13 @@ fn stat_prefix(service: &Service, upstream: &Upstream) -> String {
     format!("upstream.{name}.{namespace}.{datacenter}")
 }
 
-fn tcp_proxy(stat_prefix: &str, cluster: &str) -> Value {
+fn tcp_proxy(stat_prefix: &str, cluster: &str, idle_timeout: Option<Duration>) -> Value {
     json!({"name": "envoy.filters.network.tcp_proxy", "typed_config": {
         "@type": format!("{FILTERS}network.tcp_proxy.v3.TcpProxy"),
         "stat_prefix": stat_prefix,
         "cluster": cluster,
+        // Left out it would be an hour.
+        "idle_timeout": proto_json::duration(idle_timeout.unwrap_or_default()),
     }})
 }
 

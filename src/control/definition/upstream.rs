@@ -9,7 +9,7 @@ use crate::control::consul::watch::Name;
 use crate::control::consul::watch::chain::not_default;
 use crate::control::consul::wire;
 use crate::control::opaque::Opaque;
-use crate::mesh::{Bind, DenyReply, Outlier};
+use crate::mesh::{Balance, Bind, DenyReply, Outlier};
 
 /// One upstream, not yet resolved.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,7 +22,17 @@ pub(crate) struct Upstream {
     pub(crate) mesh_gateway: String,
     pub(crate) max_connections: Option<u32>,
     pub(crate) outlier: Outlier,
+    pub(crate) tuning: Tuning,
     pub(crate) deny_reply: DenyReply,
+}
+
+/// What only an escape hatch can say of an upstream.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Tuning {
+    pub(crate) idle_timeout: Option<Duration>,
+    pub(crate) connect_attempts: Option<u32>,
+    /// Instead of what the discovery chain says.
+    pub(crate) balance: Option<Balance>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,6 +78,7 @@ pub(super) fn upstream(
         mesh_gateway: if mode.is_empty() { proxy.mesh_gateway.mode.clone() } else { mode.clone() },
         max_connections: max_connections(&config, &mut notes),
         outlier: outlier(&config, &mut notes),
+        tuning: Tuning::default(),
         deny_reply: deny_reply(&config, &mut notes),
         label,
     };

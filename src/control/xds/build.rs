@@ -14,7 +14,7 @@ use super::cluster::{Cluster, Discovery};
 use super::endpoint::{Assignment, Host, Place};
 use super::held::Held;
 use super::identity::Identities;
-use super::listener::{Ending, Listener, PageRoute, Role, Target as PageTarget};
+use super::listener::{Ending, Listener, PageRoute, Role, Target as PageTarget, Tuning};
 use super::tls_context::Material;
 use crate::config;
 use crate::config::envoy::{PageAnswer, PageListener};
@@ -79,6 +79,14 @@ enum Spoken {
     AsItCame,
 }
 
+/// What a listener or chain says of the upstream behind it.
+#[derive(Clone, Copy)]
+struct Front<'a> {
+    label: &'a str,
+    bind: &'a Bind,
+    tuning: Tuning,
+}
+
 impl Builder<'_> {
     fn service(&mut self, old: Option<&Arc<Service>>) -> Arc<Service> {
         let (mut public, mut intentions) = (None, None);
@@ -94,7 +102,8 @@ impl Builder<'_> {
                 }),
                 Role::Upstream { label, cluster } => {
                     let old = old_upstreams.iter().find(|old| old.bind == listener.bind && *old.name == **label);
-                    let next = self.upstream(cluster, label, &listener.bind, Spoken::Tls, old);
+                    let front = Front { label, bind: &listener.bind, tuning: listener.tuning };
+                    let next = self.upstream(cluster, front, Spoken::Tls, old);
                     next.map(|next| upstreams.push(next))
                 }
                 Role::Pages { .. } | Role::Router(_) => Ok(()),
@@ -149,6 +158,7 @@ impl Builder<'_> {
             local_connect_timeout: cluster.connect_timeout,
             handshake_timeout: config::HANDSHAKE_TIMEOUT,
             max_inbound_connections: ending.max_connections,
+            idle_timeout: listener.tuning.idle_timeout,
         })
     }
 
@@ -205,8 +215,7 @@ impl Builder<'_> {
     fn upstream(
         &self,
         cluster: &str,
-        label: &str,
-        bind: &Bind,
+        front: Front<'_>,
         spoken: Spoken,
         old: Option<&Arc<Upstream>>,
     ) -> Result<Arc<Upstream>, String> {
@@ -250,12 +259,14 @@ impl Builder<'_> {
             }
         }
         let next = Upstream {
-            name: keep_text(old.map(|old| &old.name), label),
-            bind: bind.clone(),
+            name: keep_text(old.map(|old| &old.name), front.label),
+            bind: front.bind.clone(),
             connect_timeout: first.connect_timeout,
             balance: first.balance,
             max_connections: outer.max_connections.or(first.max_connections),
             outlier: first.outlier,
+            idle_timeout: front.tuning.idle_timeout,
+            connect_attempts: front.tuning.connect_attempts,
             deny_reply: DenyReply::Close,
             targets,
         };

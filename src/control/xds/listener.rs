@@ -45,6 +45,8 @@ pub(super) struct Listener {
     pub(super) name: String,
     pub(super) bind: Bind,
     pub(super) role: Role,
+    /// Of the only chain, where the role has no chains of its own.
+    pub(super) tuning: Tuning,
     pub(super) access_logs: Vec<AccessLog>,
 }
 
@@ -59,6 +61,15 @@ pub(super) enum Role {
     Pages { routes: Vec<PageRoute>, sources: Vec<(IpAddr, u8)> },
     /// Told apart by where they want to go, the server name they ask for, or whether they speak TLS.
     Router(Routes),
+}
+
+/// What `tcp_proxy` says of the connections that it carries. None of it changes who may come in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Tuning {
+    /// As [`crate::mesh::Upstream::idle_timeout`].
+    pub(super) idle_timeout: Option<Duration>,
+    /// As [`crate::mesh::Upstream::connect_attempts`].
+    pub(super) connect_attempts: Option<u32>,
 }
 
 /// Mutual TLS that ends here, and what is behind it.
@@ -92,6 +103,7 @@ pub(super) struct Chain {
     pub(super) name: String,
     pub(super) matches: Match,
     pub(super) way: Way,
+    pub(super) tuning: Tuning,
 }
 
 /// Where a chain leads.
@@ -130,8 +142,10 @@ impl Listener {
             }
             _ => None,
         };
+        let mut tuning = Tuning::default();
         let role = match only {
             Some((chain, place, filters)) => {
+                tuning = filters.tuning;
                 access_logs.extend_from_slice(&filters.access_logs);
                 let role =
                     if filters.paths.is_empty() { alone(message, &bind, chain, filters) } else { pages(message, chain, filters) };
@@ -139,7 +153,7 @@ impl Listener {
             }
             None => Role::Router(routes(message, &inspection, &mut access_logs)?),
         };
-        Ok(Self { name: message.name.clone(), bind, role, access_logs })
+        Ok(Self { name: message.name.clone(), bind, role, tuning, access_logs })
     }
 
     /// The clusters that it names.
@@ -265,8 +279,9 @@ fn routes(message: &pb::Listener, inspection: &Inspection, access_logs: &mut Vec
             let wanted = "requests are told apart by path only in a listener that has no other filter chain";
             return Err(Refusal::new(format!("{place}.filters"), "http_connection_manager with routes by path", wanted));
         }
+        let tuning = filters.tuning;
         let way = way(chain, filters).map_err(under)?;
-        Ok(Chain { name: way.cluster().unwrap_or_default().to_owned(), matches, way })
+        Ok(Chain { name: way.cluster().unwrap_or_default().to_owned(), matches, way, tuning })
     };
     let chains = message.filter_chains.iter().enumerate();
     let chains = chains.map(|(index, chain)| read(chain, format!("filter_chains[{index}]")));

@@ -13,6 +13,8 @@ fn cluster(name: &str) -> Way {
         balance: Balance::RoundRobin,
         max_connections: None,
         outlier: Outlier::default(),
+        idle_timeout: None,
+        connect_attempts: None,
         deny_reply: DenyReply::Close,
         targets: Vec::new(),
     }))
@@ -25,6 +27,7 @@ fn ended() -> Way {
         local_connect_timeout: Duration::from_secs(5),
         handshake_timeout: Duration::from_secs(10),
         max_inbound_connections: 0,
+        idle_timeout: None,
     };
     Way::Terminate { service: Arc::new(service(Some(public))), app: None }
 }
@@ -150,7 +153,7 @@ fn bytes_never_pass_intentions_unless_permissive_mode_says_so() {
     mixed.permissive = true;
     Router::new(mixed).expect("permissive mode");
     let mut passthrough = settings(vec![("public", tls(), ended())]);
-    let original = Original { connect_timeout: Duration::from_secs(5), max_connections: None };
+    let original = Original { connect_timeout: Duration::from_secs(5), max_connections: None, idle_timeout: None };
     passthrough.fallback = Some(Arc::new(Route { name: "rest".into(), matches: raw(), way: Way::Original(original) }));
     assert!(matches!(Router::new(passthrough.clone()), Err(RouterError::PastIntentions { .. })));
     passthrough.routes.clear();

@@ -31,6 +31,8 @@ fn cluster(name: &str, endpoints: &[SocketAddr]) -> Arc<Upstream> {
         balance: Balance::RoundRobin,
         max_connections: None,
         outlier: Outlier::default(),
+        idle_timeout: None,
+        connect_attempts: None,
         deny_reply: DenyReply::Close,
         targets: vec![Arc::new(target)],
     })
@@ -74,6 +76,7 @@ impl Mesh {
             local_connect_timeout: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(10),
             max_inbound_connections: 0,
+            idle_timeout: None,
         };
         Arc::new(Service {
             name: "warehouse".into(),
@@ -300,7 +303,7 @@ fn redirected_connections_go_by_where_they_wanted_to_go() {
     let way = Way::Originate { service, upstream: Arc::new(upstream) };
     let network = crate::mesh::router::Network::new(virtual_address.ip(), 32).expect("a network");
     let matches = Match { networks: vec![network], ..Match::default() };
-    let original = Original { connect_timeout: Duration::from_secs(5), max_connections: Some(1) };
+    let original = Original { connect_timeout: Duration::from_secs(5), max_connections: Some(1), idle_timeout: None };
     let rest = Route { name: "original-destination".into(), matches: Match::default(), way: Way::Original(original) };
     mesh.publish_router(Some(RouterSettings {
         transparent: true,

@@ -95,8 +95,8 @@ impl<R: Ring> Worker<R> {
         let deadline = self.ring.now() + self.plane.drain_time;
         for slot in 0..self.connections.slots() {
             let Some(mut connection) = self.connections.take_any(slot) else { continue };
-            if self.listener(&connection).drains() && connection.stage == Stage::Relay && connection.deadline.is_none() {
-                connection.deadline = Some(deadline);
+            if self.listener(&connection).drains() && connection.stage == Stage::Relay {
+                connection.must_end_by(deadline);
             }
             self.drive(connection, Next::Wait);
         }

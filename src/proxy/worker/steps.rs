@@ -130,10 +130,10 @@ impl<R: Ring> Worker<R> {
 
     fn park(&mut self, mut connection: Box<Connection>) {
         self.count_held(&mut connection);
-        let late = connection.stage == Stage::Relay && connection.deadline.is_none() && self.order == Order::Run;
+        let late = connection.stage == Stage::Relay && connection.drain_by.is_none() && self.order == Order::Run;
         if late && self.listener(&connection).drains() {
             // Its listener went away while it was being set up.
-            connection.deadline = Some(self.ring.now() + self.plane.drain_time);
+            connection.must_end_by(self.ring.now() + self.plane.drain_time);
         }
         if connection.deadline != connection.armed {
             connection.armed = connection.deadline;
@@ -219,7 +219,12 @@ impl<R: Ring> Worker<R> {
             app.succeeded(address);
         }
         connection.tried = Vec::new();
-        self.with_io(connection, |connection, io| connection.start_relay(io))
+        self.relay(connection)
+    }
+
+    fn relay(&mut self, connection: &mut Connection) -> Next {
+        let idle_timeout = self.listener(connection).role.idle_timeout();
+        self.with_io(connection, |connection, io| connection.start_relay(io, idle_timeout))
     }
 
     fn dial_next_endpoint(&mut self, connection: &mut Connection, failure: CloseReason) -> Next {
@@ -254,8 +259,9 @@ impl<R: Ring> Worker<R> {
     fn choose(&mut self, connection: &mut Connection) -> Result<(Choice, Duration), Box<str>> {
         let now = self.ring.now();
         let client = connection.facts.downstream.map(|address| address.ip().to_canonical());
-        let may_try = connection.tried.len() < usize::from(CONNECT_ATTEMPTS_MAX);
         let Some(balancer) = self.listener_mut(connection).role.balancer_mut() else { return Err("no endpoints here".into()) };
+        let attempts_max = balancer.upstream().connect_attempts.unwrap_or(CONNECT_ATTEMPTS_MAX);
+        let may_try = connection.tried.len() < attempts_max as usize;
         let choice = may_try.then(|| balancer.choose(client, &connection.tried, now)).flatten();
         let choice = choice.ok_or_else(|| no_endpoint(balancer.upstream()))?;
         balancer.opened(choice.address);
@@ -305,7 +311,7 @@ impl<R: Ring> Worker<R> {
         connection.tried = Vec::new();
         // A connection that lives for days must not keep the key of a certificate that has long been replaced.
         connection.identity = None;
-        self.with_io(connection, |connection, io| connection.start_relay(io))
+        self.relay(connection)
     }
 
     /// Ends a connection for a reason that this worker found.

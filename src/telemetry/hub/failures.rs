@@ -81,7 +81,8 @@ fn is_failure(reason: CloseReason) -> bool {
         | CloseReason::AppUnreachable
         | CloseReason::NoRoute
         | CloseReason::Drained
-        | CloseReason::Shutdown => false,
+        | CloseReason::Shutdown
+        | CloseReason::Idle => false,
     }
 }
 

@@ -52,7 +52,7 @@ fn chain(settings: &RouterSettings, route: &Route) -> Value {
         chain.insert("transport_socket".to_owned(), tls::downstream(service.identity.as_deref()));
     }
     let cluster = route.upstream().map_or_else(|| route.cluster().to_owned(), |upstream| leads_to(upstream));
-    filters.push(tcp_proxy(&route_prefix(settings, route), &cluster));
+    filters.push(tcp_proxy(&route_prefix(settings, route), &cluster, route.way.idle_timeout()));
     chain.insert("filters".to_owned(), filters.into());
     chain.insert("name".to_owned(), (*route.name).into());
     chain.into()

@@ -6,11 +6,11 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::{Builder, Spoken, keep_service, same_parts};
+use super::{Builder, Front, Spoken, keep_service, same_parts};
 use crate::config;
 use crate::control::build::{keep, keep_text};
 use crate::control::xds::cluster::{Cluster, Discovery};
-use crate::control::xds::listener::{self, Chain, Ending, Listener, Routes};
+use crate::control::xds::listener::{self, Chain, Ending, Listener, Routes, Tuning};
 use crate::control::xds::tls_context::Material;
 use crate::mesh::router::{Match, Original, Route, Router, RouterSettings, ServerName, Way};
 use crate::mesh::{Address, Balance, DenyReply, Outlier, PublicListener, Service, Target, Upstream};
@@ -52,6 +52,8 @@ impl Builder<'_> {
 
     /// `sni_cluster`: a route for each cluster whose name a client may ask for and no other chain takes.
     fn by_server_name(&mut self, listener: &Listener, routes: &Routes, old: Option<&Arc<Router>>) -> Vec<Arc<Route>> {
+        let by_name = routes.all().find(|chain| matches!(chain.way, listener::Way::ServerName));
+        let tuning = by_name.map_or_else(Tuning::default, |chain| chain.tuning);
         let taken = |name: &str| routes.all().flat_map(|chain| &chain.matches.server_names).any(|known| known.takes(name));
         let plain = self.held.clusters.values().filter(|cluster| cluster.tls.is_none());
         let mut seen = HashSet::new();
@@ -67,7 +69,7 @@ impl Builder<'_> {
             let matches = Match { server_names: vec![name], ..Match::default() };
             let named = routes.all().any(|chain| chain.name == cluster);
             let name = if named { format!("{cluster} by its name") } else { cluster.clone() };
-            self.route(listener, routes, &Chain { name, matches, way: listener::Way::Cluster(cluster) }, old)
+            self.route(listener, routes, &Chain { name, matches, way: listener::Way::Cluster(cluster), tuning }, old)
         };
         names.into_iter().map(route).collect()
     }
@@ -107,7 +109,8 @@ impl Builder<'_> {
             }
             Discovery::OriginalDestination => {
                 let Cluster { connect_timeout, max_connections, .. } = *cluster;
-                return Ok(Way::Original(Original { connect_timeout, max_connections }));
+                let idle_timeout = chain.tuning.idle_timeout;
+                return Ok(Way::Original(Original { connect_timeout, max_connections, idle_timeout }));
             }
             Discovery::Eds(_) | Discovery::Static(_) | Discovery::Dns(..) | Discovery::Aggregate(_) => {}
         }
@@ -117,14 +120,15 @@ impl Builder<'_> {
         });
         let mut leaves = Vec::new();
         super::collect(self.held, name, 0, &mut leaves)?;
+        let front = front(listener, chain);
         match leaves.iter().find_map(|leaf| leaf.tls.as_ref()) {
             Some(tls) => {
-                let upstream = self.upstream(name, &chain.name, &listener.bind, Spoken::Tls, old_upstream)?;
+                let upstream = self.upstream(name, front, Spoken::Tls, old_upstream)?;
                 let service = self.route_service(&tls.material, Arc::new(Intentions::unknown()), None, old);
                 Ok(Way::Originate { service, upstream })
             }
             None if routes.outbound => Err(format!("cluster {name} has no UpstreamTlsContext, and nothing leaves without")),
-            None => self.upstream(name, &chain.name, &listener.bind, Spoken::AsItCame, old_upstream).map(Way::Forward),
+            None => self.upstream(name, front, Spoken::AsItCame, old_upstream).map(Way::Forward),
         }
     }
 
@@ -145,6 +149,7 @@ impl Builder<'_> {
             local_connect_timeout: connect_timeout.unwrap_or(config::CONNECT_TIMEOUT),
             handshake_timeout: config::HANDSHAKE_TIMEOUT,
             max_inbound_connections: ending.max_connections,
+            idle_timeout: chain.tuning.idle_timeout,
         };
         let service = self.route_service(&ending.material, Arc::clone(&ending.intentions), Some(public), old);
         Way::Terminate { service, app: upstream }
@@ -162,7 +167,7 @@ impl Builder<'_> {
         if let Discovery::Static(_) = &cluster.discovery {
             return Ok((self.app(cluster)?, None));
         }
-        let upstream = self.upstream(&ending.cluster, &chain.name, &listener.bind, Spoken::AsItCame, old)?;
+        let upstream = self.upstream(&ending.cluster, front(listener, chain), Spoken::AsItCame, old)?;
         Ok((Vec::new(), Some(upstream)))
     }
 
@@ -192,6 +197,10 @@ impl Builder<'_> {
     }
 }
 
+fn front<'a>(listener: &'a Listener, chain: &'a Chain) -> Front<'a> {
+    Front { label: &chain.name, bind: &listener.bind, tuning: chain.tuning }
+}
+
 /// A cluster without an endpoint: whoever gets there is reset at once.
 fn nowhere(listener: &Listener, chain: &Chain) -> Arc<Upstream> {
     let id = chain.way.cluster().unwrap_or(&chain.name).into();
@@ -203,6 +212,8 @@ fn nowhere(listener: &Listener, chain: &Chain) -> Arc<Upstream> {
         balance: Balance::default(),
         max_connections: None,
         outlier: Outlier::default(),
+        idle_timeout: None,
+        connect_attempts: None,
         deny_reply: DenyReply::Close,
         targets: vec![Arc::new(nobody)],
     })

@@ -11,9 +11,10 @@ use envoy_types::pb::envoy::extensions::filters::network::rbac::v3::Rbac;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_proxy;
 use envoy_types::pb::google::protobuf::Any;
 
-use super::access_logs;
 use super::http::{CONNECTION_MANAGER, Http, Route};
+use super::{Tuning, access_logs};
 use crate::config::envoy::AccessLog;
+use crate::control::xds::cluster::duration;
 use crate::control::xds::rbac;
 use crate::control::xds::refusal::{Refusal, message_name, unpack};
 use crate::mesh::router::{Match, Network, ServerName};
@@ -38,6 +39,7 @@ pub(super) struct Filters {
     /// The cluster is that of the server name.
     pub(super) by_server_name: bool,
     pub(super) cluster: String,
+    pub(super) tuning: Tuning,
     /// It ends in an `http_connection_manager`.
     pub(super) http: bool,
     /// The paths of an `http_connection_manager` that tells them apart; then there is no cluster.
@@ -181,6 +183,7 @@ fn take(found: &mut Filters, any: &Any, name: &str) -> Result<(), Refusal> {
             let filter: tcp_proxy::TcpProxy = unpack(any, TCP_PROXY, field)?;
             found.access_logs = access_logs(&filter.access_log).map_err(|why| why.under(field))?;
             found.cluster = target(&filter).map_err(|why| why.under(field))?;
+            found.tuning = tuning(&filter).map_err(|why| why.under(field))?;
         }
         SNI_CLUSTER => found.by_server_name = true,
         CONNECTION_MANAGER => {
@@ -195,6 +198,16 @@ fn take(found: &mut Filters, any: &Any, name: &str) -> Result<(), Refusal> {
         _ => return Err(Refusal::new("name", format!("{name} ({})", message_name(any)), FILTERS_WANTED)),
     }
     Ok(())
+}
+
+fn tuning(filter: &tcp_proxy::TcpProxy) -> Result<Tuning, Refusal> {
+    let idle_timeout = duration(filter.idle_timeout.as_ref(), "idle_timeout")?;
+    let connect_attempts = filter.max_connect_attempts.as_ref().map(|most| most.value);
+    if connect_attempts == Some(0) {
+        return Err(Refusal::new("max_connect_attempts", 0, "expected 1 or more"));
+    }
+    // 0 is Envoy's word for no bound.
+    Ok(Tuning { idle_timeout: idle_timeout.filter(|timeout| !timeout.is_zero()), connect_attempts })
 }
 
 fn target(filter: &tcp_proxy::TcpProxy) -> Result<String, Refusal> {

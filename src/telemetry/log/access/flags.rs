@@ -102,7 +102,8 @@ pub(super) fn flags(record: &ConnectionRecord) -> &'static [Flag] {
         | CloseReason::Revoked
         | CloseReason::HandshakeTimeout
         | CloseReason::Drained
-        | CloseReason::Shutdown => &[],
+        | CloseReason::Shutdown
+        | CloseReason::Idle => &[],
     }
 }
 
@@ -135,6 +136,7 @@ pub(super) fn local_close(record: &ConnectionRecord) -> Option<&'static str> {
         _ => match record.reason {
             CloseReason::Denied | CloseReason::Revoked => Some("rbac_deny_close"),
             CloseReason::Limit => Some("over_connection_limit"),
+            CloseReason::Idle => Some("tcp_session_idle_timeout"),
             _ => None,
         },
     }

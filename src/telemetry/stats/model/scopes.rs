@@ -27,13 +27,12 @@ const LISTENER_UNKNOWN: [&str; 9] = [
     "extension_config_missing",
     "network_extension_config_missing",
 ];
-const TCP_UNKNOWN: [&str; 9] = [
+const TCP_UNKNOWN: [&str; 8] = [
     "downstream_cx_drain_close",
     "downstream_cx_overload_close",
     "downstream_flow_control_paused_reading_total",
     "downstream_flow_control_resumed_reading_total",
     "early_data_received_count_total",
-    "idle_timeout",
     "max_downstream_connection_duration",
     "route_delayed_total",
     "upstream_flush_total",
@@ -221,6 +220,7 @@ pub(super) struct Tcp {
     received: u64,
     sent: u64,
     no_route: u64,
+    idle: u64,
 }
 
 impl Tcp {
@@ -232,6 +232,7 @@ impl Tcp {
         self.connections += totals.connections;
         (self.received, self.sent) = (self.received + received, self.sent + sent);
         self.no_route += closed(totals, CloseReason::NoRoute);
+        self.idle += closed(totals, CloseReason::Idle);
     }
 
     pub(super) fn tell(&self, scope: &mut Scope<'_>) {
@@ -239,6 +240,7 @@ impl Tcp {
         scope.counter("downstream_cx_rx_bytes_total", self.received);
         scope.counter("downstream_cx_tx_bytes_total", self.sent);
         scope.counter("downstream_cx_no_route", self.no_route);
+        scope.counter("idle_timeout", self.idle);
         let gauges = ["downstream_cx_rx_bytes_buffered", "downstream_cx_tx_bytes_buffered", "upstream_flush_active"];
         scope.zero(&TCP_UNKNOWN, &gauges);
     }

@@ -23,6 +23,8 @@ fn upstream(name: &str, port: u16, sni: &str) -> Arc<Upstream> {
         balance: Balance::RoundRobin,
         max_connections: Some(2),
         outlier: Outlier::default(),
+        idle_timeout: None,
+        connect_attempts: None,
         deny_reply: DenyReply::Close,
         targets: vec![Arc::new(Target {
             id: "v1.warehouse.default.dc1".into(),
@@ -48,6 +50,7 @@ fn service(upstreams: Vec<Arc<Upstream>>) -> Service {
             local_connect_timeout: config::LOCAL_CONNECT_TIMEOUT,
             handshake_timeout: config::HANDSHAKE_TIMEOUT,
             max_inbound_connections: 100,
+            idle_timeout: None,
         })),
         upstreams,
     }
