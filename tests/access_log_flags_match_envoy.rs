@@ -1,8 +1,8 @@
 //! Each way in which a connection fails is provoked on a real Envoy 1.40 and on ringfence in the same place, with the same
 //! access log format; what they write must be equal.
 //!
-//! Not compared, on purpose: BoringSSL's words for a TLS failure against rustls' (only what scripts look for), what a denied
-//! peer's line says of the app (Envoy had dialed it, ringfence never does), and idle (ringfence has no idle timeout).
+//! Not compared, on purpose: BoringSSL's words for a TLS failure against rustls' (only what scripts look for), and what a denied
+//! peer's line says of the app (Envoy had dialed it, ringfence never does).
 
 mod support;
 
@@ -33,6 +33,7 @@ struct Case {
     endpoint: Option<SocketAddr>,
     healthy: bool,
     max_connections: Option<u32>,
+    idle_timeout: Option<&'static str>,
     envoy: SocketAddr,
     ringfence: SocketAddr,
 }
@@ -40,7 +41,7 @@ struct Case {
 impl Case {
     fn new(name: &'static str, endpoint: impl Into<Option<SocketAddr>>) -> Self {
         let (envoy, ringfence) = (ports::free_address(), ports::free_address());
-        Self { name, endpoint: endpoint.into(), healthy: true, max_connections: None, envoy, ringfence }
+        Self { name, endpoint: endpoint.into(), healthy: true, max_connections: None, idle_timeout: None, envoy, ringfence }
     }
 
     fn register(&self, agent: &Agent) {
@@ -63,9 +64,19 @@ impl Case {
         let typed = |name: &str| format!("type.googleapis.com/envoy.extensions.{name}");
         let access_log = json!({"name": "log", "typed_config": {"@type": typed("access_loggers.file.v3.FileAccessLog"), "path": log,
             "log_format": {"text_format_source": {"inline_string": format!("{FORMAT}\n")}}}});
-        let proxy = json!({"@type": typed("filters.network.tcp_proxy.v3.TcpProxy"), "stat_prefix": "tcp",
-            "cluster": self.sni(agent), "access_log": [access_log]});
-        json!({"name": self.name, "address": address(self.envoy), "filter_chains": [{"filters": [{"name": "tcp", "typed_config": proxy}]}]})
+        let mut listener = self.plain_listener(agent, self.envoy);
+        listener["filter_chains"][0]["filters"][0]["typed_config"]["access_log"] = json!([access_log]);
+        listener
+    }
+
+    /// For Envoy, and for the escape hatch of a registration.
+    fn plain_listener(&self, agent: &Agent, at: SocketAddr) -> Value {
+        let mut proxy = json!({"@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+            "stat_prefix": "tcp", "cluster": self.sni(agent)});
+        if let Some(timeout) = self.idle_timeout {
+            proxy["idle_timeout"] = json!(timeout);
+        }
+        json!({"name": self.name, "address": address(at), "filter_chains": [{"filters": [{"name": "tcp", "typed_config": proxy}]}]})
     }
 
     fn envoy_cluster(&self, agent: &Agent) -> Value {
@@ -159,7 +170,7 @@ fn open(at: SocketAddr) -> TcpStream {
 #[test]
 fn each_failure_of_an_upstream() {
     let agent = Agent::start();
-    for name in ["echo", "limited", "other", "cut"] {
+    for name in ["echo", "limited", "idle", "other", "cut"] {
         agent.register(&Definition::new(name));
     }
     let serve = |service: &str, then: fn(tls::ServerStream)| {
@@ -184,7 +195,8 @@ fn each_failure_of_an_upstream() {
         let _ = stream.read(&mut [0; 64]);
         traffic::reset(stream.sock);
     };
-    let (good, limited, other, cutting) = (serve("echo", echo), serve("limited", echo), serve("other", echo), serve("cut", cut));
+    let (good, limited, idle, other) = (serve("echo", echo), serve("limited", echo), serve("idle", echo), serve("other", echo));
+    let cutting = serve("cut", cut);
     let garbage = Custom::start(|mut tcp| {
         let _ = tcp.read(&mut [0; 64]);
         let _ = tcp.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n");
@@ -200,6 +212,7 @@ fn each_failure_of_an_upstream() {
     let cases = [
         Case::new("echo", good.address),
         Case { max_connections: Some(1), ..Case::new("limited", limited.address) },
+        Case { idle_timeout: Some("1s"), ..Case::new("idle", idle.address) },
         Case::new("cut", cutting.address),
         Case::new("refused", ports::free_address()),
         Case::new("abrupt", abrupt.address),
@@ -215,6 +228,9 @@ fn each_failure_of_an_upstream() {
         if let Some(most) = case.max_connections {
             config["limits"] = json!({"max_connections": most});
         }
+        if case.idle_timeout.is_some() {
+            config["envoy_listener_json"] = json!(case.plain_listener(&agent, case.ringfence).to_string());
+        }
         web = web.upstream_with(case.name, case.ringfence, &config);
         case.register(&agent);
     }
@@ -224,7 +240,7 @@ fn each_failure_of_an_upstream() {
     let arguments = ["-access-log", ours.to_str().expect("a path"), "-access-log-format", FORMAT, "-drain-time", "1s"];
     let mut web = Sidecar::of("web").arguments(&arguments).start(&agent);
     let mut envoy = start_envoy(&cases, &agent, &theirs);
-    let [echo, limited, failing @ ..] = &cases;
+    let [echo, limited, idle, failing @ ..] = &cases;
     // Endpoints come after readiness.
     wait_for("the first echo", PATIENCE, || traffic::echo(echo.ringfence, b"hello").map_err(|error| error.to_string()));
 
@@ -255,6 +271,10 @@ fn each_failure_of_an_upstream() {
     assert!(line(&ours, limited, 1).contains(" UO UpstreamOverflow "));
     drop(held);
     assert_eq!(line(&ours, limited, 2), line(&theirs, limited, 2), "closed by the client");
+
+    let _rest = [open(idle.envoy), open(idle.ringfence)];
+    assert_eq!(line(&ours, idle, 1), line(&theirs, idle, 1));
+    assert!(line(&ours, idle, 1).contains(" tcp_session_idle_timeout "));
 
     let before = lines_of(&ours, echo).len();
     traffic::reset(open(echo.envoy));

@@ -4,6 +4,7 @@
 //! Pure. Keys and defaults: Consul `agent/xds/config`, Envoy's where the built-in proxy differs (`config.rs`).
 
 mod access_logs;
+mod hatches;
 mod pages;
 mod stats;
 mod upstream;
@@ -65,15 +66,8 @@ pub(crate) enum App {
     Unix(PathBuf),
 }
 
-/// Keys of `proxy.config` that would change who is let in or what is enforced, and that only Envoy can honour.
-const SECURITY_KEYS: [&str; 6] = [
-    "envoy_public_listener_json",
-    "envoy_listener_json",
-    "envoy_cluster_json",
-    "envoy_local_cluster_json",
-    "envoy_bootstrap_json_tpl",
-    "envoy_extra_static_listeners_json",
-];
+/// Keys that would change who is let in or what is enforced, and that only Envoy can honour.
+const SECURITY_KEYS: [&str; 2] = ["envoy_bootstrap_json_tpl", "envoy_extra_static_listeners_json"];
 /// Keys with nothing to do at L4 or for this proxy's design.
 const HARMLESS_KEYS: [&str; 6] = [
     "balance_inbound_connections",
@@ -98,9 +92,10 @@ pub(crate) fn parse(service: &wire::Service, scrape: &Scrape) -> Result<Definiti
     }
     refuse_insecure(proxy)?;
     let config = Opaque::new(&proxy.config);
-    refuse_keys(&config, "proxy.config")?;
+    refuse_keys(&config, "proxy.config", &hatches::OF_UPSTREAMS)?;
     let mut warnings = Vec::new();
-    let public = public(service, &config, &mut warnings)?;
+    let mut public = public(service, &config, &mut warnings)?;
+    hatches::of_public(&config, &mut public, &mut warnings)?;
     let mut pages = pages::of(&config, scrape, &mut warnings);
     pages.extend(pages::exposed(service, &config, &mut warnings));
     let stats = stats::wishes(&config, &environment, &mut warnings);
@@ -116,13 +111,13 @@ pub(crate) fn parse(service: &wire::Service, scrape: &Scrape) -> Result<Definiti
             upstreams.push(upstream);
         }
     }
-    unique_binds(public.as_ref(), &upstreams)?;
+    unique_binds(Some(&public), &upstreams)?;
     let access_logs = lenient(access_logs::access_logs(&proxy.access_logs).map(Some), &mut warnings).unwrap_or_default();
     Ok(Definition {
         proxy_id: service.id.clone(),
         name,
         datacenter: service.datacenter.clone(),
-        public,
+        public: Some(public),
         upstreams,
         access_logs,
         pages,
@@ -221,8 +216,9 @@ fn refuse_insecure(proxy: &wire::Proxy) -> Result<(), String> {
     }
 }
 
-fn refuse_keys(config: &Opaque<'_>, place: &str) -> Result<(), String> {
-    match SECURITY_KEYS.iter().find(|key| config.get(key).is_some()) {
+/// `misplaced` are escape hatches that stand elsewhere.
+fn refuse_keys(config: &Opaque<'_>, place: &str, misplaced: &[&str]) -> Result<(), String> {
+    match SECURITY_KEYS.iter().chain(misplaced).find(|key| config.get(key).is_some()) {
         Some(key) => Err(format!(
             "{place}.{key} replaces what Envoy enforces and cannot be honoured; remove the key, or keep Envoy for this service"
         )),
@@ -230,7 +226,7 @@ fn refuse_keys(config: &Opaque<'_>, place: &str) -> Result<(), String> {
     }
 }
 
-fn public(service: &wire::Service, config: &Opaque<'_>, warnings: &mut Vec<String>) -> Result<Option<Public>, String> {
+fn public(service: &wire::Service, config: &Opaque<'_>, warnings: &mut Vec<String>) -> Result<Public, String> {
     let proxy = &service.proxy;
     // Where to listen is not guessed: a wrong value here would open another port than the one meant.
     let address = config.text("bind_address")?.unwrap_or_else(|| service.address.clone());
@@ -254,7 +250,7 @@ fn public(service: &wire::Service, config: &Opaque<'_>, warnings: &mut Vec<Strin
     } else {
         App::Unix(PathBuf::from(&proxy.local_service_socket_path))
     };
-    Ok(Some(Public {
+    Ok(Public {
         bind: Bind::Tcp(SocketAddr::new(ip, port)),
         app,
         local_connect_timeout: positive(
@@ -264,7 +260,7 @@ fn public(service: &wire::Service, config: &Opaque<'_>, warnings: &mut Vec<Strin
         handshake_timeout: positive(lenient(config.millis("handshake_timeout_ms"), warnings), config::HANDSHAKE_TIMEOUT),
         max_inbound_connections: lenient(config.small("max_inbound_connections"), warnings).unwrap_or(0),
         idle_timeout: None,
-    }))
+    })
 }
 
 fn note_ignored(proxy: &wire::Proxy, config: &Opaque<'_>, warnings: &mut Vec<String>) {
@@ -352,9 +348,9 @@ mod tests {
     #[test]
     fn what_changes_security_refuses_the_proxy() {
         let refused = |change: fn(&mut Value)| parse(&service(change), &Scrape::default()).expect_err("refused");
-        for key in SECURITY_KEYS {
+        for key in SECURITY_KEYS.iter().chain(&hatches::OF_PROXIES).chain(&hatches::OF_UPSTREAMS) {
             let mut value = crate::control::fixture("agent-service-sidecar");
-            value["Proxy"]["Config"][key] = json!("{}");
+            value["Proxy"]["Config"][*key] = json!("{}");
             let error = parse(&serde_json::from_value(value).expect("parses"), &Scrape::default()).expect_err("refused");
             assert!(error.contains(key), "{error}");
         }

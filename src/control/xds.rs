@@ -15,6 +15,7 @@ mod cluster;
 mod connector;
 mod endpoint;
 mod feeder;
+pub(super) mod hatch;
 mod held;
 mod identity;
 mod listener;

@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{HARMLESS_KEYS, bind_ip, lenient, positive, refuse_keys};
+use super::{HARMLESS_KEYS, bind_ip, hatches, lenient, positive, refuse_keys};
 use crate::control::consul::watch::Name;
 use crate::control::consul::watch::chain::not_default;
 use crate::control::consul::wire;
@@ -67,10 +67,10 @@ pub(super) fn upstream(
         return Err(format!("{place} has neither local_bind_port nor local_bind_socket_path"));
     }
     let config = Opaque::new(&wire.config);
-    refuse_keys(&config, &place)?;
+    refuse_keys(&config, &place, &hatches::OF_PROXIES)?;
     let mode = &wire.mesh_gateway.mode;
     let mut notes = Vec::new();
-    let upstream = Upstream {
+    let mut upstream = Upstream {
         bind: bind(wire, &place)?,
         destination: destination(wire, own),
         connect_timeout: lenient(config.millis("connect_timeout_ms"), &mut notes).filter(|timeout| !timeout.is_zero()),
@@ -82,6 +82,7 @@ pub(super) fn upstream(
         deny_reply: deny_reply(&config, &mut notes),
         label,
     };
+    hatches::of_upstream(&config, &mut upstream, &place, &mut notes)?;
     config.ignore(&HARMLESS_KEYS);
     notes.extend(config.unread().iter().map(|key| format!("config.{} has no effect", key.escape_default())));
     warnings.extend(notes.into_iter().map(|note| format!("{place}: {note}")));

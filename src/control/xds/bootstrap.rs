@@ -5,7 +5,7 @@
 //! a value have become one before anything here looks at them. What Consul prints from 1.8 to 1.22 is understood; 1.8's, of
 //! Envoy's old API, is renewed first ([`old`]). Knows no command line. Fails with the path of the field and what to do.
 
-mod old;
+pub(super) mod old;
 mod pages;
 mod shape;
 mod stats;

@@ -65,11 +65,22 @@ pub(super) enum Role {
 
 /// What `tcp_proxy` says of the connections that it carries. None of it changes who may come in.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Tuning {
+pub(in crate::control) struct Tuning {
     /// As [`crate::mesh::Upstream::idle_timeout`].
-    pub(super) idle_timeout: Option<Duration>,
+    pub(in crate::control) idle_timeout: Option<Duration>,
     /// As [`crate::mesh::Upstream::connect_attempts`].
-    pub(super) connect_attempts: Option<u32>,
+    pub(in crate::control) connect_attempts: Option<u32>,
+}
+
+/// A listener that carries bytes to one cluster.
+#[derive(Debug, PartialEq, Eq)]
+pub(in crate::control) struct Plain {
+    pub(in crate::control) bind: Bind,
+    pub(in crate::control) cluster: String,
+    pub(in crate::control) max_connections: Option<u32>,
+    pub(in crate::control) tuning: Tuning,
+    /// It has access logs of its own.
+    pub(in crate::control) logs: bool,
 }
 
 /// Mutual TLS that ends here, and what is behind it.
@@ -154,6 +165,37 @@ impl Listener {
             None => Role::Router(routes(message, &inspection, &mut access_logs)?),
         };
         Ok(Self { name: message.name.clone(), bind, role, tuning, access_logs })
+    }
+
+    /// Reads one that carries bytes to one cluster and does nothing else.
+    pub(super) fn plain(message: &pb::Listener) -> Result<Plain, Refusal> {
+        if let Some(filter) = message.listener_filters.first() {
+            return Err(Refusal::new("listener_filters[0].name", &filter.name, "expected none"));
+        }
+        let [chain] = message.filter_chains.as_slice() else {
+            return Err(Refusal::new("filter_chains", format!("{} of them", message.filter_chains.len()), "expected one"));
+        };
+        if message.default_filter_chain.is_some() || !chain::matches_all(chain) {
+            return Err(Refusal::new(
+                "filter_chains[0].filter_chain_match",
+                "present",
+                "expected one that takes all connections",
+            ));
+        }
+        let filters = chain::filters(chain).map_err(|why| why.under("filter_chains[0]"))?;
+        let other = [("rbac", filters.rbac), ("sni_cluster", filters.by_server_name), ("http_connection_manager", filters.http)];
+        match other.iter().find(|(_, present)| *present) {
+            Some((name, _)) => {
+                Err(Refusal::new("filter_chains[0].filters", name, "expected connection_limit and tcp_proxy only"))
+            }
+            None => Ok(Plain {
+                bind: bind(message)?,
+                cluster: filters.cluster,
+                max_connections: (filters.max_connections > 0).then_some(filters.max_connections),
+                tuning: filters.tuning,
+                logs: !message.access_log.is_empty() || !filters.access_logs.is_empty(),
+            }),
+        }
     }
 
     /// The clusters that it names.
