@@ -262,7 +262,7 @@ fn our_sessions(shape: Shape) -> (Session, Session) {
 
 /// What dials and what accepts, of one CA.
 fn ends(ca: &Ca, tls13: bool) -> (Dialer, WorkerTls) {
-    let params = TlsParams { tls12: !tls13, tls13 };
+    let params = TlsParams { tls12: !tls13, tls13, ..TlsParams::DEFAULT };
     let tls = |service| WorkerTls::new(&ca.svid(service), &ca.bundle(), &params).expect("a configuration");
     let expected: Arc<[_]> = Arc::from([ca.id("db")]);
     (tls("web").dialer(&"db.default.dc1.internal.t.consul".into(), &expected), tls("db"))

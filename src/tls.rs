@@ -16,8 +16,10 @@ pub mod hello;
 pub mod provider;
 pub mod record;
 mod resume;
+mod suites;
 pub mod verify;
 
 pub use handshake::{Established, Failure, FailureKind, Handshake, Progress, Step};
 pub use provider::{Dialer, TlsError, TlsParams, WorkerTls};
 pub use record::{Open, RecordError, Session};
+pub use suites::Suites;

@@ -74,7 +74,7 @@ pub(crate) enum Alarm {
 
 impl Identities {
     pub(crate) fn new(workers: usize, resumption: bool) -> Self {
-        let recipe = Recipe { workers, resumption, params: super::consul::watch::mesh::DEFAULT };
+        let recipe = Recipe { workers, resumption, params: TlsParams::DEFAULT };
         Self { recipe, roots: None, slots: BTreeMap::new() }
     }
 

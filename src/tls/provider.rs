@@ -15,12 +15,12 @@ use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
 use rustls::pki_types::{IpAddr, Ipv4Addr, ServerName};
 use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use rustls::{ClientConfig, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
+use rustls::{ClientConfig, ServerConfig, SupportedProtocolVersion};
 
 use super::backend::provider as library;
-use super::backend::provider::cipher_suite as suites;
 use super::handshake::Handshake;
 use super::resume::{Sessions, TicketKey};
+use super::suites::Suites;
 use super::verify::{AnswererVerifier, BundleError, CallerVerifier, Trust};
 use crate::identity::{SpiffeId, Svid, TrustBundle};
 
@@ -31,12 +31,18 @@ pub struct TlsParams {
     pub tls12: bool,
     /// Whether TLS 1.3 is spoken.
     pub tls13: bool,
+    /// With which suites TLS 1.2 is spoken. Where there is none, it is not.
+    pub suites: Suites,
+}
+
+impl TlsParams {
+    /// Both versions: Envoy dials with 1.2, our own kind with 1.3.
+    pub const DEFAULT: Self = Self { tls12: true, tls13: true, suites: Suites::ALL };
 }
 
 impl Default for TlsParams {
-    /// Both versions: Envoy dials with 1.2, our own kind with 1.3.
     fn default() -> Self {
-        Self { tls12: true, tls13: true }
+        Self::DEFAULT
     }
 }
 
@@ -69,7 +75,9 @@ pub enum TlsError {
     #[error(transparent)]
     Bundle(#[from] BundleError),
     /// Both versions are switched off.
-    #[error("TLS 1.2 and TLS 1.3 are both switched off: check TLSMinVersion and TLSMaxVersion of the mesh config entry")]
+    #[error(
+        "TLS 1.2 and TLS 1.3 are both switched off: check TLSMinVersion, TLSMaxVersion and CipherSuites of the mesh config entry"
+    )]
     NoVersion,
 }
 
@@ -95,7 +103,7 @@ impl WorkerTls {
 
     fn build(svid: &Svid, bundle: &Arc<TrustBundle>, params: &TlsParams, tickets: Option<&TicketKey>) -> Result<Self, TlsError> {
         let versions = versions(params)?;
-        let provider = Arc::new(provider());
+        let provider = Arc::new(CryptoProvider { cipher_suites: params.suites.with_tls13(), ..library::default_provider() });
         let trust = Arc::new(Trust::new(bundle, provider.signature_verification_algorithms)?);
         let key = library::sign::any_supported_type(&svid.key)?;
         let certified = CertifiedKey::new(svid.chain.clone(), key);
@@ -197,28 +205,12 @@ fn nobody(trust: &Arc<Trust>) -> AnswererVerifier {
     AnswererVerifier { trust: Arc::clone(trust), expected: Arc::from([]) }
 }
 
-/// AES-128-GCM first, as BoringSSL orders them: the cheapest per byte on machines with AES instructions, and ample.
-fn provider() -> CryptoProvider {
-    const SUITES: [SupportedCipherSuite; 9] = [
-        suites::TLS13_AES_128_GCM_SHA256,
-        suites::TLS13_AES_256_GCM_SHA384,
-        suites::TLS13_CHACHA20_POLY1305_SHA256,
-        suites::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
-        suites::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-        suites::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
-        suites::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
-        suites::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
-        suites::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
-    ];
-    CryptoProvider { cipher_suites: SUITES.to_vec(), ..library::default_provider() }
-}
-
 fn versions(params: &TlsParams) -> Result<Vec<&'static SupportedProtocolVersion>, TlsError> {
     let mut versions = Vec::with_capacity(2);
     if params.tls13 {
         versions.push(&rustls::version::TLS13);
     }
-    if params.tls12 {
+    if params.tls12 && !params.suites.is_empty() {
         versions.push(&rustls::version::TLS12);
     }
     if versions.is_empty() { Err(TlsError::NoVersion) } else { Ok(versions) }
@@ -245,8 +237,10 @@ mod tests {
     fn a_foreign_key_and_no_version_are_refused() {
         let ca = Ca::new("t.consul");
         let mut svid = ca.svid("web");
-        let none = TlsParams { tls12: false, tls13: false };
+        let none = TlsParams { tls12: false, tls13: false, ..TlsParams::DEFAULT };
         assert!(matches!(WorkerTls::new(&svid, &ca.bundle(), &none), Err(TlsError::NoVersion)));
+        let no_suite = TlsParams { tls12: true, tls13: false, suites: Suites::named(["AES128-SHA"]) };
+        assert!(matches!(WorkerTls::new(&svid, &ca.bundle(), &no_suite), Err(TlsError::NoVersion)));
         svid.key = ca.svid("db").key.clone_key();
         let refused = WorkerTls::new(&svid, &ca.bundle(), &TlsParams::default());
         assert!(matches!(refused, Err(TlsError::Rustls(rustls::Error::InconsistentKeys(_)))));

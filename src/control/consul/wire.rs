@@ -392,6 +392,8 @@ pub(crate) struct TlsRange {
     pub(crate) min: String,
     #[serde(rename = "TLSMaxVersion", deserialize_with = "nullable")]
     pub(crate) max: String,
+    #[serde(rename = "CipherSuites", deserialize_with = "nullable")]
+    pub(crate) suites: Vec<String>,
 }
 
 impl<'de> Deserialize<'de> for Private {

@@ -162,8 +162,8 @@ fn other_tls_versions_make_new_configurations_of_the_same_leaf() {
     identities.offer_roots(&wire_roots(&ca, &[]), now()).expect("roots");
     identities.offer_leaf(&name("web"), wire_leaf(&ca.svid("web")), now());
     let before = Arc::clone(identities.current(&name("web")).expect("in use"));
-    assert!(!identities.set_params(TlsParams { tls12: true, tls13: true }));
-    assert!(identities.set_params(TlsParams { tls12: false, tls13: true }));
+    assert!(!identities.set_params(TlsParams { tls12: true, tls13: true, ..TlsParams::DEFAULT }));
+    assert!(identities.set_params(TlsParams { tls12: false, tls13: true, ..TlsParams::DEFAULT }));
     let after = identities.current(&name("web")).expect("in use");
     assert!(!Arc::ptr_eq(&before, after) && Arc::ptr_eq(&before.svid, &after.svid));
     assert_eq!(identities.rotations(&name("web")), 1);

@@ -14,7 +14,7 @@ use super::tls_context::Material;
 use crate::identity::{PeerBundle, SpiffeId, Svid, TrustBundle};
 use crate::mesh::Identity;
 use crate::tls::verify;
-use crate::tls::{TlsParams, WorkerTls};
+use crate::tls::{Suites, TlsParams, WorkerTls};
 
 /// Every identity of the proxy.
 pub(super) struct Identities {
@@ -146,10 +146,11 @@ impl Candidate {
         Ok((bundle, refused))
     }
 
-    /// The versions that every context allows; where they leave none, the configuration says so when it is made.
+    /// The versions and suites that every context allows; where they leave none, the configuration says so when it is made.
     fn params(&self) -> TlsParams {
         let allowed = |of: fn(&TlsParams) -> bool| self.offered.iter().all(|material| of(&material.params));
-        TlsParams { tls12: allowed(|params| params.tls12), tls13: allowed(|params| params.tls13) }
+        let suites = self.offered.iter().fold(Suites::ALL, |suites, material| suites.and(material.params.suites));
+        TlsParams { tls12: allowed(|params| params.tls12), tls13: allowed(|params| params.tls13), suites }
     }
 }
 

@@ -328,6 +328,39 @@ fn identities_in_other_words_than_exact_uris_are_refused() {
 }
 
 #[test]
+fn cipher_suites_are_narrowed_and_none_that_is_spoken_is_refused() {
+    let with = |params: Json| {
+        let mut capture = Bench::fixture("ingress");
+        capture["clusters"][0]["transport_socket"]["typed_config"]["common_tls_context"]["tls_params"] = params;
+        Bench::new("ingress").send(Kind::Cluster, capture["clusters"].as_array().expect("a list"))
+    };
+    assert_eq!(with(json!({"cipher_suites": ["ECDHE-ECDSA-AES256-GCM-SHA384", "AES256-SHA"]})), [""; 0]);
+    assert_eq!(with(json!({"cipher_suites": ["AES256-SHA"]})), [""; 0], "TLS 1.3 is left");
+    let refused = with(json!({"cipher_suites": ["AES256-SHA"], "tls_maximum_protocol_version": "TLSv1_2"}));
+    assert!(refused[0].contains("tls_params.cipher_suites: AES256-SHA; ") && refused[0].contains("ECDHE-RSA"), "{refused:?}");
+}
+
+#[test]
+fn what_tcp_proxy_says_of_connections_holds() {
+    let mut capture = Bench::fixture("sidecar");
+    for listener in capture["listeners"].as_array_mut().expect("a list") {
+        let filters = listener["filter_chains"][0]["filters"].as_array_mut().expect("a list");
+        let tcp_proxy = &mut filters.last_mut().expect("a filter")["typed_config"];
+        tcp_proxy["idle_timeout"] = json!("90s");
+        tcp_proxy["max_connect_attempts"] = json!(7);
+    }
+    let mut bench = Bench::new("web");
+    assert_eq!(bench.send_all(&capture), [""; 0]);
+    let service = bench.build();
+    let idle_timeout = Some(Duration::from_secs(90));
+    assert_eq!(service.public.as_ref().map(|public| public.idle_timeout), Some(idle_timeout));
+    assert!(!service.upstreams.is_empty());
+    for upstream in &service.upstreams {
+        assert_eq!((upstream.idle_timeout, upstream.connect_attempts), (idle_timeout, Some(7)));
+    }
+}
+
+#[test]
 fn a_stream_begins_with_the_node_and_what_is_held() {
     let mut bench = Bench::new("airflow-worker");
     let settings = Xds {

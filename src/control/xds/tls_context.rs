@@ -16,8 +16,8 @@ use zeroize::Zeroizing;
 
 use super::refusal::{Refusal, message_name, unpack};
 use crate::identity::SpiffeId;
-use crate::tls::TlsParams;
 use crate::tls::verify::{self, CHAIN_CERTIFICATES_MAX};
+use crate::tls::{Suites, TlsParams};
 
 const UPSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext";
 const DOWNSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext";
@@ -300,14 +300,11 @@ fn roots(source: Option<&core::DataSource>, field: &str) -> Result<String, Refus
     }
 }
 
-/// Cipher suites and curves are not narrowed: what is spoken here is a subset of Envoy's defaults already.
+/// Curves are not narrowed: what is spoken here is a subset of Envoy's defaults already.
 fn params(params: Option<&pb::TlsParameters>) -> Result<TlsParams, Refusal> {
     use pb::tls_parameters::TlsProtocol;
     let Some(params) = params else { return Ok(TlsParams::default()) };
-    if !params.cipher_suites.is_empty() {
-        let wanted = "the suites are those of rustls, all with forward secrecy and AEAD, and cannot be narrowed: expected none";
-        return Err(Refusal::new("tls_params.cipher_suites", params.cipher_suites.join(","), wanted));
-    }
+    let suites = Suites::named(params.cipher_suites.iter().map(String::as_str));
     let version = |number: i32| TlsProtocol::try_from(number).unwrap_or(TlsProtocol::TlsAuto);
     let (least, most) = (version(params.tls_minimum_protocol_version), version(params.tls_maximum_protocol_version));
     let tls12 = !matches!(least, TlsProtocol::TlSv13);
@@ -317,7 +314,11 @@ fn params(params: Option<&pb::TlsParameters>) -> Result<TlsParams, Refusal> {
         let wanted = "TLS 1.2 and 1.3 are spoken: expected TLSv1_2, TLSv1_3 or TLS_AUTO";
         return Err(Refusal::new("tls_params.tls_maximum_protocol_version", most.as_str_name(), wanted));
     }
-    Ok(TlsParams { tls12, tls13 })
+    if suites.is_empty() && !tls13 {
+        let wanted = format!("none of these is spoken in TLS 1.2, and 1.3 is not allowed: expected one of {}", Suites::known());
+        return Err(Refusal::new("tls_params.cipher_suites", params.cipher_suites.join(","), wanted));
+    }
+    Ok(TlsParams { tls12: tls12 && !suites.is_empty(), tls13, suites })
 }
 
 impl std::fmt::Debug for Material {

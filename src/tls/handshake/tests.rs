@@ -17,9 +17,10 @@ use crate::tls::harness::{
 };
 use crate::tls::provider::TlsParams;
 use crate::tls::record::Open;
+use crate::tls::suites::Suites;
 
-const TLS12: TlsParams = TlsParams { tls12: true, tls13: false };
-const TLS13: TlsParams = TlsParams { tls12: false, tls13: true };
+const TLS12: TlsParams = TlsParams { tls12: true, tls13: false, ..TlsParams::DEFAULT };
+const TLS13: TlsParams = TlsParams { tls12: false, tls13: true, ..TlsParams::DEFAULT };
 
 fn suite(tls13: bool) -> SupportedCipherSuite {
     let wanted = |(suite, key): &(SupportedCipherSuite, KeyKind)| suite.tls13().is_some() == tls13 && *key == KeyKind::P256;
@@ -80,6 +81,14 @@ fn both_versions_work_byte_by_byte_and_with_one_byte_of_room() {
             check_pair(client, server, version);
         }
     }
+}
+
+#[test]
+fn no_suite_outside_a_narrower_list_is_spoken() {
+    let narrow = TlsParams { suites: Suites::named(["ECDHE-ECDSA-AES256-GCM-SHA384"]), ..TLS12 };
+    let (mut client, mut server) = sides(&narrow, 16_384);
+    run(&mut client, &mut server, || usize::MAX);
+    assert_eq!(client.establish().0.suite, 0xc02c);
 }
 
 proptest! {

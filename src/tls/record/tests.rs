@@ -7,8 +7,8 @@ use crate::tls::fixtures::KeyKind;
 use crate::tls::harness::{Linked, give, linked, our_pair, seal, suites, take};
 use crate::tls::provider::TlsParams;
 
-const TLS12: TlsParams = TlsParams { tls12: true, tls13: false };
-const TLS13: TlsParams = TlsParams { tls12: false, tls13: true };
+const TLS12: TlsParams = TlsParams { tls12: true, tls13: false, ..TlsParams::DEFAULT };
+const TLS13: TlsParams = TlsParams { tls12: false, tls13: true, ..TlsParams::DEFAULT };
 
 fn pattern(len: usize, seed: u8) -> Vec<u8> {
     (0..len).map(|at| (at as u8).wrapping_mul(31).wrapping_add(seed)).collect()

@@ -1,4 +1,4 @@
-//! The `mesh` config entry: TLS versions. Absent, unreadable and unknown (Consul 1.8) all mean Consul's defaults.
+//! The `mesh` config entry: TLS versions and cipher suites. Absent, unreadable and unknown (Consul 1.8) all mean Consul's defaults.
 
 use super::{Context, Follower, Spec, Turn, Update};
 use crate::control::backoff::jittered;
@@ -7,14 +7,11 @@ use crate::control::consul::client::{Request, Response};
 use crate::control::consul::cursor::Style;
 use crate::control::consul::error::{AgentError, Endpoint};
 use crate::control::consul::wire;
-use crate::tls::TlsParams;
+use crate::tls::{Suites, TlsParams};
 
 const SPEC: Spec = Spec { class: Class::Background, style: Style::Index, cached: false };
 /// Where there is no entry, one may be written some day.
 const ABSENT_INTERVAL: std::time::Duration = std::time::Duration::from_secs(60);
-
-/// TLS 1.2 and 1.3.
-pub(crate) const DEFAULT: TlsParams = TlsParams { tls12: true, tls13: true };
 
 pub(super) async fn watch(cx: &Context) {
     let request = Request::get(Endpoint::Mesh, &["config", "mesh", "mesh"]);
@@ -40,7 +37,7 @@ pub(super) async fn watch(cx: &Context) {
             }
             // 404: no entry. 403: may not read it. 400 and 500 `invalid config entry kind`: Consul before 1.10.
             Turn::Failed(AgentError::NotFound { .. }) => {
-                cx.data(Update::Mesh(DEFAULT)).await;
+                cx.data(Update::Mesh(TlsParams::DEFAULT)).await;
                 follower.cursor.restart();
                 tokio::time::sleep(jittered(ABSENT_INTERVAL)).await;
             }
@@ -51,7 +48,7 @@ pub(super) async fn watch(cx: &Context) {
                 | AgentError::Server { .. },
             ) => {
                 if !known {
-                    cx.data(Update::Mesh(DEFAULT)).await;
+                    cx.data(Update::Mesh(TlsParams::DEFAULT)).await;
                 }
                 follower.cursor.restart();
                 tokio::time::sleep(jittered(ABSENT_INTERVAL)).await;
@@ -74,12 +71,18 @@ fn decode(response: &Response) -> Result<Update, AgentError> {
 /// One range for both directions: the stricter of the two, because one configuration serves both roles.
 fn params(tls: &wire::MeshTls) -> Result<TlsParams, String> {
     let ranges = [range(&tls.incoming)?, range(&tls.outgoing)?];
+    let suites = [&tls.incoming, &tls.outgoing].map(|tls| Suites::named(tls.suites.iter().map(String::as_str)));
+    let suites = suites.into_iter().fold(Suites::ALL, Suites::and);
+    let tls12 = !suites.is_empty();
     let all = TlsParams {
-        tls12: ranges.iter().all(|(low, high)| (*low..=*high).contains(&2)),
+        tls12: tls12 && ranges.iter().all(|(low, high)| (*low..=*high).contains(&2)),
         tls13: ranges.iter().all(|(low, high)| (*low..=*high).contains(&3)),
+        suites,
     };
     if all.tls12 || all.tls13 {
         Ok(all)
+    } else if suites.is_empty() {
+        Err(format!("its CipherSuites leave none of {}, and TLS 1.3 is not allowed; add one of them", Suites::known()))
     } else {
         Err("its TLS versions leave neither TLS 1.2 nor 1.3 in both directions; allow one of them".to_owned())
     }
@@ -110,21 +113,29 @@ mod tests {
             let mesh: wire::Mesh = serde_json::from_str(text).expect("JSON");
             params(&mesh.tls)
         };
-        assert_eq!(of(r#"{"Kind":"mesh"}"#), Ok(DEFAULT));
+        assert_eq!(of(r#"{"Kind":"mesh"}"#), Ok(TlsParams::DEFAULT));
         assert_eq!(
             of(r#"{"TLS":{"Incoming":{"TLSMinVersion":"TLSv1_3"},"Outgoing":null}}"#),
-            Ok(TlsParams { tls12: false, tls13: true })
+            Ok(TlsParams { tls12: false, tls13: true, ..TlsParams::DEFAULT })
         );
         assert_eq!(
             of(r#"{"TLS":{"Outgoing":{"TLSMinVersion":"TLS_AUTO","TLSMaxVersion":"TLSv1_2"}}}"#),
-            Ok(TlsParams { tls12: true, tls13: false })
+            Ok(TlsParams { tls12: true, tls13: false, ..TlsParams::DEFAULT })
         );
+        let suites = Suites::named(["TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384"]);
+        let narrow =
+            r#"{"TLS":{"Incoming":{"CipherSuites":["TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384","TLS_RSA_WITH_AES_128_CBC_SHA"]}}}"#;
+        assert_eq!(of(narrow), Ok(TlsParams { suites, ..TlsParams::DEFAULT }));
+        let other =
+            |max: &str| of(&format!(r#"{{"TLS":{{"Outgoing":{{"CipherSuites":["AES128-SHA"],"TLSMaxVersion":"{max}"}}}}}}"#));
+        assert_eq!(other("TLSv1_3").map(|params| (params.tls12, params.tls13)), Ok((false, true)));
+        assert!(other("TLSv1_2").expect_err("nothing left").contains("ECDHE-RSA-AES128-GCM-SHA256"));
         assert!(of(r#"{"TLS":{"Incoming":{"TLSMaxVersion":"TLSv1_1"}}}"#).is_err());
         assert!(of(r#"{"TLS":{"Incoming":{"TLSMaxVersion":"SSLv3"}}}"#).is_err());
         assert!(decode(&Response::with_body(b"[]")).is_err() && decode(&Response::with_body(b"")).is_err());
         assert_eq!(
             serde_json::from_value::<wire::Mesh>(crate::control::fixture("config-mesh")).map(|mesh| params(&mesh.tls)).ok(),
-            Some(Ok(DEFAULT))
+            Some(Ok(TlsParams::DEFAULT))
         );
     }
 }
