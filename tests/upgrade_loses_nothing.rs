@@ -42,8 +42,11 @@ impl Drop for Successor {
 #[test]
 fn nothing_is_lost_under_load() {
     let app = Echo::start();
-    let mut pair =
-        Pair::tuned(Agent::start(), app.address, |web| web.workers(2), |db| db.workers(2), |definition| definition).wait_open();
+    let scraped = ports::free_address();
+    let define = |definition: Definition| definition.config("envoy_prometheus_bind_addr", scraped.to_string());
+    let mut pair = Pair::tuned(Agent::start(), app.address, |web| web.workers(2), |db| db.workers(2), define).wait_open();
+    let page = support::http::Client::new(scraped, None);
+    wait_for("the page of db", PATIENCE, || page.try_get("/metrics").map(|_| ()));
     let (ended, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let upstream = pair.upstream;
     let load: Vec<_> = (0..4)
@@ -64,6 +67,17 @@ fn nothing_is_lost_under_load() {
             })
         })
         .collect();
+    let scraper = std::thread::spawn({
+        let ended = Arc::clone(&ended);
+        move || {
+            let mut outcomes = Vec::new();
+            while !ended.load(Ordering::Relaxed) {
+                outcomes.push(page.try_get("/metrics").map(|answer| answer.status));
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            outcomes
+        }
+    });
     let mut long = traffic::connect(upstream).expect("a long connection");
     let mut echo = |text: &[u8; 6]| {
         long.write_all(text).expect("sent");
@@ -81,6 +95,9 @@ fn nothing_is_lost_under_load() {
     for client in load {
         assert_eq!(client.join().expect("a client"), Vec::<String>::new());
     }
+    let outcomes = scraper.join().expect("the scraper");
+    let failed: Vec<_> = outcomes.iter().filter(|outcome| **outcome != Ok(200)).collect();
+    assert!(failed.is_empty() && outcomes.len() > 20, "{failed:?} of {} scrapes", outcomes.len());
     echo(b"after.");
     let started = pair.web.metrics().sum("process_start_time_seconds", &[]);
     assert!(started > 0, "the new process answers at the admin port");

@@ -89,11 +89,11 @@ pub struct Bound {
 #[derive(Clone)]
 struct Tls(Arc<ServerConfig>);
 
-/// Binds an address for a listener; `app` has one that keeps it from being handed over.
+/// Binds an address for a listener; `app` has one that takes what the process before left.
 pub type Bind = fn(SocketAddr) -> io::Result<std::net::TcpListener>;
 
 /// Binds `page` and reads its TLS files.
-pub fn bind(page: PageListener, bind: Bind) -> Result<Bound, PageError> {
+pub fn bind(page: PageListener, bind: impl FnOnce(SocketAddr) -> io::Result<std::net::TcpListener>) -> Result<Bound, PageError> {
     let tls = page.tls.as_ref().map(|tls| server_config(&page.name, tls)).transpose()?.map(Tls);
     let bound = bind(page.bind).and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
     match bound {
@@ -128,13 +128,16 @@ struct Running {
     page: PageListener,
     /// Of the command line: it stays.
     fixed: bool,
+    /// For the page that may come in its place.
+    socket: std::net::TcpListener,
     _close: watch::Sender<bool>,
 }
 
 fn start(running: &mut HashMap<SocketAddr, Running>, bound: Bound, admin: &Router, fixed: bool) {
     let Bound { page, listener, tls } = bound;
-    let listener = match TcpListener::from_std(listener) {
-        Ok(listener) => listener,
+    let both = listener.try_clone().and_then(|socket| Ok((socket, TcpListener::from_std(listener)?)));
+    let (socket, listener) = match both {
+        Ok(both) => both,
         Err(error) => {
             tracing::error!(listener = page.name, %error, "a listener for pages cannot be used");
             return;
@@ -147,24 +150,26 @@ fn start(running: &mut HashMap<SocketAddr, Running>, bound: Bound, admin: &Route
     let (everybody, sources) = (page.sources.is_empty(), sources(&page));
     let admits = move |peer: SocketAddr| everybody || sources.iter().any(|network| network.contains(peer.ip()));
     tokio::spawn(async move { server::serve(listener, acceptor, admits, router, &mut closed).await });
-    running.insert(page.bind, Running { page, fixed, _close: close });
+    running.insert(page.bind, Running { page, fixed, socket, _close: close });
 }
 
 /// Opens and closes listeners so that they are those that registrations want now.
 fn follow(shared: &Shared, running: &mut HashMap<SocketAddr, Running>, admin: &Router) {
     let wanted = shared.wanted_pages();
-    running.retain(|_, one| one.fixed || wanted.contains(&one.page));
+    running.retain(|bind, one| one.fixed || wanted.iter().any(|page| page.bind == *bind));
     let mut failures = Vec::new();
-    for page in wanted {
-        let known = running.get(&page.bind).is_some_and(|one| one.page == page);
+    for page in &wanted {
+        let known = running.get(&page.bind).is_some_and(|one| one.page == *page);
         if known || running.len() >= LISTENERS_MAX {
             continue;
         }
-        if running.contains_key(&page.bind) {
+        let taken = |one: &Running| one.fixed || wanted.contains(&one.page);
+        if running.get(&page.bind).is_some_and(taken) {
             failures.push((page.bind, format!("{}: another listener for pages has {}", page.name, page.bind)));
             continue;
         }
-        match bind(page.clone(), shared.bind_page) {
+        let socket = running.remove(&page.bind).map(|one| one.socket);
+        match bind(page.clone(), |address| socket.map_or_else(|| (shared.bind_page)(address), Ok)) {
             Ok(bound) => start(running, bound, admin, false),
             Err(error) => failures.push((page.bind, error.to_string())),
         }

@@ -64,9 +64,11 @@ fn bind_pages(wanted: &[PageListener], successor: bool) -> Result<(Vec<pages::Bo
     Ok((bound, late))
 }
 
-/// Not handed over: these listeners come and go with registrations, of which a new process knows nothing at first.
+/// Set apart from the workers' sockets: these listeners come and go with registrations, of which a new process knows nothing at
+/// first.
 fn bind_page(address: SocketAddr) -> io::Result<TcpListener> {
-    let listener = TcpListener::bind(address)?;
-    handover::withhold(Place::Tcp(listener.local_addr()?));
+    let left = handover::take_apart(&Place::Tcp(address)).map(TcpListener::from);
+    let listener = left.map_or_else(|| TcpListener::bind(address), Ok)?;
+    handover::set_apart(Place::Tcp(listener.local_addr()?));
     Ok(listener)
 }

@@ -16,7 +16,7 @@ use crate::control::{Command, Status, dump};
 use crate::mesh::{Bind, Snapshot};
 use crate::proxy::{self, Workers};
 use crate::store::{self, Viewer};
-use crate::sys::handover::Inherited;
+use crate::sys::handover::{self, Inherited};
 use crate::telemetry::cells::WorkerCells;
 use crate::telemetry::channel;
 use crate::telemetry::hub::Hub;
@@ -315,6 +315,7 @@ impl Sidecar {
     pub(super) fn take_over_if_released(&mut self) {
         if self.inherited.is_released() {
             self.workers.take_charge();
+            handover::close_apart();
             self.airflow_phase.send_replace(airflow::Phase::Serve);
             tracing::info!("the process before has left everything to this one");
         }

@@ -15,7 +15,7 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use socket2::SockRef;
 
-use super::handover::{is_withheld, place_of};
+use super::handover::{is_apart, place_of};
 
 /// Descriptors that are kept: as many as FileDescriptorStoreMax= in the units.
 const DESCRIPTORS_MAX: usize = 4_096;
@@ -66,7 +66,7 @@ impl DescriptorStore {
         for entry in std::fs::read_dir("/proc/self/fd")?.flatten() {
             let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
             // What no other process may take over, the next one could not bind besides.
-            if place_of(fd).is_none_or(|place| is_withheld(&place)) {
+            if place_of(fd).is_none_or(|place| is_apart(&place)) {
                 continue;
             }
             let Some((name, socket)) = named_copy(fd) else { continue };

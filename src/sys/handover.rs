@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::{Arc, LazyLock, OnceLock};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::ArcSwap;
 use serde::{Deserialize, Serialize};
@@ -41,6 +41,9 @@ struct Message {
     ready: RawFd,
     go: RawFd,
     sockets: Vec<(RawFd, Place)>,
+    /// Those that no worker listens at.
+    #[serde(default)]
+    apart: Vec<(RawFd, Place)>,
     /// Names of what the parent keeps in the descriptor store.
     #[serde(default)]
     kept: BTreeSet<String>,
@@ -105,8 +108,9 @@ pub fn start_successor(arguments: impl Iterator<Item = OsString>, kept: BTreeSet
     let (reader, go) = io::pipe()?;
     let go_fd = inheritable(reader.as_raw_fd())?;
     let copies: Vec<(OwnedFd, Place)> = listening()?;
-    let sockets = copies.iter().map(|(fd, place)| (fd.as_raw_fd(), place.clone())).collect();
-    let message = Message { ready: ready_fd.as_raw_fd(), go: go_fd.as_raw_fd(), sockets, kept };
+    let sockets = copies.iter().map(|(fd, place)| (fd.as_raw_fd(), place.clone()));
+    let (apart, sockets) = sockets.partition(|(_, place)| is_apart(place));
+    let message = Message { ready: ready_fd.as_raw_fd(), go: go_fd.as_raw_fd(), sockets, apart, kept };
     let message = serde_json::to_string(&message).map_err(io::Error::other)?;
     let program = std::env::current_exe()?;
     // A file that was replaced is gone under its old name: the new one has the name.
@@ -189,17 +193,25 @@ impl Inherited {
 
     fn of(message: Message) -> Self {
         let mut inherited = Self { kept: message.kept, ..Self::default() };
-        for (fd, place) in message.sockets {
-            // A descriptor that is something else is somebody else's, and left alone.
-            let listens = place_of(fd).is_some_and(|found| found == place);
-            match listens.then(|| adopt(fd)).flatten() {
-                Some(socket) => inherited.sockets.push_back((place, socket)),
-                None => inherited.wrong.push(format!("descriptor {fd} does not listen at {place:?}")),
-            }
-        }
+        inherited.sockets = inherited.adopt_all(message.sockets).into();
+        let apart = inherited.adopt_all(message.apart);
+        *left_apart() = apart;
         inherited.ready = adopt(message.ready).map(PipeWriter::from);
         inherited.go = adopt(message.go).filter(|go| sys_nonblocking(go.as_raw_fd()).is_ok()).map(PipeReader::from);
         inherited
+    }
+
+    /// A descriptor that is something else is somebody else's, and left alone.
+    fn adopt_all(&mut self, told: Vec<(RawFd, Place)>) -> Vec<(Place, OwnedFd)> {
+        let mut adopted = Vec::with_capacity(told.len());
+        for (fd, place) in told {
+            let listens = place_of(fd).is_some_and(|found| found == place);
+            match listens.then(|| adopt(fd)).flatten() {
+                Some(socket) => adopted.push((place, socket)),
+                None => self.wrong.push(format!("descriptor {fd} does not listen at {place:?}")),
+            }
+        }
+        adopted
     }
 
     /// Whether a parent still has what it will hand over.
@@ -264,23 +276,42 @@ impl Inherited {
     }
 }
 
-/// Places that are not handed over, for the whole process: which sockets it has is no thread's own either.
-static WITHHELD: LazyLock<ArcSwap<Vec<Place>>> = LazyLock::new(ArcSwap::default);
-/// Places that are withheld at once.
-const WITHHELD_MAX: usize = 1_024;
+/// Places that no worker listens at, for the whole process: which sockets it has is no thread's own either.
+static APART: LazyLock<ArcSwap<Vec<Place>>> = LazyLock::new(ArcSwap::default);
+/// So many are known at once.
+const APART_MAX: usize = 1_024;
+/// What the process before had at such places.
+static LEFT_APART: Mutex<Vec<(Place, OwnedFd)>> = Mutex::new(Vec::new());
 
-/// A socket at `place` stays with this process when another takes over: that one binds the place itself once it is free.
-pub fn withhold(place: Place) {
-    WITHHELD.rcu(|places| {
-        if places.len() >= WITHHELD_MAX || places.contains(&place) {
+/// A socket at `place` is no worker's: the process that takes over asks for it with [`take_apart`] once it wants to listen
+/// there, and the service manager does not keep it.
+pub fn set_apart(place: Place) {
+    APART.rcu(|places| {
+        if places.len() >= APART_MAX || places.contains(&place) {
             return Arc::clone(places);
         }
         Arc::new(places.iter().cloned().chain([place.clone()]).collect())
     });
 }
 
-pub(super) fn is_withheld(place: &Place) -> bool {
-    WITHHELD.load().contains(place)
+pub(super) fn is_apart(place: &Place) -> bool {
+    APART.load().contains(place)
+}
+
+/// The socket that the process before had apart at `place`.
+pub fn take_apart(place: &Place) -> Option<OwnedFd> {
+    let mut left = left_apart();
+    let at = left.iter().position(|(known, _)| known == place)?;
+    Some(left.swap_remove(at).1)
+}
+
+/// Closes what the process before had apart and nobody has asked for.
+pub fn close_apart() {
+    left_apart().clear();
+}
+
+fn left_apart() -> MutexGuard<'static, Vec<(Place, OwnedFd)>> {
+    LEFT_APART.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Every listening socket of this process, as a copy that a child inherits.
@@ -288,9 +319,7 @@ fn listening() -> io::Result<Vec<(OwnedFd, Place)>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc/self/fd")?.flatten() {
         let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        if let Some(place) = place_of(fd)
-            && !is_withheld(&place)
-        {
+        if let Some(place) = place_of(fd) {
             found.push((inheritable(fd)?, place));
         }
     }
@@ -354,7 +383,7 @@ mod tests {
     }
 
     fn message(sockets: Vec<(RawFd, Place)>) -> Message {
-        Message { ready: -1, go: -1, sockets, kept: BTreeSet::new() }
+        Message { ready: -1, go: -1, sockets, apart: Vec::new(), kept: BTreeSet::new() }
     }
 
     #[test]

@@ -67,6 +67,12 @@ async fn a_registrations_pages_come_and_go_and_show_nothing_else() {
         assert_eq!(got(address, path).await.status, 404, "{path}");
     }
     assert!(port.ask("GET", "/listeners").await.body.contains(&format!("pages::{address}\n")));
+    // Another page in its place: the socket stays.
+    let moved = page(address, PathMatch::Exact("/moved".to_owned()), PageAnswer::Admin { rewrite: Some("/ready".to_owned()) });
+    port.status.send_replace(Status { services: vec![service(vec![moved])], agent_reachable: true, ..Status::default() });
+    while get(address, "/moved").await.expect("it listens all the time").status == 404 {}
+    assert_eq!(get(address, "/scrape").await.expect("it listens").status, 404);
+    assert_eq!(port.json("/healthz").await["problems"], serde_json::json!([]));
     port.status.send_replace(Status::default());
     for _ in 0..200 {
         if TcpStream::connect(address).await.is_err() {
