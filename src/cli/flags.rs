@@ -238,6 +238,7 @@ impl Process {
             target: target.clone(),
             format: self.access_log_format.clone(),
             unmatched_only,
+            only: None,
         };
         self.access_log.iter().flat_map(|target| [of(target, false), of(target, true)]).collect()
     }

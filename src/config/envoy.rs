@@ -1,6 +1,7 @@
 //! What Envoy's bootstrap says, typed: where the xDS stream goes, which small listeners this process has of its own, how
 //! stats are named and sent. Filled by `cli::envoy` from a bootstrap, or from `consul connect envoy`'s settings.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -249,6 +250,8 @@ pub struct AccessLog {
     pub format: AccessLogFormat,
     /// Those connections that no listener wanted (Consul's `listenerLogs`, filter on the flag NR) instead of all others.
     pub unmatched_only: bool,
+    /// Of these upstreams, routes and routers alone; the empty name is whatever comes in by mutual TLS. `None` is all.
+    pub only: Option<BTreeSet<String>>,
 }
 
 /// The shape of access log lines; operators are Envoy's (`%START_TIME%`, `%RESPONSE_FLAGS%`, ...).

@@ -95,7 +95,8 @@ pub(crate) fn parse(service: &wire::Service, scrape: &Scrape) -> Result<Definiti
     refuse_keys(&config, "proxy.config", &hatches::OF_UPSTREAMS)?;
     let mut warnings = Vec::new();
     let mut public = public(service, &config, &mut warnings)?;
-    hatches::of_public(&config, &mut public, &mut warnings)?;
+    let mut hatch_logs = Vec::new();
+    hatches::of_public(&config, &mut public, &mut hatch_logs)?;
     let mut pages = pages::of(&config, scrape, &mut warnings);
     pages.extend(pages::exposed(service, &config, &mut warnings));
     let stats = stats::wishes(&config, &environment, &mut warnings);
@@ -107,12 +108,13 @@ pub(crate) fn parse(service: &wire::Service, scrape: &Scrape) -> Result<Definiti
     };
     let mut upstreams = Vec::with_capacity(proxy.upstreams.len().min(UPSTREAMS_MAX));
     for wire in proxy.upstreams.iter().take(UPSTREAMS_MAX) {
-        if let Some(upstream) = upstream(wire, proxy, &name, &mut warnings)? {
+        if let Some(upstream) = upstream(wire, proxy, &name, &mut hatch_logs, &mut warnings)? {
             upstreams.push(upstream);
         }
     }
     unique_binds(Some(&public), &upstreams)?;
-    let access_logs = lenient(access_logs::access_logs(&proxy.access_logs).map(Some), &mut warnings).unwrap_or_default();
+    let mut access_logs = lenient(access_logs::access_logs(&proxy.access_logs).map(Some), &mut warnings).unwrap_or_default();
+    access_logs.extend(hatch_logs);
     Ok(Definition {
         proxy_id: service.id.clone(),
         name,

@@ -11,6 +11,7 @@ async fn what_consul_asks_for_is_written_and_can_be_changed() {
         target: LogTarget::File(folder.path().join(name)),
         format: AccessLogFormat::Text("%UPSTREAM_CLUSTER% %CONNECTION_ID%".into()),
         unmatched_only: false,
+        only: None,
     };
     let read = |name: &str| std::fs::read_to_string(folder.path().join(name)).unwrap_or_default();
     let mut port = port().await;

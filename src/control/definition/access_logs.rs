@@ -28,7 +28,7 @@ pub(super) fn access_logs(wire: &wire::AccessLogs) -> Result<Vec<AccessLog>, Str
         }
     };
     check_access_log(&format).map_err(|error| format!("AccessLogs: {error}"))?;
-    let log = |unmatched_only| AccessLog { target: target.clone(), format: format.clone(), unmatched_only };
+    let log = |unmatched_only| AccessLog { target: target.clone(), format: format.clone(), unmatched_only, only: None };
     let unmatched = (!wire.disable_listener_logs).then(|| log(true));
     Ok(std::iter::once(log(false)).chain(unmatched).collect())
 }
@@ -58,6 +58,7 @@ mod tests {
             target: LogTarget::File("/x".into()),
             format: AccessLogFormat::Text("%DURATION%\n".into()),
             unmatched_only: false,
+            only: None,
         };
         assert_eq!(logs, Ok(vec![file]));
         let logs = read(json!({"Enabled": true, "Type": "stderr", "JSONFormat": "{\"a\":\"%UPSTREAM_HOST%\"}"})).expect("read");

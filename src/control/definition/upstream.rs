@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{HARMLESS_KEYS, bind_ip, hatches, lenient, positive, refuse_keys};
+use crate::config::envoy::AccessLog;
 use crate::control::consul::watch::Name;
 use crate::control::consul::watch::chain::not_default;
 use crate::control::consul::wire;
@@ -54,6 +55,7 @@ pub(super) fn upstream(
     wire: &wire::Upstream,
     proxy: &wire::Proxy,
     own: &Name,
+    logs: &mut Vec<AccessLog>,
     warnings: &mut Vec<String>,
 ) -> Result<Option<Upstream>, String> {
     // Synthetic entries of central configuration have no listener.
@@ -82,7 +84,7 @@ pub(super) fn upstream(
         deny_reply: deny_reply(&config, &mut notes),
         label,
     };
-    hatches::of_upstream(&config, &mut upstream, &place, &mut notes)?;
+    hatches::of_upstream(&config, &mut upstream, &place, logs)?;
     config.ignore(&HARMLESS_KEYS);
     notes.extend(config.unread().iter().map(|key| format!("config.{} has no effect", key.escape_default())));
     warnings.extend(notes.into_iter().map(|note| format!("{place}: {note}")));

@@ -59,7 +59,7 @@ fn access_log(wire: &Wire) -> Result<AccessLog, String> {
     };
     let format = format.unwrap_or(AccessLogFormat::Default);
     check_access_log(&format).map_err(|error| error.to_string())?;
-    Ok(AccessLog { target, format, unmatched_only })
+    Ok(AccessLog { target, format, unmatched_only, only: None })
 }
 
 /// Consul's one filter: connections that no filter chain wanted.
@@ -179,7 +179,10 @@ mod tests {
             "typed_config": {"@type": FILE, "path": "/var/log/x", "log_format": {"text_format": "%DURATION%\n"}},
         }));
         let target = LogTarget::File("/var/log/x".into());
-        assert_eq!(log, Ok(AccessLog { target, format: AccessLogFormat::Text("%DURATION%\n".into()), unmatched_only: false }));
+        assert_eq!(
+            log,
+            Ok(AccessLog { target, format: AccessLogFormat::Text("%DURATION%\n".into()), unmatched_only: false, only: None })
+        );
         let log = read(json!({"name": "x", "typed_config": {"@type": STDERR, "log_format":
             {"text_format_source": {"inline_string": "%BYTES_SENT%"}}}}));
         assert_eq!(log.map(|log| log.format), Ok(AccessLogFormat::Text("%BYTES_SENT%".into())));

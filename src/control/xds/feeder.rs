@@ -13,11 +13,12 @@ use tokio::sync::{mpsc, watch};
 use super::build::{self, Built, Hosts, Surroundings};
 use super::held::{Held, Kind};
 use super::identity::Identities;
+use super::listener::{Listener, Role};
 use super::resolver::{Answer, Resolver};
 use super::shown::Everything;
 use super::stream::{Event, Opener};
 use super::subscription::{Subscription, answer};
-use crate::config::envoy::{PageListener, Xds};
+use crate::config::envoy::{AccessLog, PageListener, Xds};
 use crate::control::{Command, ControlError, ServiceStatus, StatsWishes, Status, dump};
 use crate::mesh::{Identity, Snapshot};
 use crate::store::Publisher;
@@ -278,12 +279,7 @@ impl Feeder {
         }
         services[0].problem = self.problem(waits);
         services[0].pages.clone_from(&self.pages);
-        let mut access_logs = Vec::new();
-        for log in self.held.listeners.values().flat_map(|listener| &listener.access_logs) {
-            if !access_logs.contains(log) {
-                access_logs.push(log.clone());
-            }
-        }
+        let access_logs = access_logs(&self.held.listeners.values().map(AsRef::as_ref).collect::<Vec<_>>());
         let next = Status {
             ready: self.was_ready,
             agent_reachable: self.reachable,
@@ -379,4 +375,23 @@ fn left(end: SystemTime) -> f64 {
 #[expect(clippy::cast_precision_loss, reason = "a gauge of a small count")]
 fn as_f64(count: u64) -> f64 {
     count as f64
+}
+
+/// The logs of all listeners, each for its own connections; one that all have takes every connection.
+pub(super) fn access_logs(listeners: &[&Listener]) -> Vec<AccessLog> {
+    let mut logs: Vec<&AccessLog> = Vec::new();
+    for log in listeners.iter().flat_map(|listener| &listener.access_logs) {
+        if !logs.contains(&log) {
+            logs.push(log);
+        }
+    }
+    let serving = listeners.iter().copied().filter(|listener| !matches!(listener.role, Role::Pages { .. }));
+    let scoped = logs.into_iter().map(|log| {
+        let (having, lacking): (Vec<&Listener>, Vec<_>) =
+            serving.clone().partition(|listener| listener.access_logs.contains(log));
+        let only = || having.iter().map(|listener| listener.logged_as()).collect::<Option<Vec<_>>>();
+        let only = if lacking.is_empty() { None } else { only().map(|sets| sets.into_iter().flatten().collect()) };
+        AccessLog { only, ..log.clone() }
+    });
+    scoped.collect()
 }

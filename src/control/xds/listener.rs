@@ -6,7 +6,7 @@
 mod chain;
 mod http;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -79,8 +79,7 @@ pub(in crate::control) struct Plain {
     pub(in crate::control) cluster: String,
     pub(in crate::control) max_connections: Option<u32>,
     pub(in crate::control) tuning: Tuning,
-    /// It has access logs of its own.
-    pub(in crate::control) logs: bool,
+    pub(in crate::control) access_logs: Vec<AccessLog>,
 }
 
 /// Mutual TLS that ends here, and what is behind it.
@@ -193,9 +192,26 @@ impl Listener {
                 cluster: filters.cluster,
                 max_connections: (filters.max_connections > 0).then_some(filters.max_connections),
                 tuning: filters.tuning,
-                logs: !message.access_log.is_empty() || !filters.access_logs.is_empty(),
+                access_logs: access_logs(&message.access_log)?.into_iter().chain(filters.access_logs).collect(),
             }),
         }
+    }
+
+    /// As [`AccessLog::only`]; `None` where its routes are not known before they are asked for.
+    pub(super) fn logged_as(&self) -> Option<BTreeSet<String>> {
+        Some(match &self.role {
+            Role::Public(_) => BTreeSet::from([String::new()]),
+            Role::Upstream { label, .. } => BTreeSet::from([label.clone()]),
+            Role::Pages { .. } => BTreeSet::new(),
+            Role::Router(routes) if routes.all().any(|chain| matches!(chain.way, Way::ServerName)) => return None,
+            Role::Router(routes) => {
+                let of_chains = routes.all().map(|chain| match chain.way {
+                    Way::End(_) => String::new(),
+                    Way::Cluster(_) | Way::ServerName => chain.name.clone(),
+                });
+                of_chains.chain([self.name.clone()]).collect()
+            }
+        })
     }
 
     /// The clusters that it names.

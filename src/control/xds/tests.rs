@@ -361,6 +361,31 @@ fn what_tcp_proxy_says_of_connections_holds() {
 }
 
 #[test]
+fn a_log_is_known_for_the_listeners_that_have_it() {
+    let mut capture = Bench::fixture("sidecar");
+    let log = json!([{"name": "mine", "typed_config":
+        {"@type": "type.googleapis.com/envoy.extensions.access_loggers.stream.v3.StdoutAccessLog"}}]);
+    let listeners = capture["listeners"].as_array_mut().expect("a list");
+    let upstream = listeners.iter_mut().find(|listener| listener["traffic_direction"] == "OUTBOUND").expect("an upstream");
+    upstream["access_log"] = log.clone();
+    let mut bench = Bench::new("web");
+    bench.send_all(&capture);
+    let only = |bench: &Bench| {
+        let held: Vec<_> = bench.held.listeners.values().map(AsRef::as_ref).collect();
+        super::feeder::access_logs(&held).into_iter().map(|log| log.only).collect::<Vec<_>>()
+    };
+    let of_one = only(&bench);
+    let [Some(names)] = of_one.as_slice() else { panic!("{of_one:?}") };
+    let service = bench.build();
+    assert!(names.len() == 1 && service.upstreams.iter().any(|upstream| names.contains(&*upstream.name)), "{names:?}");
+    for listener in capture["listeners"].as_array_mut().expect("a list") {
+        listener["access_log"] = log.clone();
+    }
+    bench.send_all(&capture);
+    assert_eq!(only(&bench), [None], "what all have needs no list");
+}
+
+#[test]
 fn a_stream_begins_with_the_node_and_what_is_held() {
     let mut bench = Bench::new("airflow-worker");
     let settings = Xds {

@@ -15,6 +15,7 @@ mod operator;
 mod stamp;
 mod value;
 
+use std::collections::BTreeSet;
 use std::time::SystemTime;
 
 use super::{Counts, Destination, LogError, Reopener, Spool};
@@ -69,14 +70,43 @@ pub struct AccessLogs {
 struct Writer {
     target: LogTarget,
     format: AccessLogFormat,
-    /// Takes connections that a listener wanted.
-    matched: bool,
-    /// Takes those that none did (NR).
-    unmatched: bool,
+    /// What it takes of connections that a listener wanted.
+    matched: Takes,
+    /// What it takes of those that none did (NR).
+    unmatched: Takes,
     template: Template,
     spool: Spool,
     /// Reused for each line.
     line: Vec<u8>,
+}
+
+/// Whose connections a log takes.
+#[derive(Debug, Default)]
+enum Takes {
+    #[default]
+    None,
+    /// As [`AccessLog::only`].
+    Of(BTreeSet<String>),
+    All,
+}
+
+impl Takes {
+    fn add(&mut self, only: Option<&BTreeSet<String>>) {
+        match (&mut *self, only) {
+            (Self::All, _) => {}
+            (_, None) => *self = Self::All,
+            (Self::None, Some(names)) => *self = Self::Of(names.clone()),
+            (Self::Of(known), Some(names)) => known.extend(names.iter().cloned()),
+        }
+    }
+
+    fn takes(&self, record: &ConnectionRecord) -> bool {
+        match self {
+            Self::None => false,
+            Self::Of(names) => names.contains(record.upstream.as_deref().unwrap_or_default()),
+            Self::All => true,
+        }
+    }
 }
 
 impl AccessLogs {
@@ -108,7 +138,7 @@ impl AccessLogs {
             let same = |writer: &Writer| writer.target == setting.target && writer.format == setting.format;
             if let Some(at) = before.iter().position(same) {
                 let writer = before.swap_remove(at);
-                self.learned.push(Writer { matched: false, unmatched: false, ..writer });
+                self.learned.push(Writer { matched: Takes::None, unmatched: Takes::None, ..writer });
             }
             if let Err(error) = add(&mut self.learned, setting, &self.reopener) {
                 let remedy = "correct the access log in Consul's proxy-defaults, or set -access-log here";
@@ -137,7 +167,8 @@ impl AccessLogs {
         let facts = Facts::new(record, &self.host, self.connections, SystemTime::now());
         let unmatched = flags::is_unmatched(record);
         for writer in self.fixed.iter_mut().chain(&mut self.learned) {
-            if if unmatched { writer.unmatched } else { writer.matched } {
+            let takes = if unmatched { &writer.unmatched } else { &writer.matched };
+            if takes.takes(record) {
                 writer.line.clear();
                 writer.template.write(&facts, &mut writer.line);
                 writer.spool.push(&writer.line);
@@ -181,8 +212,8 @@ fn add(writers: &mut Vec<Writer>, setting: &AccessLog, reopener: &Reopener) -> R
             writers.push(Writer {
                 target: setting.target.clone(),
                 format: setting.format.clone(),
-                matched: false,
-                unmatched: false,
+                matched: Takes::None,
+                unmatched: Takes::None,
                 template,
                 spool,
                 line: Vec::new(),
@@ -191,8 +222,8 @@ fn add(writers: &mut Vec<Writer>, setting: &AccessLog, reopener: &Reopener) -> R
             &mut writers[last]
         }
     };
-    writer.matched |= !setting.unmatched_only;
-    writer.unmatched |= setting.unmatched_only;
+    let takes = if setting.unmatched_only { &mut writer.unmatched } else { &mut writer.matched };
+    takes.add(setting.only.as_ref());
     Ok(())
 }
 

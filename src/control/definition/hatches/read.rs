@@ -1,6 +1,9 @@
 //! What a hatch says, put in its place.
 
+use std::collections::BTreeSet;
+
 use super::{CLUSTER, LISTENER, LOCAL_CLUSTER, PUBLIC_LISTENER};
+use crate::config::envoy::AccessLog;
 use crate::control::definition::upstream::{Destination, Upstream};
 use crate::control::definition::{App, Public};
 use crate::control::opaque::Opaque;
@@ -8,10 +11,9 @@ use crate::control::xds::hatch::{self, Members};
 
 /// What Consul calls the app's cluster.
 const LOCAL_APP: &str = "local_app";
-const NO_LOGS: &str = "its access_log has no effect; AccessLogs of proxy-defaults are written";
 
 /// The public listener and the app behind it.
-pub(in super::super) fn of_public(config: &Opaque<'_>, public: &mut Public, warnings: &mut Vec<String>) -> Result<(), String> {
+pub(in super::super) fn of_public(config: &Opaque<'_>, public: &mut Public, logs: &mut Vec<AccessLog>) -> Result<(), String> {
     let refused = |key: &str, why: &str| format!("proxy.config.{key}: {why}; change it, or remove the key");
     let mut app = LOCAL_APP.to_owned();
     if let Some(text) = config.text(LOCAL_CLUSTER)? {
@@ -43,11 +45,15 @@ pub(in super::super) fn of_public(config: &Opaque<'_>, public: &mut Public, warn
         if let Some(most) = listener.max_connections {
             limit(public, most).map_err(|why| refused(&why))?;
         }
-        if listener.logs {
-            warnings.push(format!("proxy.config.{PUBLIC_LISTENER}: {NO_LOGS}"));
-        }
+        logs.extend(of_listener(listener.access_logs, ""));
     }
     Ok(())
+}
+
+/// The logs of one listener, for its connections alone.
+fn of_listener(logs: Vec<AccessLog>, name: &str) -> impl Iterator<Item = AccessLog> {
+    let only = BTreeSet::from([name.to_owned()]);
+    logs.into_iter().map(move |log| AccessLog { only: Some(only.clone()), ..log })
 }
 
 /// 0 would be no limit here, and everything in Envoy.
@@ -65,7 +71,7 @@ pub(in super::super) fn of_upstream(
     config: &Opaque<'_>,
     upstream: &mut Upstream,
     place: &str,
-    notes: &mut Vec<String>,
+    logs: &mut Vec<AccessLog>,
 ) -> Result<(), String> {
     let refused = |key: &str, why: &str| format!("{place}.{key}: {why}; change it, or remove the key");
     let mut named = None;
@@ -93,9 +99,7 @@ pub(in super::super) fn of_upstream(
         upstream.bind = listener.bind;
         upstream.tuning.idle_timeout = listener.tuning.idle_timeout;
         upstream.tuning.connect_attempts = listener.tuning.connect_attempts;
-        if listener.logs {
-            notes.push(format!("config.{LISTENER}: {NO_LOGS}"));
-        }
+        logs.extend(of_listener(listener.access_logs, &upstream.label));
     }
     Ok(())
 }
@@ -149,6 +153,17 @@ mod tests {
         }
         let service: wire::Service = serde_json::from_value(value).expect("parses");
         parse(&service, &Scrape::default())
+    }
+
+    #[test]
+    fn logs_of_a_listener_are_for_its_connections() {
+        let mut mine = listener(9_001, "warehouse");
+        let file = json!({"@type": "type.googleapis.com/envoy.config.accesslog.v2.FileAccessLog", "path": "/var/log/mine"});
+        mine["filter_chains"][0]["filters"][0]["config"]["access_log"] =
+            json!([{"name": "envoy.file_access_log", "typed_config": file}]);
+        let definition = with(&[], &[("envoy_listener_json", mine)]).expect("accepted");
+        let only: Vec<_> = definition.access_logs.iter().map(|log| log.only.clone()).collect();
+        assert_eq!(only, [Some(std::iter::once("warehouse".to_owned()).collect())]);
     }
 
     #[test]

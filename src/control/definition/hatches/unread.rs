@@ -1,11 +1,12 @@
 //! Without Envoy's protobufs no hatch can be read.
 
 use super::{OF_PROXIES, OF_UPSTREAMS};
+use crate::config::envoy::AccessLog;
 use crate::control::definition::Public;
 use crate::control::definition::upstream::Upstream;
 use crate::control::opaque::Opaque;
 
-pub(in super::super) fn of_public(config: &Opaque<'_>, _: &mut Public, _: &mut Vec<String>) -> Result<(), String> {
+pub(in super::super) fn of_public(config: &Opaque<'_>, _: &mut Public, _: &mut Vec<AccessLog>) -> Result<(), String> {
     refuse(config, &OF_PROXIES, "proxy.config")
 }
 

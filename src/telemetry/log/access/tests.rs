@@ -247,7 +247,12 @@ fn a_certificate_tells_what_envoy_tells() {
 }
 
 fn setting(path: &Path, format: &str, unmatched_only: bool) -> AccessLog {
-    AccessLog { target: LogTarget::File(path.to_owned()), format: AccessLogFormat::Text(format.to_owned()), unmatched_only }
+    AccessLog {
+        target: LogTarget::File(path.to_owned()),
+        format: AccessLogFormat::Text(format.to_owned()),
+        unmatched_only,
+        only: None,
+    }
 }
 
 fn read(path: &Path) -> Vec<String> {
@@ -279,6 +284,29 @@ fn a_replaced_log_loses_no_line() {
     assert_eq!(logs.counts(), Counts { written: 400, dropped: 0, errors: 0 });
     let numbers: HashSet<u64> = read(&one).iter().chain(&read(&two)).map(|line| line.parse().expect("a number")).collect();
     assert_eq!(numbers, (2..=401).collect());
+}
+
+#[test]
+fn a_log_of_some_listeners_takes_their_connections_alone() {
+    let folder = tempfile::tempdir().expect("folder");
+    let [db, inbound] = ["db", "inbound"].map(|name| folder.path().join(name));
+    let only = |path: &Path, name: &str| AccessLog {
+        only: Some([name.to_owned()].into()),
+        ..setting(path, "%RINGFENCE(upstream)% %DOWNSTREAM_DETECTED_CLOSE_TYPE%", false)
+    };
+    let settings = [only(&db, "db"), only(&inbound, "")];
+    let mut logs = AccessLogs::open(&settings, &Reopener::default()).expect("opens");
+    let record = outbound();
+    assert_eq!(record.upstream.as_deref(), Some("db"));
+    logs.record(&record);
+    logs.record(&ConnectionRecord { upstream: Some("other".into()), ..outbound() });
+    logs.record(&ConnectionRecord { upstream: None, ..outbound() });
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while logs.counts().written < 2 && std::time::Instant::now() < deadline {
+        logs.flush();
+        std::thread::yield_now();
+    }
+    assert_eq!((read(&db).len(), read(&inbound).len()), (1, 1));
 }
 
 #[test]
