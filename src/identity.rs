@@ -178,7 +178,7 @@ impl Drop for Svid {
 pub struct TrustBundle {
     /// `<cluster id>.consul`, lower case.
     pub trust_domain: Arc<str>,
-    /// Every root that Consul lists, active or not.
+    /// Every root that Consul lists, active or not. None where all that is called is of peers: then nobody of ours is trusted.
     pub roots: Vec<CertificateDer<'static>>,
     /// Other trust domains that this one is peered with, each named once and none of them ours.
     pub peers: Vec<PeerBundle>,

@@ -119,6 +119,10 @@ struct Validity {
 impl Trust {
     pub(super) fn new(bundle: &TrustBundle, algorithms: WebPkiSupportedAlgorithms) -> Result<Self, BundleError> {
         let own = Domain::new(&bundle.trust_domain, &bundle.roots, true)?;
+        // A gateway may know the roots of peers alone: then it trusts nobody of its own domain.
+        if own.anchors.is_empty() && bundle.peers.is_empty() {
+            return Err(BundleError::Empty { trust_domain: own.name.into() });
+        }
         let mut digest = cache::digest(bundle.trust_domain.as_bytes(), bundle.roots.iter().map(AsRef::as_ref));
         let mut peers = Vec::with_capacity(bundle.peers.len());
         for peer in &bundle.peers {
@@ -237,9 +241,6 @@ impl Domain {
             let (anchor, dates) = load::anchor(index, root)?;
             anchors.push(anchor);
             validity.push(dates);
-        }
-        if anchors.is_empty() {
-            return Err(BundleError::Empty { trust_domain: name.to_owned() });
         }
         Ok(Self { name: name.to_lowercase().into(), anchors, validity, calls })
     }

@@ -133,15 +133,20 @@ impl Candidate {
             }
             *callers |= roots.callers;
         }
-        let (own, _) =
-            by_domain.remove(ours).ok_or_else(|| format!("no TLS context has roots for {ours}, its own trust domain"))?;
-        let mut bundle = verify::bundle(ours, &own).map_err(|why| why.to_string())?;
+        let mut bundle = match by_domain.remove(ours) {
+            Some((own, _)) => verify::bundle(ours, &own).map_err(|why| why.to_string())?,
+            // All that is called is of peers.
+            None => TrustBundle { trust_domain: ours.into(), roots: Vec::new(), peers: Vec::new() },
+        };
         let mut refused = None;
         for (domain, (pems, calls)) in by_domain {
             match verify::bundle(domain, &pems) {
                 Ok(TrustBundle { trust_domain, roots, .. }) => bundle.peers.push(PeerBundle { trust_domain, roots, calls }),
                 Err(why) => refused = Some(format!("peer {domain}: {why}")),
             }
+        }
+        if bundle.roots.is_empty() && bundle.peers.is_empty() {
+            return Err(refused.unwrap_or_else(|| format!("no TLS context has roots that {ours} could trust")));
         }
         Ok((bundle, refused))
     }

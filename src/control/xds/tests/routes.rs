@@ -203,17 +203,41 @@ fn a_permissive_sidecar_calls_under_its_own_certificate() {
     assert!(!service.upstreams.is_empty());
 }
 
+fn pem(ca: &Ca) -> String {
+    chain_pem(std::slice::from_ref(ca.certificate()))
+}
+
+/// The cluster `db.peer` of another trust domain.
+fn cluster_of(peer: &Ca) -> Json {
+    json!({"name": "db.peer", "type": "EDS", "transport_socket": {"name": "tls", "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext", "sni": "db.peer",
+        "common_tls_context": {
+            "tls_certificates": [{"certificate_chain": {}, "private_key": {}}],
+            "validation_context": {"trusted_ca!": pem(peer), "match_typed_subject_alt_names": [
+                {"san_type": "URI", "matcher": {"exact": peer.id("db").as_str()}}]}}}}})
+}
+
+#[test]
+fn a_gateway_to_peers_alone_trusts_nobody_of_its_own_domain() {
+    let mut bench = Bench::new("ingress");
+    let peer = Ca::new("aaaa.consul");
+    assert_eq!(bench.send(Kind::Cluster, &[cluster_of(&peer)]), Vec::<String>::new());
+    let nobody_yet = json!({"cluster_name": "db.peer", "endpoints": []});
+    assert_eq!(bench.send(Kind::Endpoints, &[nobody_yet]), Vec::<String>::new());
+    let upstream = listener("db.peer:127.0.0.1:15001", "OUTBOUND", &[], json!([{"filters": [proxy("db.peer")]}]));
+    assert_eq!(bench.send(Kind::Listener, &[upstream]), Vec::<String>::new());
+    let service = bench.build();
+    let identity = service.identity.as_ref().unwrap_or_else(|| panic!("{:?}", bench.identities.refused().collect::<Vec<_>>()));
+    assert_eq!(identity.svid.id, bench.ca.id("ingress"));
+    assert!(identity.bundle.roots.is_empty());
+    assert_eq!(identity.bundle.peers, [peer.as_peer(false)]);
+    assert_eq!(service.upstreams[0].targets[0].expected[..], [peer.id("db")]);
+}
+
 #[test]
 fn a_peer_is_trusted_for_its_own_domain_and_where_a_listener_says_so() {
     let mut bench = Bench::new("web");
     let (answering, calling) = (Ca::new("aaaa.consul"), Ca::new("bbbb.consul"));
-    let pem = |ca: &Ca| chain_pem(std::slice::from_ref(ca.certificate()));
-    let cluster = json!({"name": "db.peer", "type": "EDS", "transport_socket": {"name": "tls", "typed_config": {
-        "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext", "sni": "db.peer",
-        "common_tls_context": {
-            "tls_certificates": [{"certificate_chain": {}, "private_key": {}}],
-            "validation_context": {"trusted_ca!": pem(&answering), "match_typed_subject_alt_names": [
-                {"san_type": "URI", "matcher": {"exact": answering.id("db").as_str()}}]}}}}});
     let mut public = ending("local_app");
     public["transport_socket"]["typed_config"]["common_tls_context"]["validation_context"] = json!({
         "custom_validator_config": {"name": "envoy.tls.cert_validator.spiffe", "typed_config": {
@@ -221,7 +245,7 @@ fn a_peer_is_trusted_for_its_own_domain_and_where_a_listener_says_so() {
             "trust_domains": [
                 {"name": TRUST_DOMAIN, "trust_bundle!": pem(&bench.ca)},
                 {"name": "bbbb.consul", "trust_bundle!": pem(&calling)}]}}});
-    assert_eq!(bench.send(Kind::Cluster, &[cluster]), Vec::<String>::new());
+    assert_eq!(bench.send(Kind::Cluster, &[cluster_of(&answering)]), Vec::<String>::new());
     assert_eq!(bench.send(Kind::Listener, &[listener("public_listener", "INBOUND", &[], json!([public]))]), Vec::<String>::new());
     let service = bench.build();
     let bundle = &service.identity.as_ref().unwrap_or_else(|| panic!("{:?}", bench.notes)).bundle;
