@@ -51,7 +51,7 @@ use crate::telemetry::log::{Destination, Reopener, Rfc3339};
 pub use upgrade::{Answer as UpgradeAnswer, Upgrade};
 
 pub use facts::Facts;
-pub use logging::{Apply, LIBRARIES};
+pub use logging::{Apply, LIBRARIES, is_logger};
 pub use stats::Settings as StatsSettings;
 
 /// How often the hub is drained while workers have something to say.
@@ -223,6 +223,7 @@ pub async fn run(listener: TcpListener, mut context: Context, mut shutdown: watc
 impl Shared {
     fn new(context: Context, fixed_pages: Vec<PageListener>) -> Self {
         let Context { hub, viewer, status, resources, lifecycle, upgrade, actions, closing: _, settings } = context;
+        let (level, apply) = settings.log_level;
         Self {
             hub: Mutex::new(hub),
             viewer,
@@ -236,8 +237,8 @@ impl Shared {
             health_failed: AtomicBool::new(false),
             start: Instant::now(),
             started: SystemTime::now(),
+            levels: Mutex::new(logging::Levels::new(level, apply).start_with(&settings.facts.component_levels)),
             facts: settings.facts,
-            levels: Mutex::new(logging::Levels::new(settings.log_level.0, settings.log_level.1)),
             since: Mutex::new(facts::Since::new()),
             dumping: Arc::new(Mutex::new(())),
             fixed_pages,

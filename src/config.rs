@@ -87,11 +87,19 @@ pub struct Admin {
     pub envoy_version: String,
     /// `--admin-address-path`: a file that the address is written to once it is bound.
     pub address_path: Option<PathBuf>,
+    /// `--component-log-level`: `NAME:LEVEL,...` of Envoy's loggers, checked.
+    pub component_levels: String,
 }
 
 impl Default for Admin {
     fn default() -> Self {
-        Self { bind: ADMIN_BIND, access_log: None, envoy_version: ENVOY_VERSION.to_owned(), address_path: None }
+        Self {
+            bind: ADMIN_BIND,
+            access_log: None,
+            envoy_version: ENVOY_VERSION.to_owned(),
+            address_path: None,
+            component_levels: String::new(),
+        }
     }
 }
 

@@ -74,6 +74,7 @@ fn exit_codes_and_streams_are_envoys() {
         "-c ok.json --mode validate --stats-tag ab",
         "-c ok.json --mode validate --component-log-level upstream:debug,config:trace",
         "-c ok.json --mode validate --component-log-level foo",
+        "-c ok.json --mode validate --component-log-level config:trace,nosuch:debug",
         "-c ok.json --mode validate --use-dynamic-base-id --restart-epoch 1",
         "-c ok.json --mode validate -- anything --at all",
         "-c ok.yaml --mode validate",

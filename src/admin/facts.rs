@@ -34,6 +34,8 @@ pub struct Facts {
     pub agent: Option<config::AgentAddress>,
     /// `node` of a bootstrap: id, cluster and metadata.
     pub node: Option<(String, String, Map<String, Value>)>,
+    /// `--component-log-level`, as given.
+    pub component_levels: String,
 }
 
 impl Default for Facts {
@@ -46,6 +48,7 @@ impl Default for Facts {
             drain_time: config::DRAIN_TIME,
             agent: None,
             node: None,
+            component_levels: String::new(),
         }
     }
 }
@@ -100,7 +103,7 @@ impl Facts {
             "admin_address_path": "",
             "local_address_ip_version": if self.admin.is_some_and(|admin| admin.is_ipv6()) { "v6" } else { "v4" },
             "log_level": level,
-            "component_log_level": "",
+            "component_log_level": self.component_levels,
             "log_format": "",
             "log_path": "",
             "service_cluster": "",

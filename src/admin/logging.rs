@@ -163,6 +163,14 @@ impl Levels {
         Self { levels: vec![level.into(); LOGGERS.len()], apply }
     }
 
+    /// Sets what the command line asks for; what cannot be set is said.
+    pub(super) fn start_with(mut self, component_levels: &str) -> Self {
+        if let Err(why) = self.change(&[("paths".to_owned(), component_levels.to_owned())]) {
+            tracing::warn!(%component_levels, %why, "--component-log-level has no effect");
+        }
+        self
+    }
+
     /// The most verbose level.
     pub(super) fn overall(&self) -> String {
         self.levels.iter().max().map_or("info", |level| level.as_str()).to_owned()
@@ -207,7 +215,7 @@ impl Levels {
             let apply = self.apply.as_ref().ok_or("log levels of this process cannot be changed")?;
             (apply.0)(&directives(&next))?;
             self.levels = next;
-            tracing::info!(%name, %value, "log level changed on the admin port");
+            tracing::info!(%name, %value, "log level changed");
         }
         Ok(())
     }
@@ -219,6 +227,11 @@ impl Levels {
             text
         })
     }
+}
+
+/// Whether Envoy has a logger of this name.
+pub fn is_logger(name: &str) -> bool {
+    logger(name).is_ok()
 }
 
 fn logger(name: &str) -> Result<usize, &'static str> {
@@ -272,6 +285,23 @@ mod tests {
         let filter = applied.load_full();
         assert!(filter.starts_with("trace,") && filter.contains("hyper=warn"), "{filter}");
         assert!(tracing_subscriber::EnvFilter::try_new(&*filter).is_ok());
+    }
+
+    #[test]
+    fn a_process_starts_with_what_its_command_line_says() {
+        let applied = Arc::new(ArcSwap::from_pointee(String::new()));
+        let apply = Apply::new({
+            let applied = Arc::clone(&applied);
+            move |text| {
+                applied.store(Arc::new(text.to_owned()));
+                Ok(())
+            }
+        });
+        let levels = Levels::new(LogLevel::Warn, Some(apply)).start_with("connection:trace,config:off");
+        let filter = applied.load_full();
+        assert!(filter.starts_with("warn,") && filter.contains("ringfence::proxy=trace"), "{filter}");
+        assert!(levels.list().contains("config: off"));
+        assert!(is_logger("upstream") && !is_logger("level"));
     }
 
     #[test]

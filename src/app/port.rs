@@ -31,6 +31,7 @@ pub(super) fn settings(
         drain_time: sidecar.plane.drain_time,
         agent: sidecar.xds.is_none().then(|| sidecar.consul.address.clone()),
         node,
+        component_levels: sidecar.admin.component_levels.clone(),
     };
     Ok(admin::Settings {
         access_log: access_log(sidecar.admin.access_log.clone()),

@@ -213,6 +213,7 @@ impl Sidecar {
                     access_log,
                     envoy_version: self.pages.envoy_version()?,
                     address_path: None,
+                    component_levels: String::new(),
                 },
                 pages: self.pages.listeners()?,
                 connection_log: self.process.connection_log.clone(),

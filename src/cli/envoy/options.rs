@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::super::{Environment, values};
 use super::flags::Given;
+use crate::admin;
 use crate::config::{LogLevel, LogTarget};
 
 /// `--mode`.
@@ -36,6 +37,8 @@ pub(super) struct Options {
     pub(super) drain_time: Option<Duration>,
     pub(super) admin_address_path: Option<PathBuf>,
     pub(super) log_level: LogLevel,
+    /// As it was given.
+    pub(super) component_levels: String,
     pub(super) log_path: Option<PathBuf>,
     pub(super) service_cluster: Option<String>,
     pub(super) service_node: Option<String>,
@@ -63,9 +66,12 @@ impl Options {
             return Err(format!("cannot use --restart-epoch={epoch} with --use-dynamic-base-id"));
         }
         for component in text("component-log-level").into_iter().flat_map(|list| list.split(',')) {
-            let (_, level) =
+            let (name, level) =
                 component.split_once(':').ok_or_else(|| format!("component log level not correctly specified '{component}'"))?;
             log_level(level)?;
+            if !admin::is_logger(name) {
+                return Err(format!("invalid component specified '{name}'"));
+            }
         }
         let concurrency = given.number("concurrency").map(|count| values::workers(&count.max(1).to_string())).transpose()?;
         let abrupt = given.has("ringfence-abrupt-sigterm")
@@ -91,6 +97,7 @@ impl Options {
             drain_time: if abrupt { Some(Duration::ZERO) } else { drain_time },
             admin_address_path: text("admin-address-path").map(PathBuf::from),
             log_level: log_level(given.text("log-level").unwrap_or("info"))?,
+            component_levels: text("component-log-level").unwrap_or_default().to_owned(),
             log_path: text("log-path").map(PathBuf::from),
             service_cluster: text("service-cluster").map(str::to_owned),
             service_node: text("service-node").map(str::to_owned),
@@ -155,6 +162,7 @@ mod tests {
             ("--drain-strategy x", ("", ""), "unknown drain-strategy 'x'"),
             ("--component-log-level x", ("", ""), "component log level not correctly specified 'x'"),
             ("--component-log-level x:y", ("", ""), "invalid log level specified 'y'"),
+            ("--component-log-level config:info,x:debug", ("", ""), "invalid component specified 'x'"),
             ("--stats-tag ab", ("", ""), "misformatted stats-tag 'ab'"),
             ("--stats-tag a:b.c", ("", ""), "misformatted stats-tag 'a:b.c'"),
             ("--use-dynamic-base-id --restart-epoch 1", ("", ""), "cannot use --restart-epoch=1"),

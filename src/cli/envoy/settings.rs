@@ -94,6 +94,7 @@ fn settle(options: &Options, mut bootstrap: Bootstrap, environment: &Environment
                 access_log: bootstrap.admin_access_log,
                 address_path: options.admin_address_path.clone(),
                 envoy_version: super::claimed_version(environment).to_owned(),
+                component_levels: options.component_levels.clone(),
             },
             connection_log: options.connection_log.clone(),
             stats: bootstrap.stats,
