@@ -30,7 +30,7 @@ use crate::config::envoy::StatTag;
 use crate::mesh::Snapshot;
 use crate::telemetry::stats::prometheus::Page;
 use crate::telemetry::stats::tags::{self, Dialect};
-use crate::telemetry::stats::{Facts, Process, Stat, Tagger, Value, model, text};
+use crate::telemetry::stats::{Facts, Process, Stat, Tagger, Value, Which, model, text};
 
 pub(super) use flush::run as flush;
 use query::{Format, Query};
@@ -92,8 +92,8 @@ impl Pages {
     }
 }
 
-/// Every stat as it stands now, whatever was reset.
-async fn collect(shared: &Shared) -> (Vec<Stat>, Arc<Snapshot>) {
+/// Stats as they stand now, whatever was reset.
+async fn collect(shared: &Shared, which: Which) -> (Vec<Stat>, Arc<Snapshot>) {
     let snapshot = shared.viewer.current();
     let (facts, state) = {
         let mut hub = shared.hub.lock().await;
@@ -117,12 +117,12 @@ async fn collect(shared: &Shared) -> (Vec<Stat>, Arc<Snapshot>) {
         updates,
         memory: model::Memory::now(),
     };
-    (model::build(&snapshot, &facts, &process).await, snapshot)
+    (model::build(&snapshot, &facts, &process, which).await, snapshot)
 }
 
 /// What a page shows: counted since the last reset, and asked for.
 async fn shown(shared: &Shared, query: &Query) -> (Vec<Stat>, Arc<Snapshot>) {
-    let (mut stats, snapshot) = collect(shared).await;
+    let (mut stats, snapshot) = collect(shared, if query.used_only { Which::Used } else { Which::All }).await;
     let baseline = shared.stats.baseline.lock().await;
     if !baseline.is_empty() {
         for stat in &mut stats {
@@ -188,7 +188,7 @@ async fn page(shared: &Arc<Shared>, mut query: Query) -> Response {
 
 /// What counters are now is where these pages count from.
 pub(super) async fn reset(shared: &Shared) {
-    let (stats, _) = collect(shared).await;
+    let (stats, _) = collect(shared, Which::Used).await;
     let counted = stats.into_iter().filter_map(|stat| match stat.value {
         Value::Counter(count) if count > 0 => Some(((stat.owner, stat.name), count)),
         _ => None,
@@ -204,6 +204,8 @@ impl HttpBody for Pieces {
     type Error = Infallible;
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Polling<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        // A piece is some tens of microseconds of work: whoever waits for this core comes first.
+        std::thread::yield_now();
         Poll::Ready(self.0.next().map(|piece| Ok(Frame::data(Bytes::from(piece)))))
     }
 }

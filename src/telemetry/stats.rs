@@ -15,5 +15,12 @@ pub mod tags;
 pub mod text;
 
 pub use histogram::Histogram;
-pub use model::{Facts, Process, Stat, Updates, Value};
+pub use model::{Facts, Process, Stat, Updates, Value, Which};
 pub use tags::Tagger;
+
+/// Lets other tasks of this thread have their turn, and then whoever waits for its core: that may be a worker, for which the
+/// scheduler would let a thread that is at work finish its slice of some milliseconds.
+pub(crate) async fn give_way() {
+    tokio::task::yield_now().await;
+    std::thread::yield_now();
+}

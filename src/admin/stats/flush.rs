@@ -14,7 +14,7 @@ use crate::control::StatsWishes;
 use crate::telemetry::hub::Sample;
 use crate::telemetry::stats::sink::{Sink, Timing};
 use crate::telemetry::stats::tags::Dialect;
-use crate::telemetry::stats::{Stat, Value, model};
+use crate::telemetry::stats::{Stat, Value, Which, model};
 
 /// Shorter intervals than Envoy allows would only cost.
 const INTERVAL_MIN: Duration = Duration::from_millis(1);
@@ -75,7 +75,7 @@ impl Flusher {
             }
             samples
         };
-        let (stats, snapshot) = collect(shared).await;
+        let (stats, snapshot) = collect(shared, Which::Used).await;
         let timings = timings(samples.into(), &model::sample_names(&snapshot));
         let stats = self.grown(stats);
         for sink in &mut self.sinks {

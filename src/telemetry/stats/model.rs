@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::Histogram;
+use super::{Histogram, give_way};
 use crate::config;
 use crate::identity::ServiceName;
 use crate::mesh::{Bind, Identity, Service, Snapshot, Upstream};
@@ -28,7 +28,7 @@ use crate::telemetry::hub::{Ejection, Hub, Key, Share, Span, Totals};
 pub use routes::prefix as route_prefix;
 use scopes::{Cluster, Scope};
 
-/// Scopes made in a row before other tasks of the thread get their turn.
+/// Scopes made in a row before others get their turn.
 const SCOPES_IN_A_ROW_MAX: usize = 32;
 /// The owner of what belongs to the process.
 const PROCESS: usize = 0;
@@ -44,6 +44,22 @@ pub struct Stat {
     pub value: Value,
     /// Whether it was ever counted or set.
     pub used: bool,
+}
+
+/// Which stats are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Which {
+    /// All that Envoy has.
+    All,
+    /// Those that were ever counted or set. The others are not even named: of many upstreams they are most.
+    Used,
+}
+
+/// Stats as they are made.
+#[derive(Debug)]
+pub(super) struct Made {
+    stats: Vec<Stat>,
+    which: Which,
 }
 
 /// What a stat says.
@@ -164,25 +180,26 @@ impl Memory {
     }
 }
 
-/// Makes every stat, sorted by name. Lets other tasks run from time to time.
-pub async fn build(snapshot: &Snapshot, facts: &Facts, process: &Process) -> Vec<Stat> {
-    let mut stats = Vec::new();
+/// Makes the stats, sorted by name. Gives way from time to time.
+pub async fn build(snapshot: &Snapshot, facts: &Facts, process: &Process, which: Which) -> Vec<Stat> {
+    let mut made = Made { stats: Vec::new(), which };
     let mut breath = Breath(0);
     let mut clusters = 0;
     let owners = snapshot.services.len().max(usize::from(!snapshot.routers.is_empty()));
     for owner in 0..owners {
         let mut sums = Sums::default();
         if let Some(service) = snapshot.services.get(owner) {
-            of_service(&mut stats, owner, service, facts, &mut sums, &mut breath).await;
+            of_service(&mut made, owner, service, facts, &mut sums, &mut breath).await;
         }
         for router in snapshot.routers.iter().filter(|router| routes::owner(snapshot, router) == owner) {
-            routes::tell(&mut stats, owner, router, facts, &mut sums);
+            routes::tell(&mut made, owner, router, facts, &mut sums);
             breath.take().await;
         }
         clusters += sums.clusters.len();
-        sums.tell(&mut stats, owner, &mut breath).await;
+        sums.tell(&mut made, owner, &mut breath).await;
     }
-    of_process(&mut stats, snapshot, facts, process, clusters);
+    of_process(&mut made, snapshot, facts, process, clusters);
+    let mut stats = made.stats;
     // Runs of sorted names, which this sort takes as they are.
     stats.sort_by(|a, b| (&a.name, a.owner).cmp(&(&b.name, b.owner)));
     stats
@@ -212,27 +229,27 @@ impl Sums {
         *any |= limited;
     }
 
-    async fn tell(self, stats: &mut Vec<Stat>, owner: usize, breath: &mut Breath) {
+    async fn tell(self, made: &mut Made, owner: usize, breath: &mut Breath) {
         if let Some((totals, limited)) = &self.inbound {
-            scopes::authorisation(stats, owner, totals, *limited);
+            scopes::authorisation(made, owner, totals, *limited);
         }
         for (prefix, tcp) in &self.tcps {
-            tcp.tell(&mut Scope::new(stats, owner, &format!("tcp.{prefix}")));
+            tcp.tell(&mut Scope::new(made, owner, &format!("tcp.{prefix}")));
             breath.take().await;
         }
         for (name, cluster) in &self.clusters {
-            cluster.tell(&mut Scope::new(stats, owner, &format!("cluster.{name}")));
+            cluster.tell(&mut Scope::new(made, owner, &format!("cluster.{name}")));
             breath.take().await;
         }
     }
 }
 
-async fn of_service(stats: &mut Vec<Stat>, owner: usize, service: &Service, facts: &Facts, sums: &mut Sums, breath: &mut Breath) {
+async fn of_service(made: &mut Made, owner: usize, service: &Service, facts: &Facts, sums: &mut Sums, breath: &mut Breath) {
     if let Some(public) = &service.public {
         let counted = sums.first(facts, &Key::inbound(&service.name));
         let totals = counted.totals();
         let tls = service.identity.as_deref().map(|identity| (identity, &totals));
-        listener(stats, owner, &public.bind, &totals, counted.shares(), counted.span().length, tls);
+        listener(made, owner, &public.bind, &totals, counted.shares(), counted.span().length, tls);
         sums.tcps.entry("public_listener".to_owned()).or_default().take(&totals, Direction::Inbound);
         sums.came_in(&totals, public.max_inbound_connections > 0);
         let app = sums.clusters.entry("local_app".to_owned()).or_default();
@@ -242,7 +259,7 @@ async fn of_service(stats: &mut Vec<Stat>, owner: usize, service: &Service, fact
     for upstream in &service.upstreams {
         let counted = sums.first(facts, &Key::outbound(&service.name, &upstream.name));
         let totals = counted.totals();
-        listener(stats, owner, &upstream.bind, &totals, counted.shares(), counted.span().length, None);
+        listener(made, owner, &upstream.bind, &totals, counted.shares(), counted.span().length, None);
         sums.tcps.entry(stat_prefix(upstream, service)).or_default().take(&totals, Direction::Outbound);
         if let Some(name) = cluster_name(upstream) {
             let cluster = sums.clusters.entry(name).or_default();
@@ -260,14 +277,14 @@ impl Breath {
     async fn take(&mut self) {
         self.0 += 1;
         if self.0.is_multiple_of(SCOPES_IN_A_ROW_MAX) {
-            tokio::task::yield_now().await;
+            give_way().await;
         }
     }
 }
 
 /// `tls` is whose TLS ends here, and what was counted of that.
 fn listener(
-    stats: &mut Vec<Stat>,
+    made: &mut Made,
     owner: usize,
     bind: &Bind,
     totals: &Totals,
@@ -275,7 +292,7 @@ fn listener(
     length: Histogram,
     tls: Option<(&Identity, &Totals)>,
 ) {
-    let mut scope = Scope::new(stats, owner, &format!("listener.{}", address(bind)));
+    let mut scope = Scope::new(made, owner, &format!("listener.{}", address(bind)));
     scopes::listener(&mut scope, totals, length);
     for (worker, share) in shares.iter().enumerate() {
         scope.counter(&format!("worker_{worker}.downstream_cx_total"), share.connections);
@@ -372,9 +389,9 @@ pub fn owners(snapshot: &Snapshot) -> Vec<Vec<(String, String)>> {
     snapshot.services.iter().map(of).collect()
 }
 
-fn of_process(stats: &mut Vec<Stat>, snapshot: &Snapshot, facts: &Facts, process: &Process, clusters: usize) {
+fn of_process(made: &mut Made, snapshot: &Snapshot, facts: &Facts, process: &Process, clusters: usize) {
     let listeners = snapshot.binds().count();
-    let mut server = Scope::new(stats, PROCESS, "server");
+    let mut server = Scope::new(made, PROCESS, "server");
     scopes::server(&mut server, process, facts.worker_connections.iter().sum(), facts.worker_connections.len());
     if let Some(days) = days_until_first_expiry(snapshot) {
         server.gauge("days_until_first_cert_expiring", days, true);
@@ -385,7 +402,7 @@ fn of_process(stats: &mut Vec<Stat>, snapshot: &Snapshot, facts: &Facts, process
     // Without a stream of resources, each snapshot that was published replaced both kinds.
     let published = || Updates { accepted: snapshot.generation, rejected: 0 };
     let (cds, lds) = process.updates.unwrap_or_else(|| (published(), published()));
-    scopes::managers(stats, (cds, clusters as u64), (lds, active as u64), process.connected);
+    scopes::managers(made, (cds, clusters as u64), (lds, active as u64), process.connected);
 }
 
 fn days_until_first_expiry(snapshot: &Snapshot) -> Option<u64> {

@@ -8,11 +8,11 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use super::histogram::BOUNDS_MS;
-use super::{Histogram, Stat, Tagger, Value};
+use super::{Histogram, Stat, Tagger, Value, give_way};
 
 /// A piece is handed out when it has reached this size.
 const PIECE_BYTES: usize = 32 << 10;
-/// Names tagged in a row before other tasks of the thread get their turn.
+/// Names tagged in a row before others get their turn.
 const NAMES_IN_A_ROW_MAX: usize = 256;
 
 /// A page that is still to be written.
@@ -40,14 +40,14 @@ enum Kind {
 }
 
 impl Page {
-    /// The page of `stats`, which are tagged now. Lets other tasks run from time to time.
+    /// The page of `stats`, which are tagged now. Gives way from time to time.
     pub async fn new(stats: Vec<Stat>, tagger: &mut Tagger) -> Self {
         let mut series = Vec::with_capacity(stats.len());
         for (index, stat) in stats.into_iter().enumerate() {
             let tagged = tagger.tag(&stat.name, stat.owner);
             series.push(Series { kind: Kind::of(&stat.value), family: tagged.name, labels: tagged.labels, value: stat.value });
             if index % NAMES_IN_A_ROW_MAX == NAMES_IN_A_ROW_MAX - 1 {
-                tokio::task::yield_now().await;
+                give_way().await;
             }
         }
         // Stable: in a family the order of names stays.

@@ -4,7 +4,7 @@
 //! ends before; Envoy counts all of them at the listener, so that one has the sum. Prefixes are Consul's, as far as a route
 //! tells them: of chains by server name at a mesh gateway all have one.
 
-use super::{Facts, Stat, Sums, listener};
+use super::{Facts, Made, Sums, listener};
 use crate::mesh::router::{Route, Router, RouterSettings, Way};
 use crate::mesh::{Service, Snapshot};
 use crate::telemetry::hub::{Key, Share, Totals};
@@ -18,7 +18,7 @@ pub(super) fn owner(snapshot: &Snapshot, router: &Router) -> usize {
     snapshot.services.iter().position(own).unwrap_or_default()
 }
 
-pub(super) fn tell(stats: &mut Vec<Stat>, owner: usize, router: &Router, facts: &Facts, sums: &mut Sums) {
+pub(super) fn tell(made: &mut Made, owner: usize, router: &Router, facts: &Facts, sums: &mut Sums) {
     let settings = router.settings();
     let unrouted = sums.first(facts, &Key::outbound(&settings.service, &settings.name));
     let (mut totals, mut shares, mut span) = (unrouted.totals(), unrouted.shares().to_vec(), unrouted.span());
@@ -52,7 +52,7 @@ pub(super) fn tell(stats: &mut Vec<Stat>, owner: usize, router: &Router, facts: 
         }
     }
     let tls = identity.map(|identity| (identity, &ended));
-    listener(stats, owner, &settings.bind, &totals, &shares, span.length, tls);
+    listener(made, owner, &settings.bind, &totals, &shares, span.length, tls);
 }
 
 /// By worker.

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::{Memory, PROCESS, Process, Stat, Updates, Value, closed, unix_seconds};
+use super::{Made, Memory, PROCESS, Process, Stat, Updates, Value, Which, closed, unix_seconds};
 use crate::config;
 use crate::mesh::{Identity, Upstream};
 use crate::telemetry::cells::{Direction, SUITES};
@@ -166,19 +166,22 @@ const PROCESS_GAUGES_UNKNOWN: [&str; 10] = [
 /// Where stats of one scope go.
 #[derive(Debug)]
 pub(super) struct Scope<'a> {
-    stats: &'a mut Vec<Stat>,
+    made: &'a mut Made,
     owner: usize,
     prefix: String,
 }
 
 impl<'a> Scope<'a> {
-    pub(super) fn new(stats: &'a mut Vec<Stat>, owner: usize, prefix: &str) -> Self {
-        Self { stats, owner, prefix: prefix.to_owned() }
+    pub(super) fn new(made: &'a mut Made, owner: usize, prefix: &str) -> Self {
+        Self { made, owner, prefix: prefix.to_owned() }
     }
 
     fn push(&mut self, name: &str, value: Value, used: bool) {
+        if !used && self.made.which == Which::Used {
+            return;
+        }
         let name = if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) };
-        self.stats.push(Stat { name, owner: self.owner, value, used });
+        self.made.stats.push(Stat { name, owner: self.owner, value, used });
     }
 
     pub(super) fn counter(&mut self, name: &str, value: u64) {
@@ -246,12 +249,12 @@ impl Tcp {
     }
 }
 
-pub(super) fn authorisation(stats: &mut Vec<Stat>, owner: usize, totals: &Totals, limited: bool) {
-    let mut scope = Scope::new(stats, owner, "connect_authz.rbac");
+pub(super) fn authorisation(made: &mut Made, owner: usize, totals: &Totals, limited: bool) {
+    let mut scope = Scope::new(made, owner, "connect_authz.rbac");
     scope.counter("allowed", totals.allowed);
     scope.counter("denied", closed(totals, CloseReason::Denied));
     scope.zero(&["shadow_allowed", "shadow_denied"], &[]);
-    let mut scope = Scope::new(stats, owner, "connection_limit.inbound_connection_limit");
+    let mut scope = Scope::new(made, owner, "connection_limit.inbound_connection_limit");
     scope.gauge("active_connections", totals.active, limited);
     scope.counter("limited_connections", closed(totals, CloseReason::Limit));
 }
@@ -399,13 +402,8 @@ pub(super) fn server(scope: &mut Scope<'_>, process: &Process, connections: u64,
 }
 
 /// Each kind with its updates and how many of it are active.
-pub(super) fn managers(
-    stats: &mut Vec<Stat>,
-    (cds, clusters): (Updates, u64),
-    (lds, listeners): (Updates, u64),
-    connected: bool,
-) {
-    let mut scope = Scope::new(stats, PROCESS, "");
+pub(super) fn managers(made: &mut Made, (cds, clusters): (Updates, u64), (lds, listeners): (Updates, u64), connected: bool) {
+    let mut scope = Scope::new(made, PROCESS, "");
     for (prefix, Updates { accepted, rejected }) in [("cluster_manager.cds", cds), ("listener_manager.lds", lds)] {
         scope.counter(&format!("{prefix}.update_attempt"), accepted + rejected);
         scope.counter(&format!("{prefix}.update_success"), accepted);

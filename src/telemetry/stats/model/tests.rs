@@ -110,7 +110,8 @@ async fn every_name_of_envoy_at_layer_four_is_there() {
         cells.count_suite(0xc02b);
     }
     let facts = Facts::capture(&hub(&[inbound, outbound]));
-    let stats = build(&snapshot(vec![upstream("warehouse", 15_432, SNI)]), &facts, &Process::default()).await;
+    let snapshot = snapshot(vec![upstream("warehouse", 15_432, SNI)]);
+    let stats = build(&snapshot, &facts, &Process::default(), Which::All).await;
     let ours: BTreeSet<String> = stats.iter().map(|stat| kind_of_name(&stat.name)).collect();
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/envoy-1.40/stats.names");
     let envoys = std::fs::read_to_string(path).expect("the fixture is there");
@@ -120,6 +121,9 @@ async fn every_name_of_envoy_at_layer_four_is_there() {
     assert!(stats.is_sorted_by(|a, b| a.name <= b.name));
     let names: BTreeSet<&String> = stats.iter().map(|stat| &stat.name).collect();
     assert_eq!(names.len(), stats.len(), "no name twice");
+    let used = build(&snapshot, &facts, &Process::default(), Which::Used).await;
+    assert_eq!(used, stats.iter().filter(|stat| stat.used).cloned().collect::<Vec<_>>());
+    assert!(!used.is_empty() && used.len() < stats.len() / 2, "{} of {}", used.len(), stats.len());
 }
 
 #[tokio::test]
@@ -138,7 +142,7 @@ async fn numbers_are_those_that_were_counted_and_balance() {
     let facts = Facts::capture(&hub(&[cells]));
     // A second listener that leads to the same cluster has counted nothing.
     let upstreams = vec![upstream("warehouse", 15_432, SNI), upstream("old-warehouse?dc=dc2", 15_433, SNI)];
-    let stats = build(&snapshot(upstreams), &facts, &Process { connected: true, ..Process::default() }).await;
+    let stats = build(&snapshot(upstreams), &facts, &Process { connected: true, ..Process::default() }, Which::All).await;
     let cluster = format!("cluster.{SNI}");
     let expected = [
         ("listener.127.0.0.1_15432.downstream_cx_total", 10),
@@ -213,7 +217,7 @@ async fn five_hundred_upstreams_are_told_quickly_and_the_hub_is_held_shortly() {
     let start = Instant::now();
     let facts = Facts::capture(&hub);
     let held = start.elapsed();
-    let stats = build(&snapshot, &facts, &Process::default()).await;
+    let stats = build(&snapshot, &facts, &Process::default(), Which::All).await;
     let built = start.elapsed();
     let count = stats.len();
     let mut tagger = crate::telemetry::stats::Tagger::new(

@@ -54,7 +54,7 @@ fn counted(direction: Direction, upstream: Option<&str>, connections: u64) -> Ar
 async fn told(routers: Vec<Arc<Router>>, cells: &[Arc<ListenerCells>]) -> (Snapshot, Vec<Stat>) {
     let bare = Service { public: None, ..service(Vec::new()) };
     let snapshot = Snapshot { services: vec![Arc::new(bare)], routers, ..Snapshot::default() };
-    let stats = build(&snapshot, &Facts::capture(&hub(cells)), &Process::default()).await;
+    let stats = build(&snapshot, &Facts::capture(&hub(cells)), &Process::default(), Which::All).await;
     let names: BTreeSet<(usize, &String)> = stats.iter().map(|stat| (stat.owner, &stat.name)).collect();
     assert_eq!(names.len(), stats.len(), "no name twice");
     (snapshot, stats)
@@ -161,7 +161,7 @@ async fn a_transparent_proxy_has_upstreams_prefixes() {
 async fn updates_of_resources_have_the_names_of_envoys_managers() {
     let updates = Some((Updates { accepted: 4, rejected: 1 }, Updates { accepted: 2, rejected: 3 }));
     let process = Process { connected: true, updates, ..Process::default() };
-    let stats = build(&snapshot(Vec::new()), &Facts::capture(&hub(&[])), &process).await;
+    let stats = build(&snapshot(Vec::new()), &Facts::capture(&hub(&[])), &process, Which::All).await;
     assert_numbers(
         &stats,
         &[
