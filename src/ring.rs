@@ -203,6 +203,8 @@ pub trait Ring {
     fn peer_address(&mut self, socket: Socket) -> Option<SocketAddr>;
     /// Which of this host's addresses an accepted connection came in at.
     fn local_address(&mut self, socket: Socket) -> Option<SocketAddr>;
+    /// Bytes that the other end of a TCP connection has acknowledged.
+    fn acknowledged(&mut self, socket: Socket) -> Option<u64>;
     /// Where the client of a redirected connection wanted to go; `None` for any other.
     fn original_destination(&mut self, socket: Socket) -> Option<SocketAddr>;
     /// Who has the other end of an accepted local connection, which went to `original` if it was redirected. One netlink

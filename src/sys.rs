@@ -192,6 +192,17 @@ pub fn local_address(fd: RawFd) -> Option<SocketAddr> {
     SockRef::from(&fd).local_addr().ok()?.as_socket()
 }
 
+/// Bytes that the other end of a TCP connection has acknowledged (`tcpi_bytes_acked`, Linux 4.1).
+pub fn acknowledged(fd: RawFd) -> Option<u64> {
+    // `struct tcp_info` of linux/tcp.h up to that field, which the libc crate's does not reach.
+    const AT: usize = 120;
+    let mut info = [0_u64; (AT + 8) / 8];
+    let mut length = libc::socklen_t::try_from(size_of_val(&info)).unwrap_or(0);
+    // SAFETY: `info` is as long as is said and lives during the call, which writes at most that much.
+    let result = unsafe { libc::getsockopt(fd, libc::SOL_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &raw mut length) };
+    (result == 0 && length as usize >= size_of_val(&info)).then_some(info[AT / 8])
+}
+
 /// Ends the sending side (FIN).
 pub fn shutdown_write(fd: RawFd) {
     // SAFETY: takes no pointer; a bad descriptor is an error, which means that the peer is gone already.

@@ -35,7 +35,7 @@ use crate::config::envoy::{PageAnswer, PageListener, PageRoute, PageTls, PathMat
 use crate::mesh::router::Network;
 
 /// How often a listener that cannot be bound is tried again.
-const RETRY: Duration = Duration::from_secs(1);
+const RETRY: Duration = Duration::from_millis(200);
 /// Wait for a backend: connecting, and the head of its answer.
 const BACKEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Headers of one connection (RFC 9110, 7.6.1), and of a body, which there is none of.
@@ -160,7 +160,7 @@ fn follow(shared: &Shared, running: &mut HashMap<SocketAddr, Running>, admin: &R
     let mut failures = Vec::new();
     for page in &wanted {
         let known = running.get(&page.bind).is_some_and(|one| one.page == *page);
-        if known || running.len() >= LISTENERS_MAX {
+        if known || (running.len() >= LISTENERS_MAX && !running.contains_key(&page.bind)) {
             continue;
         }
         let taken = |one: &Running| one.fixed || wanted.contains(&one.page);

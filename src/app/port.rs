@@ -1,7 +1,7 @@
 //! What the admin thread is told of the process, and the listeners for some of its pages.
 //!
-//! A listener of the command line or a bootstrap that cannot be bound ends the start, as in Envoy; in a process that takes
-//! another's place it is bound once that one has left it.
+//! A listener of the command line or a bootstrap that cannot be bound ends the start, as in Envoy; a process that takes another's
+//! place takes its socket over once that one has left it.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};

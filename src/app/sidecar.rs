@@ -28,6 +28,8 @@ const ACTIONS_MAX: usize = 16;
 const COMMANDS_MAX: usize = 512;
 /// Reasons of ended threads that may wait: one a thread.
 const ENDED_MAX: usize = 3;
+/// How long listening sockets for pages wait for a registration that wants them.
+const CLAIM_TIME: Duration = Duration::from_secs(10);
 /// How long a thread that was told to end is waited for. Covers a token logout at the agent.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a wait looks again.
@@ -53,6 +55,8 @@ pub struct Sidecar {
     sockets_stay: bool,
     /// Whom to tell that this process serves.
     inherited: Inherited,
+    /// When listening sockets for pages that nobody wants any more are closed.
+    unclaimed_until: Option<Instant>,
     actions: mpsc::Receiver<Action>,
     reopener: Reopener,
     /// Listeners for redirected connections and leases, on each worker.
@@ -159,6 +163,7 @@ impl Sidecar {
             tasks_known,
             sockets_stay: false,
             inherited,
+            unclaimed_until: None,
             actions,
             reopener,
             redirects,
@@ -315,9 +320,14 @@ impl Sidecar {
     pub(super) fn take_over_if_released(&mut self) {
         if self.inherited.is_released() {
             self.workers.take_charge();
-            handover::close_apart();
+            handover::open_apart();
+            self.unclaimed_until = Some(Instant::now() + CLAIM_TIME);
             self.airflow_phase.send_replace(airflow::Phase::Serve);
             tracing::info!("the process before has left everything to this one");
+        }
+        if self.unclaimed_until.is_some_and(|until| until <= Instant::now()) {
+            self.unclaimed_until = None;
+            handover::close_apart();
         }
     }
 

@@ -250,8 +250,17 @@ pub struct AccessLog {
     pub format: AccessLogFormat,
     /// Those connections that no listener wanted (Consul's `listenerLogs`, filter on the flag NR) instead of all others.
     pub unmatched_only: bool,
-    /// Of these upstreams, routes and routers alone; the empty name is whatever comes in by mutual TLS. `None` is all.
-    pub only: Option<BTreeSet<String>>,
+    /// Of these listeners alone. `None` is all.
+    pub only: Option<BTreeSet<Logged>>,
+}
+
+/// Whose connections an access log has.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Logged {
+    /// The local service, where there may be several.
+    pub service: Option<String>,
+    /// An upstream, route or router; none is whatever comes in by mutual TLS.
+    pub upstream: Option<String>,
 }
 
 /// The shape of access log lines; operators are Envoy's (`%START_TIME%`, `%RESPONSE_FLAGS%`, ...).

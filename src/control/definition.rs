@@ -96,7 +96,7 @@ pub(crate) fn parse(service: &wire::Service, scrape: &Scrape) -> Result<Definiti
     let mut warnings = Vec::new();
     let mut public = public(service, &config, &mut warnings)?;
     let mut hatch_logs = Vec::new();
-    hatches::of_public(&config, &mut public, &mut hatch_logs)?;
+    hatches::of_public(&config, &mut public, &proxy.destination_service_name, &mut hatch_logs)?;
     let mut pages = pages::of(&config, scrape, &mut warnings);
     pages.extend(pages::exposed(service, &config, &mut warnings));
     let stats = stats::wishes(&config, &environment, &mut warnings);
@@ -222,7 +222,8 @@ fn refuse_insecure(proxy: &wire::Proxy) -> Result<(), String> {
 fn refuse_keys(config: &Opaque<'_>, place: &str, misplaced: &[&str]) -> Result<(), String> {
     match SECURITY_KEYS.iter().chain(misplaced).find(|key| config.get(key).is_some()) {
         Some(key) => Err(format!(
-            "{place}.{key} replaces what Envoy enforces and cannot be honoured; remove the key, or keep Envoy for this service"
+            "{place}.{key} cannot be honoured here: it would replace what Envoy enforces, or stands in the wrong place; remove the key, or \
+             keep Envoy for this service"
         )),
         None => Ok(()),
     }

@@ -1,21 +1,23 @@
 //! How long a connection may live while bytes flow, or do not.
 //!
-//! Invariant: a connection that moves a byte within its limit is never cut for being idle; one that moves none is cut at its
-//! limit or up to an eighth of it later. Bytes cost nothing: what moved is looked at when the timer fires.
+//! Invariant: a connection on which a byte arrives, or is taken by a slow reader, within its limit is never cut for being idle;
+//! any other is cut at its limit or little later. Bytes cost nothing: what moved is looked at when the timer fires.
 
 use std::time::{Duration, Instant};
 
 use super::close::CloseReason;
-use super::connection::{Connection, Io, Next};
+use super::connection::{Connection, Io, MESH, Next, PLAIN};
 use crate::ring::Ring;
 
-/// So many looks are taken in one limit.
+/// So many looks are taken in one limit,
 const LOOKS: u32 = 8;
+/// or more often: what the timer knows of connections that are gone is little then.
+const LOOK_MAX: Duration = Duration::from_secs(30);
 
 /// When a connection was last seen to have moved bytes.
 pub(super) struct Idle {
     limit: Duration,
-    /// Payload bytes that it had moved then, both ways.
+    /// Bytes that it had moved then, both ways.
     moved: u64,
     since: Instant,
 }
@@ -25,10 +27,10 @@ impl Idle {
         Self { limit, moved: 0, since: now }
     }
 
-    /// Whether nothing has moved for the whole limit.
-    fn is_over(&mut self, moved: u64, now: Instant) -> bool {
-        if moved != self.moved {
-            self.moved = moved;
+    /// Whether nothing has moved for the whole limit. What cannot be told has moved.
+    fn is_over(&mut self, moved: Option<u64>, now: Instant) -> bool {
+        if moved != Some(self.moved) {
+            self.moved = moved.unwrap_or(self.moved);
             self.since = now;
         }
         now.saturating_duration_since(self.since) >= self.limit
@@ -44,7 +46,7 @@ impl Connection {
 
     /// The next time that a relaying connection is looked at.
     pub(super) fn rearm_relay(&mut self, now: Instant) {
-        let look = self.idle.as_ref().map(|idle| now + idle.limit / LOOKS);
+        let look = self.idle.as_ref().map(|idle| now + (idle.limit / LOOKS).min(LOOK_MAX));
         self.deadline = look.into_iter().chain(self.drain_by).min();
     }
 
@@ -52,12 +54,20 @@ impl Connection {
         if self.drain_by.is_some_and(|deadline| deadline <= io.now) {
             return self.close(io, CloseReason::Drained, true);
         }
-        let moved = self.facts.bytes_from_mesh + self.facts.bytes_to_mesh;
+        let moved = self.moved(io.ring);
         if self.idle.as_mut().is_some_and(|idle| idle.is_over(moved, io.now)) {
             return self.close(io, CloseReason::Idle, true);
         }
         self.rearm_relay(io.now);
         Next::Wait
+    }
+
+    /// Bytes received, and of what is being sent those that were taken; a unix socket does not tell the latter.
+    fn moved<R: Ring>(&self, ring: &mut R) -> Option<u64> {
+        let received = self.facts.bytes_from_mesh + self.facts.bytes_to_mesh;
+        let sending = [(&self.seal, MESH), (&self.open, PLAIN)].into_iter().filter(|(flow, _)| flow.is_sending());
+        let mut legs = sending.filter_map(|(_, leg)| self.legs[leg].socket);
+        legs.try_fold(received, |moved, socket| Some(moved + ring.acknowledged(socket)?))
     }
 }
 
@@ -70,9 +80,11 @@ mod tests {
         let start = Instant::now();
         let after = |seconds| start + Duration::from_secs(seconds);
         let mut idle = Idle::new(Duration::from_secs(8), start);
-        assert!(!idle.is_over(0, after(7)));
-        assert!(!idle.is_over(1, after(8)), "a byte moved");
-        assert!(!idle.is_over(1, after(15)));
-        assert!(idle.is_over(1, after(16)));
+        assert!(!idle.is_over(Some(0), after(7)));
+        assert!(!idle.is_over(Some(1), after(8)), "a byte moved");
+        assert!(!idle.is_over(Some(1), after(15)));
+        assert!(!idle.is_over(None, after(16)), "nobody knows");
+        assert!(!idle.is_over(Some(1), after(23)));
+        assert!(idle.is_over(Some(1), after(24)));
     }
 }

@@ -102,6 +102,11 @@ impl Flow {
         self.end = filled;
     }
 
+    /// What was received is on its way out.
+    pub(super) fn is_sending(&self) -> bool {
+        self.state == State::Sending
+    }
+
     fn lease<'a, R: Ring>(&'a self, ring: &'a R) -> Option<&'a Lease> {
         match &self.hold {
             Hold::None => None,

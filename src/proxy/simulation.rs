@@ -525,3 +525,30 @@ fn an_idle_limit_does_not_outlive_the_drain_of_its_listener() {
     let (_, server) = mesh.finish();
     assert_eq!(server[0].reason, CloseReason::Drained);
 }
+
+#[test]
+fn a_slow_reader_is_not_idle() {
+    let mut mesh = Mesh::new(9, Faults::NONE);
+    let app = mesh.network.listen(APP);
+    mesh.idle_timeout = Some(Duration::from_millis(800));
+    mesh.publish_server(DefaultPolicy::Allow);
+    mesh.turns(50);
+    let client = mesh.network.connect(LISTEN).expect("the sidecar listens");
+    let bulk = vec![7; 2_000_000];
+    let (mut said, mut heard) = (0, 0);
+    let mut server = None;
+    // A region is under way for seconds, while nothing is received.
+    for _ in 0..40 {
+        said += client.write(&bulk[said..]).expect("open");
+        mesh.turns(300);
+        server = server.or_else(|| mesh.network.accept(app));
+        let end: &End = server.as_ref().expect("the app was dialed");
+        heard += end.read(8_000).expect("it is alive").map_or(0, |bytes| bytes.len());
+    }
+    assert!(heard == 320_000 && said > heard + 100_000, "{heard} of {said}: nothing waits for the reader");
+    mesh.turns(1_200);
+    assert!(client.read(1).is_err(), "one that reads nothing is");
+    drop((client, server));
+    let (_, server) = mesh.finish();
+    assert_eq!(server[0].reason, CloseReason::Idle);
+}

@@ -199,6 +199,10 @@ impl Ring for Sim {
         self.network.local(socket.0)
     }
 
+    fn acknowledged(&mut self, socket: Socket) -> Option<u64> {
+        self.network.sent(socket.0)
+    }
+
     fn original_destination(&mut self, socket: Socket) -> Option<SocketAddr> {
         self.network.original(socket.0)
     }

@@ -254,6 +254,10 @@ impl Ring for Uring {
         sys::local_address(socket.0)
     }
 
+    fn acknowledged(&mut self, socket: Socket) -> Option<u64> {
+        sys::acknowledged(socket.0)
+    }
+
     fn original_destination(&mut self, socket: Socket) -> Option<SocketAddr> {
         sys::original_destination(socket.0)
     }

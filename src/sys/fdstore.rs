@@ -65,7 +65,7 @@ impl DescriptorStore {
         let mut listening = BTreeSet::new();
         for entry in std::fs::read_dir("/proc/self/fd")?.flatten() {
             let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-            // What no other process may take over, the next one could not bind besides.
+            // What is no worker's comes and goes with registrations: kept, it would stay the next process's for ever.
             if place_of(fd).is_none_or(|place| is_apart(&place)) {
                 continue;
             }

@@ -13,7 +13,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use arc_swap::ArcSwap;
 use serde::{Deserialize, Serialize};
@@ -195,7 +196,7 @@ impl Inherited {
         let mut inherited = Self { kept: message.kept, ..Self::default() };
         inherited.sockets = inherited.adopt_all(message.sockets).into();
         let apart = inherited.adopt_all(message.apart);
-        *left_apart() = apart;
+        LEFT_APART.store(Arc::new(apart.into_iter().map(|(place, socket)| (place, Arc::new(socket))).collect()));
         inherited.ready = adopt(message.ready).map(PipeWriter::from);
         inherited.go = adopt(message.go).filter(|go| sys_nonblocking(go.as_raw_fd()).is_ok()).map(PipeReader::from);
         inherited
@@ -281,10 +282,12 @@ static APART: LazyLock<ArcSwap<Vec<Place>>> = LazyLock::new(ArcSwap::default);
 /// So many are known at once.
 const APART_MAX: usize = 1_024;
 /// What the process before had at such places.
-static LEFT_APART: Mutex<Vec<(Place, OwnedFd)>> = Mutex::new(Vec::new());
+static APART_IS_OPEN: AtomicBool = AtomicBool::new(false);
+static LEFT_APART: LazyLock<ArcSwap<Vec<Left>>> = LazyLock::new(ArcSwap::default);
+type Left = (Place, Arc<OwnedFd>);
 
-/// A socket at `place` is no worker's: the process that takes over asks for it with [`take_apart`] once it wants to listen
-/// there, and the service manager does not keep it.
+/// A socket at `place` is no worker's: the process that takes over asks for it with [`take_apart`] once this one has left it
+/// everything, and the service manager does not keep it.
 pub fn set_apart(place: Place) {
     APART.rcu(|places| {
         if places.len() >= APART_MAX || places.contains(&place) {
@@ -298,20 +301,27 @@ pub(super) fn is_apart(place: &Place) -> bool {
     APART.load().contains(place)
 }
 
-/// The socket that the process before had apart at `place`.
+/// The socket that the process before had apart at `place`; none before that one has left everything: until then it answers
+/// there, and two processes would answer in turn. What comes meanwhile waits in the socket's queue.
 pub fn take_apart(place: &Place) -> Option<OwnedFd> {
-    let mut left = left_apart();
-    let at = left.iter().position(|(known, _)| known == place)?;
-    Some(left.swap_remove(at).1)
+    if !APART_IS_OPEN.load(Ordering::Acquire) {
+        return None;
+    }
+    let left = LEFT_APART.load();
+    let (_, socket) = left.iter().find(|(known, _)| known == place)?;
+    let copy = socket.try_clone().ok()?;
+    LEFT_APART.rcu(|left| left.iter().filter(|(known, _)| known != place).cloned().collect::<Vec<_>>());
+    Some(copy)
+}
+
+/// From now on [`take_apart`] gives.
+pub fn open_apart() {
+    APART_IS_OPEN.store(true, Ordering::Release);
 }
 
 /// Closes what the process before had apart and nobody has asked for.
 pub fn close_apart() {
-    left_apart().clear();
-}
-
-fn left_apart() -> MutexGuard<'static, Vec<(Place, OwnedFd)>> {
-    LEFT_APART.lock().unwrap_or_else(PoisonError::into_inner)
+    LEFT_APART.store(Arc::default());
 }
 
 /// Every listening socket of this process, as a copy that a child inherits.

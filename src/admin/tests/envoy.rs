@@ -280,7 +280,7 @@ async fn what_this_process_lacks_is_answered_as_by_an_envoy_that_lacks_it() {
         ("GET", "/runtime", 200, "{\n \"entries\": {},\n \"layers\": []\n}\n"),
         ("GET", "/hot_restart_version", 200, "disabled"),
         ("GET", "/contention", 200, "Mutex contention tracing is not enabled."),
-        ("POST", "/logging", 200, "active loggers:\n  admin: info\n"),
+        ("POST", "/logging", 200, "active loggers:\n  a2a: info\n  admin: info\n"),
         ("POST", "/logging?level=nope", 400, "error: unknown logger level\n\nusage: /logging?<name>=<level>"),
         ("POST", "/logging?nobody=info", 400, "error: unknown logger name\n"),
         ("GET", "/logging", 405, "Method GET not allowed, POST required."),

@@ -84,7 +84,7 @@ pub(super) fn upstream(
         deny_reply: deny_reply(&config, &mut notes),
         label,
     };
-    hatches::of_upstream(&config, &mut upstream, &place, logs)?;
+    hatches::of_upstream(&config, &mut upstream, (&own.service, &place), logs)?;
     config.ignore(&HARMLESS_KEYS);
     notes.extend(config.unread().iter().map(|key| format!("config.{} has no effect", key.escape_default())));
     warnings.extend(notes.into_iter().map(|note| format!("{place}: {note}")));

@@ -1,7 +1,8 @@
 //! Consul's escape hatches: a listener or cluster of Envoy's, as JSON in a registration.
 //!
-//! Invariant: what is read holds plain TCP and nothing that would be enforced by Envoy alone; anything else is refused with
-//! its field. TLS is not looked at: Consul puts its own in its place (`agent/xds/listeners.go`, `clusters.go`). Pure.
+//! Invariant: what is read holds plain TCP, and every field of it is honoured or has no meaning here; any other is refused by its
+//! name. TLS is left out where Consul puts its own in its place (`agent/xds/listeners.go`, `clusters.go`), and refused elsewhere.
+//! Pure.
 
 use std::time::Duration;
 
@@ -40,20 +41,72 @@ pub(in crate::control) enum Members {
     Other,
 }
 
+/// What becomes of TLS that a hatch asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::control) enum Tls {
+    /// Consul overrides it.
+    Consuls,
+    /// It would hold in Envoy.
+    Refused,
+}
+
+/// Fields of listeners that are read, or that say nothing of what is done with bytes.
+const LISTENER: &[&str] = &[
+    "name",
+    "address",
+    "filter_chains",
+    "access_log",
+    "traffic_direction",
+    "stat_prefix",
+    "per_connection_buffer_limit_bytes",
+    "drain_type",
+];
+const CHAIN: &[&str] = &["name", "filters", "filter_chain_match"];
+const FILTER: &[&str] = &["name", "typed_config"];
+/// Of `tcp_proxy` and `connection_limit`.
+const FILTER_CONFIG: &[&str] =
+    &["@type", "stat_prefix", "cluster", "idle_timeout", "max_connect_attempts", "access_log", "max_connections"];
+const CLUSTER: &[&str] = &[
+    "name",
+    "alt_stat_name",
+    "type",
+    "eds_cluster_config",
+    "connect_timeout",
+    "per_connection_buffer_limit_bytes",
+    "lb_policy",
+    "least_request_lb_config",
+    "load_assignment",
+    "circuit_breakers",
+    "outlier_detection",
+    "dns_refresh_rate",
+    "dns_lookup_family",
+];
+
 /// Reads a listener.
-pub(in crate::control) fn listener(text: &str) -> Result<Plain, String> {
-    let mut message: ListenerMessage = read(text)?;
-    for chain in &mut message.filter_chains {
-        chain.transport_socket = None;
+pub(in crate::control) fn listener(text: &str, tls: Tls) -> Result<Plain, String> {
+    let mut json = object::<ListenerMessage>(text)?;
+    known(&json, LISTENER, "")?;
+    for (index, chain) in list_mut(&mut json, "filter_chains").enumerate() {
+        let place = format!("filter_chains[{index}].");
+        leave_out_tls(chain, tls, &place)?;
+        known(chain, CHAIN, &place)?;
+        for (index, filter) in list_mut(chain, "filters").enumerate() {
+            let place = format!("{place}filters[{index}].");
+            known(filter, FILTER, &place)?;
+            if let Some(config) = filter.get("typed_config") {
+                known(config, FILTER_CONFIG, &format!("{place}typed_config."))?;
+            }
+        }
     }
-    Listener::plain(&message).map_err(|why| why.to_string())
+    Listener::plain(&decode(&json)?).map_err(|why| why.to_string())
 }
 
 /// Reads a cluster.
-pub(in crate::control) fn cluster(text: &str) -> Result<Cluster, String> {
-    let mut message: ClusterMessage = read(text)?;
-    message.transport_socket = None;
-    let cluster = cluster::Cluster::parse(&message).map_err(|why| why.to_string())?;
+pub(in crate::control) fn cluster(text: &str, tls: Tls) -> Result<Cluster, String> {
+    let mut json = object::<ClusterMessage>(text)?;
+    leave_out_tls(&mut json, tls, "")?;
+    known(&json, CLUSTER, "")?;
+    let cluster = cluster::Cluster::parse(&decode(&json)?).map_err(|why| why.to_string())?;
     let members = match &cluster.discovery {
         Discovery::Eds(_) => Members::Eds,
         Discovery::Static(told) | Discovery::Dns(told, _) => Members::Told(told.places().map(|place| app(&place.host)).collect()),
@@ -70,24 +123,64 @@ fn app(host: &Host) -> App {
     }
 }
 
-/// The message in `text`, which may be in Envoy's old API.
-fn read<T: Message + Name + Default>(text: &str) -> Result<T, String> {
+/// The object in `text`, which may be in Envoy's old API, without its type: that must be `T`'s.
+fn object<T: Name>(text: &str) -> Result<Value, String> {
     let json: Value = serde_json::from_str(text).map_err(|error| format!("it is no JSON: {error}"))?;
     let mut json = renewed_resource(&json);
     let Some(fields) = json.as_object_mut() else { return Err("it is no JSON object".to_owned()) };
     let name = T::full_name();
-    if let Some(kind) = fields.shift_remove("@type")
-        && kind.as_str().and_then(|url| url.rsplit('/').next()) != Some(&name)
-    {
-        return Err(format!("@type: {kind}; expected a {name}"));
-    }
-    // What Consul overrides, under its old name.
-    if let Some(Value::Array(chains)) = fields.get_mut("filter_chains") {
-        for chain in chains.iter_mut().filter_map(Value::as_object_mut) {
-            chain.shift_remove("tls_context");
+    match fields.shift_remove("@type") {
+        Some(kind) if kind.as_str().and_then(|url| url.rsplit('/').next()) != Some(&name) => {
+            Err(format!("@type: {kind}; expected a {name}"))
         }
+        _ => Ok(json),
     }
-    Protos::load().decode(&json).map_err(|error| error.to_string())
+}
+
+fn decode<T: Message + Name + Default>(json: &Value) -> Result<T, String> {
+    Protos::load().decode(json).map_err(|error| error.to_string())
+}
+
+/// The objects in a list, under its name in either spelling.
+fn list_mut<'a>(json: &'a mut Value, name: &str) -> impl Iterator<Item = &'a mut Value> {
+    let fields = json.as_object_mut().into_iter().flatten();
+    let found = fields.filter(move |(key, _)| snake(key) == name).map(|(_, value)| value);
+    found.filter_map(Value::as_array_mut).flatten()
+}
+
+/// TLS is under these names, in the current API and in the old one.
+fn leave_out_tls(json: &mut Value, tls: Tls, place: &str) -> Result<(), String> {
+    let Some(fields) = json.as_object_mut() else { return Ok(()) };
+    let found: Vec<String> =
+        fields.keys().filter(|key| matches!(&*snake(key), "transport_socket" | "tls_context")).cloned().collect();
+    for key in found {
+        if tls == Tls::Refused {
+            return Err(format!("{place}{key}: present; Consul does not override it here, so expected none"));
+        }
+        fields.shift_remove(&key);
+    }
+    Ok(())
+}
+
+/// Refuses the first field that is not among these.
+fn known(json: &Value, names: &[&str], place: &str) -> Result<(), String> {
+    let mut fields = json.as_object().into_iter().flatten();
+    match fields.find(|(key, _)| !names.contains(&&*snake(key))) {
+        Some((key, _)) => Err(format!("{place}{key}: it is not honoured here; expected none but {}", names.join(", "))),
+        None => Ok(()),
+    }
+}
+
+/// Proto JSON has names in two spellings.
+fn snake(name: &str) -> String {
+    let mut text = String::with_capacity(name.len() + 4);
+    for letter in name.chars() {
+        if letter.is_ascii_uppercase() {
+            text.push('_');
+        }
+        text.push(letter.to_ascii_lowercase());
+    }
+    text
 }
 
 #[cfg(test)]
@@ -114,7 +207,7 @@ mod tests {
 
     #[test]
     fn both_apis_say_the_same() {
-        let old = listener(&old_listener().to_string()).expect("read");
+        let old = listener(&old_listener().to_string(), Tls::Consuls).expect("read");
         assert_eq!(old.bind, Bind::Tcp("127.0.0.1:9191".parse().expect("address")));
         assert_eq!((old.cluster.as_str(), old.max_connections, old.tuning.connect_attempts), ("db", None, Some(5)));
         assert_eq!(old.tuning.idle_timeout, Some(Duration::from_secs(600)));
@@ -127,7 +220,7 @@ mod tests {
                 {"name": "tcp", "typed_config": {"@type": tcp, "cluster": "db", "idle_timeout": "600s", "maxConnectAttempts": 5}},
             ]}],
         });
-        assert_eq!(listener(&new.to_string()), Ok(Plain { max_connections: Some(7), ..old }));
+        assert_eq!(listener(&new.to_string(), Tls::Refused), Ok(Plain { max_connections: Some(7), ..old }));
     }
 
     #[test]
@@ -136,7 +229,7 @@ mod tests {
             "@type": "type.googleapis.com/envoy.api.v2.Cluster", "name": "local_app", "connect_timeout": "3s",
             "hosts": [{"socket_address": {"address": "127.0.0.1", "port_value": 8080}}],
         });
-        let local = cluster(&old.to_string()).expect("read");
+        let local = cluster(&old.to_string(), Tls::Refused).expect("read");
         assert_eq!(local.members, Members::Told(vec![App::Tcp { host: "127.0.0.1".into(), port: 8080 }]));
         assert_eq!(local.connect_timeout, Duration::from_secs(3));
         let new = json!({
@@ -144,7 +237,7 @@ mod tests {
             "eds_cluster_config": {"eds_config": {"ads": {}}}, "lb_policy": "RANDOM",
             "circuit_breakers": {"thresholds": [{"max_connections": 9}]},
         });
-        let upstream = cluster(&new.to_string()).expect("read");
+        let upstream = cluster(&new.to_string(), Tls::Consuls).expect("read");
         assert_eq!((upstream.members, upstream.balance, upstream.max_connections), (Members::Eds, Balance::Random, Some(9)));
         assert_eq!(upstream.outlier.enforcing_percent, 0, "it asks for no ejection");
     }
@@ -154,13 +247,13 @@ mod tests {
         let refused = |change: &dyn Fn(&mut Value)| {
             let mut value = old_listener();
             change(&mut value);
-            listener(&value.to_string()).expect_err("refused")
+            listener(&value.to_string(), Tls::Consuls).expect_err("refused")
         };
         assert!(refused(&|v| v["@type"] = json!("type.googleapis.com/envoy.api.v2.Cluster")).contains("@type"));
         assert!(refused(&|v| v["nonsense"] = json!(1)).contains("nonsense"));
         assert!(
             refused(&|v| v["listener_filters"] = json!([{"name": "envoy.filters.listener.proxy_protocol"}]))
-                .contains("proxy_protocol")
+                .contains("listener_filters")
         );
         let lua = json!([{"name": "envoy.lua", "config": {}}]);
         assert!(refused(&|v| v["filter_chains"][0]["filters"] = lua.clone()).contains("config"));
@@ -173,6 +266,27 @@ mod tests {
             })
             .contains("rbac")
         );
-        assert!(listener("{").is_err_and(|why| why.contains("JSON")) && listener("[]").is_err() && cluster("3").is_err());
+        for (field, value) in [("use_proxy_proto", json!(true)), ("useOriginalDst", json!(true)), ("reuse_port", json!(false))] {
+            assert!(refused(&|v| v[field] = value.clone()).starts_with(&format!("{field}: ")));
+        }
+        let subset = json!({"filter_metadata": {"envoy.lb": {"version": "v1"}}});
+        let told = refused(&|v| v["filter_chains"][0]["filters"][0]["config"]["metadata_match"] = subset.clone());
+        assert!(told.starts_with("filter_chains[0].filters[0].typed_config.metadata_match: "), "{told}");
+        assert!(listener("{", Tls::Refused).is_err_and(|why| why.contains("JSON")));
+        assert!(listener("[]", Tls::Refused).is_err() && cluster("3", Tls::Refused).is_err());
+    }
+
+    #[test]
+    fn tls_that_would_hold_is_not_left_out() {
+        let told = listener(&old_listener().to_string(), Tls::Refused).expect_err("refused");
+        assert!(told.starts_with("filter_chains[0].tls_context: "), "{told}");
+        let mut value = old_listener();
+        let chain = value["filter_chains"][0].as_object_mut().expect("a chain");
+        chain.remove("tls_context");
+        chain.insert("transportSocket".to_owned(), json!({"name": "tls"}));
+        assert!(listener(&value.to_string(), Tls::Refused).is_err() && listener(&value.to_string(), Tls::Consuls).is_ok());
+        let app = json!({"name": "local_app", "hosts": [], "tls_context": {"sni": "app"}});
+        assert!(cluster(&app.to_string(), Tls::Refused).expect_err("refused").starts_with("transport_socket: "));
+        assert!(cluster(&app.to_string(), Tls::Consuls).is_ok());
     }
 }

@@ -1,7 +1,8 @@
 //! The identities in the TLS contexts of listeners and clusters: one for a sidecar, one a service for a terminating gateway.
 //!
 //! Invariant: certificate and key of an identity come from one context; it is put in use only when key, chain, roots and
-//! validity hold together now, otherwise the one before stays. In a rotation listeners and clusters differ for a moment: the
+//! validity hold together now, otherwise the one before stays. Where all roots are of peers, none can vouch for the chain: whoever
+//! is shown it decides. In a rotation listeners and clusters differ for a moment: the
 //! newest leaf that is valid wins, and the roots of all contexts are trusted until they agree again. Roots vouch for the trust
 //! domain that their context names and for no other; those of a peer vouch for callers only where a listener says so. One peer's
 //! roots that cannot be used keep that peer out, and nobody else.

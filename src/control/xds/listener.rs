@@ -22,7 +22,7 @@ use super::cluster::duration;
 use super::endpoint::Host;
 use super::refusal::{Refusal, message_name};
 use super::tls_context::{self, Material};
-use crate::config::envoy::{AccessLog, PathMatch};
+use crate::config::envoy::{AccessLog, Logged, PathMatch};
 use crate::mesh::Bind;
 use crate::mesh::router::Match;
 use crate::policy::{DefaultPolicy, Intentions};
@@ -166,15 +166,12 @@ impl Listener {
         Ok(Self { name: message.name.clone(), bind, role, tuning, access_logs })
     }
 
-    /// Reads one that carries bytes to one cluster and does nothing else.
+    /// Reads one of those fields that `hatch` lets through: it carries bytes to one cluster and does nothing else.
     pub(super) fn plain(message: &pb::Listener) -> Result<Plain, Refusal> {
-        if let Some(filter) = message.listener_filters.first() {
-            return Err(Refusal::new("listener_filters[0].name", &filter.name, "expected none"));
-        }
         let [chain] = message.filter_chains.as_slice() else {
             return Err(Refusal::new("filter_chains", format!("{} of them", message.filter_chains.len()), "expected one"));
         };
-        if message.default_filter_chain.is_some() || !chain::matches_all(chain) {
+        if !chain::matches_all(chain) {
             return Err(Refusal::new(
                 "filter_chains[0].filter_chain_match",
                 "present",
@@ -198,18 +195,19 @@ impl Listener {
     }
 
     /// As [`AccessLog::only`]; `None` where its routes are not known before they are asked for.
-    pub(super) fn logged_as(&self) -> Option<BTreeSet<String>> {
+    pub(super) fn logged_as(&self) -> Option<BTreeSet<Logged>> {
+        let of = |upstream: Option<&str>| Logged { service: None, upstream: upstream.map(str::to_owned) };
         Some(match &self.role {
-            Role::Public(_) => BTreeSet::from([String::new()]),
-            Role::Upstream { label, .. } => BTreeSet::from([label.clone()]),
+            Role::Public(_) => BTreeSet::from([of(None)]),
+            Role::Upstream { label, .. } => BTreeSet::from([of(Some(label))]),
             Role::Pages { .. } => BTreeSet::new(),
             Role::Router(routes) if routes.all().any(|chain| matches!(chain.way, Way::ServerName)) => return None,
             Role::Router(routes) => {
                 let of_chains = routes.all().map(|chain| match chain.way {
-                    Way::End(_) => String::new(),
-                    Way::Cluster(_) | Way::ServerName => chain.name.clone(),
+                    Way::End(_) => of(None),
+                    Way::Cluster(_) | Way::ServerName => of(Some(&chain.name)),
                 });
-                of_chains.chain([self.name.clone()]).collect()
+                of_chains.chain([of(Some(&self.name))]).collect()
             }
         })
     }

@@ -318,6 +318,10 @@ fn params(params: Option<&pb::TlsParameters>) -> Result<TlsParams, Refusal> {
         let wanted = format!("none of these is spoken in TLS 1.2, and 1.3 is not allowed: expected one of {}", Suites::known());
         return Err(Refusal::new("tls_params.cipher_suites", params.cipher_suites.join(","), wanted));
     }
+    if suites.is_empty() && tls12 {
+        let asked = params.cipher_suites.join(",");
+        tracing::warn!(%asked, spoken = %Suites::known(), "no cipher suite that is asked for is spoken here, so TLS 1.2 is off");
+    }
     Ok(TlsParams { tls12: tls12 && !suites.is_empty(), tls13, suites })
 }
 

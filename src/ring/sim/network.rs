@@ -85,6 +85,8 @@ struct State {
 struct Stream {
     peer: Option<i32>,
     inbox: VecDeque<u8>,
+    /// Bytes that went to the peer's inbox.
+    sent: u64,
     fin: bool,
     reset: bool,
     /// Of an accepted one: where it came in at, and where its client wanted to go.
@@ -205,6 +207,11 @@ impl Network {
         self.0.borrow().streams.get(&socket)?.local
     }
 
+    /// Bytes that its peer has or had.
+    pub(super) fn sent(&self, socket: i32) -> Option<u64> {
+        Some(self.0.borrow().streams.get(&socket)?.sent)
+    }
+
     /// Where its client wanted to go, if it was redirected.
     pub(super) fn original(&self, socket: i32) -> Option<SocketAddr> {
         self.0.borrow().streams.get(&socket)?.original
@@ -270,6 +277,9 @@ impl Network {
             len = 1 + random.below(len);
         }
         peer.inbox.extend(&bytes[..len]);
+        if let Some(stream) = streams.get_mut(&socket) {
+            stream.sent += len as u64;
+        }
         Ok(len)
     }
 

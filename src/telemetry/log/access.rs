@@ -20,12 +20,14 @@ use std::time::SystemTime;
 
 use super::{Counts, Destination, LogError, Reopener, Spool};
 use crate::config::LogTarget;
-use crate::config::envoy::{AccessLog, AccessLogFormat};
+use crate::config::envoy::{AccessLog, AccessLogFormat, Logged};
 use crate::telemetry::record::ConnectionRecord;
 
 use format::Template;
 use value::{Facts, Host};
 
+/// Logs of the control plane: each has a file and a thread.
+const LEARNED_MAX: usize = 64;
 /// Replaced logs whose writers may still be at work; one more waits for the oldest.
 const LEAVING_MAX: usize = 16;
 
@@ -86,24 +88,27 @@ enum Takes {
     #[default]
     None,
     /// As [`AccessLog::only`].
-    Of(BTreeSet<String>),
+    Of(BTreeSet<Logged>),
     All,
 }
 
 impl Takes {
-    fn add(&mut self, only: Option<&BTreeSet<String>>) {
+    fn add(&mut self, only: Option<&BTreeSet<Logged>>) {
         match (&mut *self, only) {
             (Self::All, _) => {}
             (_, None) => *self = Self::All,
-            (Self::None, Some(names)) => *self = Self::Of(names.clone()),
-            (Self::Of(known), Some(names)) => known.extend(names.iter().cloned()),
+            (Self::None, Some(listeners)) => *self = Self::Of(listeners.clone()),
+            (Self::Of(known), Some(listeners)) => known.extend(listeners.iter().cloned()),
         }
     }
 
     fn takes(&self, record: &ConnectionRecord) -> bool {
         match self {
             Self::None => false,
-            Self::Of(names) => names.contains(record.upstream.as_deref().unwrap_or_default()),
+            Self::Of(listeners) => listeners.iter().any(|of| {
+                of.upstream.as_deref() == record.upstream.as_deref()
+                    && of.service.as_ref().is_none_or(|service| **service == *record.service)
+            }),
             Self::All => true,
         }
     }
@@ -140,8 +145,14 @@ impl AccessLogs {
                 let writer = before.swap_remove(at);
                 self.learned.push(Writer { matched: Takes::None, unmatched: Takes::None, ..writer });
             }
-            if let Err(error) = add(&mut self.learned, setting, &self.reopener) {
-                let remedy = "correct the access log in Consul's proxy-defaults, or set -access-log here";
+            let known = self.learned.iter().any(same);
+            let added = if known || self.learned.len() < LEARNED_MAX {
+                add(&mut self.learned, setting, &self.reopener).map_err(|error| error.to_string())
+            } else {
+                Err(format!("{LEARNED_MAX} others are open"))
+            };
+            if let Err(error) = added {
+                let remedy = "correct it in Consul's proxy-defaults or in the listener, or set -access-log here";
                 tracing::error!(%error, target = ?setting.target, remedy, "an access log is left out");
             }
         }

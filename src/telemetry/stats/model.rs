@@ -1,8 +1,8 @@
 //! The stats themselves: Envoy's names for what was counted and for what is enforced.
 //!
 //! Invariant: a value is what was counted, or 0. These are 0 because this proxy has nothing that they could mean, or does not
-//! know: bytes buffered (a flow receives only when all it had was sent), flow control, flushes, drain and idle closes apart
-//! from `ringfence_connections_closed_total`'s reasons, `ssl.fail_verify_*` but for the SAN (`ssl.connection_error` counts every
+//! know: bytes buffered (a flow receives only when all it had was sent), flow control, flushes, drain closes apart from
+//! `ringfence_connections_closed_total`'s reasons, `ssl.fail_verify_*` but for the SAN (`ssl.connection_error` counts every
 //! other failed handshake), curves and signature algorithms, changes of listeners and clusters since the start (what is active
 //! is known), panic mode, degraded and excluded members, `server.version` (Envoy's commit), and watchdogs.
 //!

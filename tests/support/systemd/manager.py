@@ -15,7 +15,8 @@ PR_SET_PDEATHSIG = 1
 
 
 def say(event, **more):
-    print(json.dumps({"systemd": event, **more}), flush=True)
+    # In one piece: the service writes to the same pipe.
+    os.write(1, (json.dumps({"systemd": event, **more}) + "\n").encode())
 
 
 class Unit:

@@ -74,6 +74,10 @@ fn params(tls: &wire::MeshTls) -> Result<TlsParams, String> {
     let suites = [&tls.incoming, &tls.outgoing].map(|tls| Suites::named(tls.suites.iter().map(String::as_str)));
     let suites = suites.into_iter().fold(Suites::ALL, Suites::and);
     let tls12 = !suites.is_empty();
+    if !tls12 {
+        let remedy = "add one to CipherSuites of the mesh config entry: Envoy dials with TLS 1.2";
+        tracing::warn!(spoken = %Suites::known(), remedy, "the mesh allows no cipher suite that is spoken here, so TLS 1.2 is off");
+    }
     let all = TlsParams {
         tls12: tls12 && ranges.iter().all(|(low, high)| (*low..=*high).contains(&2)),
         tls13: ranges.iter().all(|(low, high)| (*low..=*high).contains(&3)),
@@ -82,7 +86,7 @@ fn params(tls: &wire::MeshTls) -> Result<TlsParams, String> {
     if all.tls12 || all.tls13 {
         Ok(all)
     } else if suites.is_empty() {
-        Err(format!("its CipherSuites leave none of {}, and TLS 1.3 is not allowed; add one of them", Suites::known()))
+        Err(format!("its CipherSuites leave none of {} in both directions, and TLS 1.3 is not allowed; add one", Suites::known()))
     } else {
         Err("its TLS versions leave neither TLS 1.2 nor 1.3 in both directions; allow one of them".to_owned())
     }

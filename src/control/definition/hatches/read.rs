@@ -3,22 +3,27 @@
 use std::collections::BTreeSet;
 
 use super::{CLUSTER, LISTENER, LOCAL_CLUSTER, PUBLIC_LISTENER};
-use crate::config::envoy::AccessLog;
+use crate::config::envoy::{AccessLog, Logged};
 use crate::control::definition::upstream::{Destination, Upstream};
 use crate::control::definition::{App, Public};
 use crate::control::opaque::Opaque;
-use crate::control::xds::hatch::{self, Members};
+use crate::control::xds::hatch::{self, Members, Tls};
 
 /// What Consul calls the app's cluster.
 const LOCAL_APP: &str = "local_app";
 
 /// The public listener and the app behind it.
-pub(in super::super) fn of_public(config: &Opaque<'_>, public: &mut Public, logs: &mut Vec<AccessLog>) -> Result<(), String> {
+pub(in super::super) fn of_public(
+    config: &Opaque<'_>,
+    public: &mut Public,
+    service: &str,
+    logs: &mut Vec<AccessLog>,
+) -> Result<(), String> {
     let refused = |key: &str, why: &str| format!("proxy.config.{key}: {why}; change it, or remove the key");
     let mut app = LOCAL_APP.to_owned();
     if let Some(text) = config.text(LOCAL_CLUSTER)? {
         let refused = |why: &str| refused(LOCAL_CLUSTER, why);
-        let cluster = hatch::cluster(&text).map_err(|why| refused(&why))?;
+        let cluster = hatch::cluster(&text, Tls::Refused).map_err(|why| refused(&why))?;
         let Members::Told(members) = cluster.members else {
             return Err(refused("type: where the app is must be told in it; expected STATIC or STRICT_DNS"));
         };
@@ -36,7 +41,7 @@ pub(in super::super) fn of_public(config: &Opaque<'_>, public: &mut Public, logs
     }
     if let Some(text) = config.text(PUBLIC_LISTENER)? {
         let refused = |why: &str| refused(PUBLIC_LISTENER, why);
-        let listener = hatch::listener(&text).map_err(|why| refused(&why))?;
+        let listener = hatch::listener(&text, Tls::Consuls).map_err(|why| refused(&why))?;
         if listener.cluster != app {
             return Err(refused(&format!("it leads to cluster {}; expected {app}", listener.cluster)));
         }
@@ -45,14 +50,14 @@ pub(in super::super) fn of_public(config: &Opaque<'_>, public: &mut Public, logs
         if let Some(most) = listener.max_connections {
             limit(public, most).map_err(|why| refused(&why))?;
         }
-        logs.extend(of_listener(listener.access_logs, ""));
+        logs.extend(of_listener(listener.access_logs, service, None));
     }
     Ok(())
 }
 
 /// The logs of one listener, for its connections alone.
-fn of_listener(logs: Vec<AccessLog>, name: &str) -> impl Iterator<Item = AccessLog> {
-    let only = BTreeSet::from([name.to_owned()]);
+fn of_listener(logs: Vec<AccessLog>, service: &str, upstream: Option<&str>) -> impl Iterator<Item = AccessLog> {
+    let only = BTreeSet::from([Logged { service: Some(service.to_owned()), upstream: upstream.map(str::to_owned) }]);
     logs.into_iter().map(move |log| AccessLog { only: Some(only.clone()), ..log })
 }
 
@@ -66,18 +71,19 @@ fn limit(public: &mut Public, most: u32) -> Result<(), String> {
     Ok(())
 }
 
-/// One upstream. Consul drops its hatches where a discovery chain is configured; what they may say here changes no destination.
+/// One upstream. Consul drops its hatches where a discovery chain is configured, which is not known here: they hold there too.
+/// What they may say changes no destination.
 pub(in super::super) fn of_upstream(
     config: &Opaque<'_>,
     upstream: &mut Upstream,
-    place: &str,
+    (service, place): (&str, &str),
     logs: &mut Vec<AccessLog>,
 ) -> Result<(), String> {
     let refused = |key: &str, why: &str| format!("{place}.{key}: {why}; change it, or remove the key");
     let mut named = None;
     if let Some(text) = config.text(CLUSTER)? {
         let refused = |why: &str| refused(CLUSTER, why);
-        let cluster = hatch::cluster(&text).map_err(|why| refused(&why))?;
+        let cluster = hatch::cluster(&text, Tls::Consuls).map_err(|why| refused(&why))?;
         if cluster.members != Members::Eds {
             return Err(refused("type: who answers is told by Consul; expected EDS"));
         }
@@ -89,7 +95,7 @@ pub(in super::super) fn of_upstream(
     }
     if let Some(text) = config.text(LISTENER)? {
         let refused = |why: &str| refused(LISTENER, why);
-        let listener = hatch::listener(&text).map_err(|why| refused(&why))?;
+        let listener = hatch::listener(&text, Tls::Refused).map_err(|why| refused(&why))?;
         if named.as_ref() != Some(&listener.cluster) && !is_of(&listener.cluster, &upstream.destination) {
             return Err(refused(&format!("it leads to cluster {}; expected the one of this upstream", listener.cluster)));
         }
@@ -99,20 +105,30 @@ pub(in super::super) fn of_upstream(
         upstream.bind = listener.bind;
         upstream.tuning.idle_timeout = listener.tuning.idle_timeout;
         upstream.tuning.connect_attempts = listener.tuning.connect_attempts;
-        logs.extend(of_listener(listener.access_logs, &upstream.label));
+        logs.extend(of_listener(listener.access_logs, service, Some(&upstream.label)));
     }
     Ok(())
 }
 
-/// Whether Consul would name a cluster so: `[HASH~][SUBSET.]SERVICE.NAMESPACE...internal.TRUST_DOMAIN`, or `QUERY.default...`.
+/// Whether Consul would name a cluster so: `[HASH~]SERVICE.NAMESPACE[.PARTITION].DATACENTER.internal...`, `QUERY.default.DATACENTER
+/// .query...`, or it is the bare name. Subsets are other members, and the destination's own datacenter is not known here.
 fn is_of(cluster: &str, destination: &Destination) -> bool {
-    let name = match destination {
-        Destination::Service { name, .. } => &name.service,
-        Destination::Query { name, .. } => name,
+    let (name, namespace, datacenter) = match destination {
+        Destination::Service { name, datacenter } => (&name.service, name.namespace.as_str(), datacenter),
+        Destination::Query { name, datacenter } => (name, "", datacenter),
         Destination::Unsupported(_) => return false,
     };
     let sni = cluster.rsplit('~').next().unwrap_or_default();
-    sni == name || (sni.contains('.') && sni.split('.').take(2).any(|label| label == name))
+    let labels: Vec<&str> = sni.split('.').collect();
+    let namespace = if namespace.is_empty() { "default" } else { namespace };
+    match labels.as_slice() {
+        [only] => only == name,
+        [first, second, rest @ ..] => {
+            let there = rest.iter().take(2).any(|label| label == datacenter);
+            first == name && *second == namespace && (datacenter.is_empty() || there)
+        }
+        [] => false,
+    }
 }
 
 #[cfg(test)]
@@ -122,7 +138,7 @@ mod tests {
 
     use serde_json::{Value, json};
 
-    use crate::config::envoy::Scrape;
+    use crate::config::envoy::{Logged, Scrape};
     use crate::control::consul::wire;
     use crate::control::definition::{App, Definition, parse};
     use crate::mesh::{Balance, Bind};
@@ -163,7 +179,8 @@ mod tests {
             json!([{"name": "envoy.file_access_log", "typed_config": file}]);
         let definition = with(&[], &[("envoy_listener_json", mine)]).expect("accepted");
         let only: Vec<_> = definition.access_logs.iter().map(|log| log.only.clone()).collect();
-        assert_eq!(only, [Some(std::iter::once("warehouse".to_owned()).collect())]);
+        let of = Logged { service: Some(definition.name.service), upstream: Some("warehouse".to_owned()) };
+        assert_eq!(only, [Some([of].into())]);
     }
 
     #[test]
@@ -197,6 +214,9 @@ mod tests {
         assert!(told.contains("envoy_public_listener_json") && told.contains("ext"), "{told}");
         let told = refused(&[], &[("envoy_listener_json", listener(9_001, "broker.default.dc1.internal.x.consul"))]);
         assert!(told.contains("warehouse") && told.contains("envoy_listener_json") && told.contains("broker"), "{told}");
+        for elsewhere in ["v2.warehouse.default.dc1.internal.x.consul", "db.warehouse.dc1.internal.x.consul", "ext"] {
+            assert!(refused(&[], &[("envoy_listener_json", listener(9_001, elsewhere))]).contains(elsewhere));
+        }
         let fixed = json!({"name": "warehouse", "type": "STATIC"});
         assert!(refused(&[], &[("envoy_cluster_json", fixed)]).contains("EDS"));
         assert!(refused(&[("envoy_local_cluster_json", cluster(json!({"type": "EDS"})))], &[]).contains("STATIC"));

@@ -6,15 +6,15 @@ use crate::control::definition::Public;
 use crate::control::definition::upstream::Upstream;
 use crate::control::opaque::Opaque;
 
-pub(in super::super) fn of_public(config: &Opaque<'_>, _: &mut Public, _: &mut Vec<AccessLog>) -> Result<(), String> {
+pub(in super::super) fn of_public(config: &Opaque<'_>, _: &mut Public, _: &str, _: &mut Vec<AccessLog>) -> Result<(), String> {
     refuse(config, &OF_PROXIES, "proxy.config")
 }
 
 pub(in super::super) fn of_upstream(
     config: &Opaque<'_>,
     _: &mut Upstream,
-    place: &str,
-    _: &mut Vec<String>,
+    (_, place): (&str, &str),
+    _: &mut Vec<AccessLog>,
 ) -> Result<(), String> {
     refuse(config, &OF_UPSTREAMS, place)
 }

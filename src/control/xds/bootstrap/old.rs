@@ -2,8 +2,7 @@
 //! wrote into registrations then.
 //!
 //! Only what Consul 1.8 and 1.9 print and what is plain TCP is renewed; anything else of the old API stays and is refused by
-//! name later. The xDS of
-//! such a Consul is the old one too, so only node, token, admin port, pages and stats are of use.
+//! name later. The xDS of such a Consul is the old one too, so only node, token, admin port, pages and stats are of use.
 
 use serde_json::{Value as Json, json};
 

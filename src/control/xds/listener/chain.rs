@@ -206,8 +206,8 @@ fn tuning(filter: &tcp_proxy::TcpProxy) -> Result<Tuning, Refusal> {
     if connect_attempts == Some(0) {
         return Err(Refusal::new("max_connect_attempts", 0, "expected 1 or more"));
     }
-    // 0 is Envoy's word for no bound.
-    Ok(Tuning { idle_timeout: idle_timeout.filter(|timeout| !timeout.is_zero()), connect_attempts })
+    // 0 is Envoy's word for no bound, and it counts in milliseconds.
+    Ok(Tuning { idle_timeout: idle_timeout.filter(|timeout| timeout.as_millis() > 0), connect_attempts })
 }
 
 fn target(filter: &tcp_proxy::TcpProxy) -> Result<String, Refusal> {

@@ -290,23 +290,33 @@ fn a_replaced_log_loses_no_line() {
 fn a_log_of_some_listeners_takes_their_connections_alone() {
     let folder = tempfile::tempdir().expect("folder");
     let [db, inbound] = ["db", "inbound"].map(|name| folder.path().join(name));
-    let only = |path: &Path, name: &str| AccessLog {
-        only: Some([name.to_owned()].into()),
-        ..setting(path, "%RINGFENCE(upstream)% %DOWNSTREAM_DETECTED_CLOSE_TYPE%", false)
+    let only = |path: &Path, service: Option<&str>, upstream: Option<&str>| AccessLog {
+        only: Some([Logged { service: service.map(Into::into), upstream: upstream.map(Into::into) }].into()),
+        ..setting(path, "%RINGFENCE(service)%", false)
     };
-    let settings = [only(&db, "db"), only(&inbound, "")];
-    let mut logs = AccessLogs::open(&settings, &Reopener::default()).expect("opens");
     let record = outbound();
     assert_eq!(record.upstream.as_deref(), Some("db"));
+    let settings = [only(&db, None, Some("db")), only(&inbound, Some(&record.service), None)];
+    let mut logs = AccessLogs::open(&settings, &Reopener::default()).expect("opens");
     logs.record(&record);
     logs.record(&ConnectionRecord { upstream: Some("other".into()), ..outbound() });
     logs.record(&ConnectionRecord { upstream: None, ..outbound() });
+    logs.record(&ConnectionRecord { upstream: None, service: "other".into(), ..outbound() });
     let deadline = std::time::Instant::now() + Duration::from_secs(10);
     while logs.counts().written < 2 && std::time::Instant::now() < deadline {
         logs.flush();
         std::thread::yield_now();
     }
     assert_eq!((read(&db).len(), read(&inbound).len()), (1, 1));
+}
+
+#[test]
+fn more_logs_than_are_kept_are_left_out() {
+    let folder = tempfile::tempdir().expect("folder");
+    let settings: Vec<_> = (0..100).map(|number| setting(&folder.path().join(number.to_string()), "x", false)).collect();
+    let mut logs = AccessLogs::open(&[], &Reopener::default()).expect("opens");
+    logs.learn(&settings);
+    assert_eq!(std::fs::read_dir(folder.path()).expect("the folder").count(), 64);
 }
 
 #[test]
