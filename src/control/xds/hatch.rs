@@ -166,7 +166,10 @@ fn leave_out_tls(json: &mut Value, tls: Tls, place: &str) -> Result<(), String> 
 fn known(json: &Value, names: &[&str], place: &str) -> Result<(), String> {
     let mut fields = json.as_object().into_iter().flatten();
     match fields.find(|(key, _)| !names.contains(&&*snake(key))) {
-        Some((key, _)) => Err(format!("{place}{key}: it is not honoured here; expected none but {}", names.join(", "))),
+        Some((key, _)) => {
+            let key = key.escape_default();
+            Err(format!("{place}{key}: it is not honoured here; expected none but {}", names.join(", ")))
+        }
         None => Ok(()),
     }
 }

@@ -43,7 +43,8 @@ pub(in super::super) fn of_public(
         let refused = |why: &str| refused(PUBLIC_LISTENER, why);
         let listener = hatch::listener(&text, Tls::Consuls).map_err(|why| refused(&why))?;
         if listener.cluster != app {
-            return Err(refused(&format!("it leads to cluster {}; expected {app}", listener.cluster)));
+            let (there, app) = (listener.cluster.escape_default(), app.escape_default());
+            return Err(refused(&format!("it leads to cluster {there}; expected {app}")));
         }
         public.bind = listener.bind;
         public.idle_timeout = listener.tuning.idle_timeout;
@@ -97,7 +98,8 @@ pub(in super::super) fn of_upstream(
         let refused = |why: &str| refused(LISTENER, why);
         let listener = hatch::listener(&text, Tls::Refused).map_err(|why| refused(&why))?;
         if named.as_ref() != Some(&listener.cluster) && !is_of(&listener.cluster, &upstream.destination) {
-            return Err(refused(&format!("it leads to cluster {}; expected the one of this upstream", listener.cluster)));
+            let there = listener.cluster.escape_default();
+            return Err(refused(&format!("it leads to cluster {there}; expected the one of this upstream")));
         }
         if listener.max_connections.is_some() {
             return Err(refused("connection_limit: connections are limited by the upstream; expected limits.max_connections"));
