@@ -70,6 +70,6 @@ fn bind_pages(wanted: &[PageListener], successor: bool) -> Result<(Vec<pages::Bo
 fn bind_page(address: SocketAddr) -> io::Result<TcpListener> {
     let left = handover::take_apart(&Place::Tcp(address)).map(TcpListener::from);
     let listener = left.map_or_else(|| TcpListener::bind(address), Ok)?;
-    handover::set_apart(Place::Tcp(listener.local_addr()?));
+    handover::set_apart(&listener);
     Ok(listener)
 }

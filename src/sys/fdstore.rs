@@ -66,7 +66,7 @@ impl DescriptorStore {
         for entry in std::fs::read_dir("/proc/self/fd")?.flatten() {
             let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
             // What is no worker's comes and goes with registrations: kept, it would stay the next process's for ever.
-            if place_of(fd).is_none_or(|place| is_apart(&place)) {
+            if place_of(fd).is_none() || is_apart(fd) {
                 continue;
             }
             let Some((name, socket)) = named_copy(fd) else { continue };

@@ -9,7 +9,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -110,7 +110,7 @@ pub fn start_successor(arguments: impl Iterator<Item = OsString>, kept: BTreeSet
     let go_fd = inheritable(reader.as_raw_fd())?;
     let copies: Vec<(OwnedFd, Place)> = listening()?;
     let sockets = copies.iter().map(|(fd, place)| (fd.as_raw_fd(), place.clone()));
-    let (apart, sockets) = sockets.partition(|(_, place)| is_apart(place));
+    let (apart, sockets) = sockets.partition(|(fd, _)| is_apart(*fd));
     let message = Message { ready: ready_fd.as_raw_fd(), go: go_fd.as_raw_fd(), sockets, apart, kept };
     let message = serde_json::to_string(&message).map_err(io::Error::other)?;
     let program = std::env::current_exe()?;
@@ -196,6 +196,7 @@ impl Inherited {
         let mut inherited = Self { kept: message.kept, ..Self::default() };
         inherited.sockets = inherited.adopt_all(message.sockets).into();
         let apart = inherited.adopt_all(message.apart);
+        apart.iter().for_each(|(_, socket)| set_apart(socket));
         LEFT_APART.store(Arc::new(apart.into_iter().map(|(place, socket)| (place, Arc::new(socket))).collect()));
         inherited.ready = adopt(message.ready).map(PipeWriter::from);
         inherited.go = adopt(message.go).filter(|go| sys_nonblocking(go.as_raw_fd()).is_ok()).map(PipeReader::from);
@@ -277,28 +278,30 @@ impl Inherited {
     }
 }
 
-/// Places that no worker listens at, for the whole process: which sockets it has is no thread's own either.
-static APART: LazyLock<ArcSwap<Vec<Place>>> = LazyLock::new(ArcSwap::default);
+/// Cookies of sockets that are no worker's, for the whole process: which sockets it has is no thread's own either. The kernel
+/// gives no cookie twice, so one that is closed means nobody any more; the oldest go first.
+static APART: LazyLock<ArcSwap<Vec<u64>>> = LazyLock::new(ArcSwap::default);
 /// So many are known at once.
 const APART_MAX: usize = 1_024;
-/// What the process before had at such places.
-static APART_IS_OPEN: AtomicBool = AtomicBool::new(false);
+/// What the process before had apart, and whether it has left that to this one.
 static LEFT_APART: LazyLock<ArcSwap<Vec<Left>>> = LazyLock::new(ArcSwap::default);
+static APART_IS_OPEN: AtomicBool = AtomicBool::new(false);
 type Left = (Place, Arc<OwnedFd>);
 
-/// A socket at `place` is no worker's: the process that takes over asks for it with [`take_apart`] once this one has left it
-/// everything, and the service manager does not keep it.
-pub fn set_apart(place: Place) {
-    APART.rcu(|places| {
-        if places.len() >= APART_MAX || places.contains(&place) {
-            return Arc::clone(places);
-        }
-        Arc::new(places.iter().cloned().chain([place.clone()]).collect())
+/// This socket is no worker's: the process that takes over asks for it with [`take_apart`] once this one has left it everything,
+/// and the service manager does not keep it.
+pub fn set_apart(socket: &impl AsFd) {
+    let Ok(cookie) = SockRef::from(socket).cookie() else { return };
+    APART.rcu(|known| {
+        let surplus = (known.len() + 1).saturating_sub(APART_MAX);
+        known.iter().skip(surplus).copied().filter(|known| *known != cookie).chain([cookie]).collect::<Vec<_>>()
     });
 }
 
-pub(super) fn is_apart(place: &Place) -> bool {
-    APART.load().contains(place)
+pub(super) fn is_apart(fd: RawFd) -> bool {
+    // SAFETY: at worst the descriptor was closed meanwhile, and the call on it fails.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    SockRef::from(&fd).cookie().is_ok_and(|cookie| APART.load().contains(&cookie))
 }
 
 /// The socket that the process before had apart at `place`; none before that one has left everything: until then it answers
@@ -411,6 +414,32 @@ mod tests {
         std::net::TcpStream::connect(address).expect("it still listens");
         drop(socket);
         assert!(std::net::TcpStream::connect(address).is_err());
+    }
+
+    #[test]
+    fn a_socket_is_apart_and_not_its_address() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        let address = listener.local_addr().expect("its address");
+        set_apart(&listener);
+        let copy = listener.try_clone().expect("a copy");
+        assert!(is_apart(listener.as_raw_fd()) && is_apart(copy.as_raw_fd()));
+        drop((listener, copy));
+        let next = TcpListener::bind(address).expect("free again");
+        assert!(!is_apart(next.as_raw_fd()));
+    }
+
+    #[test]
+    fn what_is_left_apart_waits_for_the_end_of_the_process_before() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        let place = Place::Tcp(listener.local_addr().expect("its address"));
+        let fd = std::os::fd::IntoRawFd::into_raw_fd(OwnedFd::from(listener));
+        let inherited = Inherited::of(Message { apart: vec![(fd, place.clone())], ..message(Vec::new()) });
+        assert!(inherited.sockets.is_empty(), "no worker gets it");
+        assert!(take_apart(&place).is_none());
+        open_apart();
+        let socket = take_apart(&place).expect("left to us");
+        assert!(is_apart(socket.as_raw_fd()), "neither is it a worker's in this process");
+        assert!(take_apart(&place).is_none(), "once");
     }
 
     #[test]

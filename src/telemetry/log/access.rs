@@ -139,22 +139,25 @@ impl AccessLogs {
             return;
         }
         let mut before = std::mem::take(&mut self.learned);
+        let mut surplus = 0;
         for setting in settings {
             let same = |writer: &Writer| writer.target == setting.target && writer.format == setting.format;
             if let Some(at) = before.iter().position(same) {
                 let writer = before.swap_remove(at);
                 self.learned.push(Writer { matched: Takes::None, unmatched: Takes::None, ..writer });
             }
-            let known = self.learned.iter().any(same);
-            let added = if known || self.learned.len() < LEARNED_MAX {
-                add(&mut self.learned, setting, &self.reopener).map_err(|error| error.to_string())
-            } else {
-                Err(format!("{LEARNED_MAX} others are open"))
-            };
-            if let Err(error) = added {
+            if self.learned.len() >= LEARNED_MAX && !self.learned.iter().any(same) {
+                surplus += 1;
+                continue;
+            }
+            if let Err(error) = add(&mut self.learned, setting, &self.reopener) {
                 let remedy = "correct it in Consul's proxy-defaults or in the listener, or set -access-log here";
                 tracing::error!(%error, target = ?setting.target, remedy, "an access log is left out");
             }
+        }
+        if surplus > 0 {
+            let remedy = "let listeners share targets and formats";
+            tracing::error!(surplus, most = LEARNED_MAX, remedy, "more access logs than are kept: the last ones are left out");
         }
         self.leaving.extend(before.into_iter().map(|writer| writer.spool));
         while self.leaving.len() > LEAVING_MAX {
