@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::bootstrap::old::renewed_resource;
 use super::cluster::{self, Discovery};
 use super::endpoint::Host;
-use super::listener::{Listener, Plain};
+use super::listener::Plain;
 use super::proto_json::Protos;
 use crate::control::definition::App;
 use crate::mesh::{Balance, Outlier};
@@ -98,7 +98,7 @@ pub(in crate::control) fn listener(text: &str, tls: Tls) -> Result<Plain, String
             }
         }
     }
-    Listener::plain(&decode(&json)?).map_err(|why| why.to_string())
+    Plain::read(&decode(&json)?).map_err(|why| why.to_string())
 }
 
 /// Reads a cluster.

@@ -5,8 +5,10 @@
 
 mod chain;
 mod http;
+mod plain;
+mod routes;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,8 +19,9 @@ use envoy_types::pb::envoy::config::listener::v3 as pb;
 
 use self::chain::Filters;
 pub(super) use self::http::{Route as PageRoute, Target};
+pub(in crate::control) use self::plain::Plain;
+use self::routes::routes;
 use super::access_log;
-use super::cluster::duration;
 use super::endpoint::Host;
 use super::refusal::{Refusal, message_name};
 use super::tls_context::{self, Material};
@@ -31,13 +34,9 @@ const ORIGINAL_DST: &str = "envoy.filters.listener.original_dst";
 const TLS_INSPECTOR: &str = "envoy.filters.listener.tls_inspector";
 const ORIGINAL_DST_TYPE: &str = "envoy.extensions.filters.listener.original_dst.v3.OriginalDst";
 const TLS_INSPECTOR_TYPE: &str = "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector";
-/// Envoy's `listener_filters_timeout`.
-const INSPECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// Values of `TrafficDirection`.
 const INBOUND: i32 = 1;
 const OUTBOUND: i32 = 2;
-/// Filter chains of one listener: a transparent proxy has one an upstream.
-const CHAINS_MAX: usize = 10_000;
 
 /// A listener as it is served.
 #[derive(Debug, Clone, PartialEq)]
@@ -70,16 +69,6 @@ pub(in crate::control) struct Tuning {
     pub(in crate::control) idle_timeout: Option<Duration>,
     /// As [`crate::mesh::Upstream::connect_attempts`].
     pub(in crate::control) connect_attempts: Option<u32>,
-}
-
-/// A listener that carries bytes to one cluster.
-#[derive(Debug, PartialEq, Eq)]
-pub(in crate::control) struct Plain {
-    pub(in crate::control) bind: Bind,
-    pub(in crate::control) cluster: String,
-    pub(in crate::control) max_connections: Option<u32>,
-    pub(in crate::control) tuning: Tuning,
-    pub(in crate::control) access_logs: Vec<AccessLog>,
 }
 
 /// Mutual TLS that ends here, and what is behind it.
@@ -164,34 +153,6 @@ impl Listener {
             None => Role::Router(routes(message, &inspection, &mut access_logs)?),
         };
         Ok(Self { name: message.name.clone(), bind, role, tuning, access_logs })
-    }
-
-    /// Reads one of those fields that `hatch` lets through: it carries bytes to one cluster and does nothing else.
-    pub(super) fn plain(message: &pb::Listener) -> Result<Plain, Refusal> {
-        let [chain] = message.filter_chains.as_slice() else {
-            return Err(Refusal::new("filter_chains", format!("{} of them", message.filter_chains.len()), "expected one"));
-        };
-        if !chain::matches_all(chain) {
-            return Err(Refusal::new(
-                "filter_chains[0].filter_chain_match",
-                "present",
-                "expected one that takes all connections",
-            ));
-        }
-        let filters = chain::filters(chain).map_err(|why| why.under("filter_chains[0]"))?;
-        let other = [("rbac", filters.rbac), ("sni_cluster", filters.by_server_name), ("http_connection_manager", filters.http)];
-        match other.iter().find(|(_, present)| *present) {
-            Some((name, _)) => {
-                Err(Refusal::new("filter_chains[0].filters", name, "expected connection_limit and tcp_proxy only"))
-            }
-            None => Ok(Plain {
-                bind: bind(message)?,
-                cluster: filters.cluster,
-                max_connections: (filters.max_connections > 0).then_some(filters.max_connections),
-                tuning: filters.tuning,
-                access_logs: access_logs(&message.access_log)?.into_iter().chain(filters.access_logs).collect(),
-            }),
-        }
     }
 
     /// As [`AccessLog::only`]; `None` where its routes are not known before they are asked for.
@@ -310,96 +271,6 @@ fn alone(message: &pb::Listener, bind: &Bind, chain: &pb::FilterChain, filters: 
         }
         Way::Cluster(cluster) => Ok(Role::Upstream { label: label(&message.name, bind), cluster }),
         Way::ServerName => Err(Refusal::new("filters", "sni_cluster", "expected it with tls_inspector")),
-    }
-}
-
-fn routes(message: &pb::Listener, inspection: &Inspection, access_logs: &mut Vec<AccessLog>) -> Result<Routes, Refusal> {
-    if message.filter_chains.len() > CHAINS_MAX {
-        let wanted = format!("at most {CHAINS_MAX} of one listener are served");
-        return Err(Refusal::new("filter_chains", message.filter_chains.len(), wanted));
-    }
-    let mut read = |chain: &pb::FilterChain, place: String| -> Result<Chain, Refusal> {
-        let under = |why: Refusal| why.under(&place);
-        let filters = chain::filters(chain).map_err(under)?;
-        for log in &filters.access_logs {
-            if !access_logs.contains(log) {
-                access_logs.push(log.clone());
-            }
-        }
-        let matches = chain::matches(chain).map_err(under)?;
-        if !inspection.tls && (matches.tls.is_some() || !matches.server_names.is_empty() || filters.by_server_name) {
-            let wanted = format!("what a connection says first is looked at by {TLS_INSPECTOR}: expected it");
-            return Err(Refusal::missing("listener_filters", wanted));
-        }
-        if !filters.paths.is_empty() {
-            let wanted = "requests are told apart by path only in a listener that has no other filter chain";
-            return Err(Refusal::new(format!("{place}.filters"), "http_connection_manager with routes by path", wanted));
-        }
-        let tuning = filters.tuning;
-        let way = way(chain, filters).map_err(under)?;
-        Ok(Chain { name: way.cluster().unwrap_or_default().to_owned(), matches, way, tuning })
-    };
-    let chains = message.filter_chains.iter().enumerate();
-    let chains = chains.map(|(index, chain)| read(chain, format!("filter_chains[{index}]")));
-    let mut chains: Vec<Chain> = chains.collect::<Result<_, _>>()?;
-    let fallback = message.default_filter_chain.as_ref();
-    let fallback = fallback.map(|chain| read(chain, "default_filter_chain".to_owned())).transpose()?;
-    check_ways(message, &chains, fallback.as_ref())?;
-    name_apart(&mut chains, fallback.as_ref());
-    let timeout = duration(message.listener_filters_timeout.as_ref(), "listener_filters_timeout")?;
-    Ok(Routes {
-        transparent: inspection.transparent,
-        outbound: message.traffic_direction == OUTBOUND,
-        // 0 is Envoy's word for no bound; nobody holds a connection open for ever by saying nothing.
-        inspect_timeout: timeout.filter(|timeout| !timeout.is_zero()).unwrap_or(INSPECT_TIMEOUT),
-        silent_is_raw: message.continue_on_listener_filters_timeout,
-        chains,
-        fallback,
-    })
-}
-
-/// What no chain may be beside another.
-fn check_ways(message: &pb::Listener, chains: &[Chain], fallback: Option<&Chain>) -> Result<(), Refusal> {
-    let all = || chains.iter().chain(fallback);
-    let ends = all().any(|chain| matches!(chain.way, Way::End(_)));
-    if message.traffic_direction == INBOUND && !ends && all().any(|chain| matches!(chain.way, Way::Cluster(_))) {
-        let wanted = "a way in that is not mutual TLS is served only beside one that is: expected a DownstreamTlsContext";
-        return Err(Refusal::missing("filter_chains.transport_socket", wanted));
-    }
-    let mut seen = HashSet::new();
-    for (index, chain) in chains.iter().enumerate() {
-        let place = format!("filter_chains[{index}]");
-        if matches!(chain.way, Way::End(_)) && chain.matches.tls == Some(false) {
-            return Err(Refusal::new(
-                format!("{place}.filter_chain_match.transport_protocol"),
-                "raw_buffer",
-                "TLS ends here: expected tls",
-            ));
-        }
-        if matches!(chain.way, Way::ServerName) && (chain.matches != Match::default() || fallback.is_some()) {
-            let wanted =
-                "names that are no cluster's are reset: expected sni_cluster in a chain without conditions, and none by default";
-            return Err(Refusal::new(format!("{place}.filters"), "sni_cluster", wanted));
-        }
-        if !chain.matches.places().all(|place| seen.insert(place)) {
-            let wanted = format!("another chain takes the same connections: {}", chain.matches);
-            return Err(Refusal::new(format!("{place}.filter_chain_match"), "doubled", wanted));
-        }
-    }
-    Ok(())
-}
-
-/// Several chains to one cluster are named after whom they take as well. Never after their place: a connection belongs to its
-/// chain by name, and places change.
-fn name_apart(chains: &mut [Chain], fallback: Option<&Chain>) {
-    let mut seen: HashMap<String, usize> = HashMap::new();
-    for chain in chains.iter().chain(fallback) {
-        *seen.entry(chain.name.clone()).or_default() += 1;
-    }
-    for chain in chains {
-        if seen.get(&chain.name).is_some_and(|count| *count > 1) {
-            chain.name = format!("{} for {}", chain.name, chain.matches);
-        }
     }
 }
 
