@@ -58,6 +58,17 @@ impl Cluster {
             let wanted = "one transport_socket for all members is used: expected none of these";
             return Err(Refusal::new("transport_socket_matches", message.transport_socket_matches.len(), wanted));
         }
+        let unknown = [
+            ("lb_subset_config", message.lb_subset_config.is_some(), "every healthy member is used: expected none"),
+            (
+                "upstream_bind_config",
+                message.upstream_bind_config.is_some(),
+                "the host chooses the source address: expected none",
+            ),
+        ];
+        if let Some((field, _, wanted)) = unknown.into_iter().find(|(_, present, _)| *present) {
+            return Err(Refusal::new(field, "present", wanted));
+        }
         if let Some(filter) = message.filters.first() {
             return Err(Refusal::new("filters[0].name", &filter.name, "no filters run on upstream connections: expected none"));
         }
@@ -217,6 +228,15 @@ pub(super) mod tests {
         assert_eq!(cluster.balance, Balance::LeastRequest { choices: 3 });
         assert_eq!(cluster.max_connections, Some(64));
         assert_eq!((cluster.outlier.max_failures, cluster.outlier.enforcing_percent), (3, 100));
+    }
+
+    #[test]
+    fn what_would_choose_other_members_or_addresses_is_refused() {
+        let plain = of_type("db", pb::cluster::DiscoveryType::Eds);
+        let subset = pb::Cluster { lb_subset_config: Some(Default::default()), ..plain.clone() };
+        assert!(Cluster::parse(&subset).expect_err("refused").to_string().starts_with("lb_subset_config: "));
+        let bound = pb::Cluster { upstream_bind_config: Some(Default::default()), ..plain };
+        assert!(Cluster::parse(&bound).expect_err("refused").to_string().starts_with("upstream_bind_config: "));
     }
 
     #[test]

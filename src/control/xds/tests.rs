@@ -341,6 +341,22 @@ fn cipher_suites_are_narrowed_and_none_that_is_spoken_is_refused() {
 }
 
 #[test]
+fn what_would_reach_other_members_or_as_payload_is_refused() {
+    let with = |change: fn(&mut Json)| {
+        let mut listener = Bench::fixture("sidecar")["listeners"][0].clone();
+        change(&mut listener["filter_chains"][0]);
+        Bench::new("web").send(Kind::Listener, &[listener])
+    };
+    let refused = with(|chain| chain["use_proxy_proto"] = json!(true));
+    assert!(refused[0].contains(".use_proxy_proto: true; "), "{refused:?}");
+    let refused = with(|chain| {
+        let filters = chain["filters"].as_array_mut().expect("a list");
+        filters.last_mut().expect("a filter")["typed_config"]["metadata_match"] = json!({"filter_metadata": {}});
+    });
+    assert!(refused[0].contains(".typed_config.metadata_match: present; "), "{refused:?}");
+}
+
+#[test]
 fn what_tcp_proxy_says_of_connections_holds() {
     let mut capture = Bench::fixture("sidecar");
     for listener in capture["listeners"].as_array_mut().expect("a list") {

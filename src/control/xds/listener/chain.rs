@@ -131,7 +131,11 @@ fn address(range: &CidrRange) -> Result<(IpAddr, u8), Refusal> {
 }
 
 /// What its filters say, the last of which must lead somewhere.
+#[expect(deprecated, reason = "Envoy still reads use_proxy_proto")]
 pub(super) fn filters(chain: &pb::FilterChain) -> Result<Filters, Refusal> {
+    if chain.use_proxy_proto.as_ref().is_some_and(|set| set.value) {
+        return Err(Refusal::new("use_proxy_proto", "true", "a PROXY header would reach the cluster as payload: expected false"));
+    }
     let mut found = Filters::default();
     let mut ended = false;
     for (index, filter) in chain.filters.iter().enumerate() {
@@ -214,6 +218,9 @@ fn target(filter: &tcp_proxy::TcpProxy) -> Result<String, Refusal> {
     use tcp_proxy::tcp_proxy::ClusterSpecifier;
     if filter.tunneling_config.is_some() {
         return Err(Refusal::new("tunneling_config", "present", "TCP is not tunnelled in HTTP: expected none"));
+    }
+    if filter.metadata_match.is_some() {
+        return Err(Refusal::new("metadata_match", "present", "every healthy member of a cluster is used: expected none"));
     }
     match &filter.cluster_specifier {
         Some(ClusterSpecifier::Cluster(name)) => Ok(name.clone()),
