@@ -81,18 +81,22 @@ mod descriptors {
 
     /// Where cargo keeps a dependency's source: vendored, in its registry, wherever.
     fn source_of(name: &str) -> PathBuf {
-        let cargo = std::env::var_os("CARGO").expect("cargo sets CARGO");
-        let told = Command::new(cargo)
-            .args(["metadata", "--format-version", "1", "--locked", "--offline"])
-            .output()
-            .expect("cargo can be run");
-        assert!(told.status.success(), "cargo metadata: {}", String::from_utf8_lossy(&told.stderr));
-        let metadata: serde_json::Value = serde_json::from_slice(&told.stdout).expect("cargo metadata is JSON");
-        let packages = metadata["packages"].as_array().into_iter().flatten();
+        // Metadata wants every package of the lock file, a build only those of its own target: where the others were never
+        // downloaded, it may get them.
+        let told = metadata(&["--offline"]).or_else(|_| metadata(&[])).unwrap_or_else(|why| panic!("cargo metadata: {why}"));
+        let told: serde_json::Value = serde_json::from_slice(&told).expect("cargo metadata is JSON");
+        let packages = told["packages"].as_array().into_iter().flatten();
         let manifest = packages
             .filter(|package| package["name"] == name)
             .find_map(|package| package["manifest_path"].as_str())
             .unwrap_or_else(|| panic!("cargo metadata knows no {name}"));
         Path::new(manifest).parent().expect("a manifest lies in a folder").to_owned()
+    }
+
+    fn metadata(more: &[&str]) -> Result<Vec<u8>, String> {
+        let cargo = std::env::var_os("CARGO").expect("cargo sets CARGO");
+        let args = ["metadata", "--format-version", "1", "--locked"];
+        let told = Command::new(cargo).args(args).args(more).output().expect("cargo can be run");
+        if told.status.success() { Ok(told.stdout) } else { Err(String::from_utf8_lossy(&told.stderr).into_owned()) }
     }
 }
