@@ -17,7 +17,7 @@ use std::time::Duration;
 use self::router::Router;
 use crate::identity::{SpiffeId, Svid, TrustBundle};
 use crate::policy::Intentions;
-use crate::tls::WorkerTls;
+use crate::tls::{OutsideTls, WorkerTls};
 
 /// One consistent state of the mesh as seen from this host.
 #[derive(Debug, Default)]
@@ -57,9 +57,11 @@ impl Snapshot {
 
 impl Target {
     /// The cluster that it is for Consul and Envoy: named as its SNI, or by its id where none is sent. Targets of one cluster
-    /// that differ by priority alone have ids that differ after a `#`.
+    /// that differ by priority alone have ids that differ after a `#`; those at original destinations have a name of their own
+    /// (Consul's `makePassthroughClusters`) and the SNI of the cluster that is dialed otherwise.
     pub fn cluster(&self) -> &str {
-        if self.sni.is_empty() { self.id.split('#').next().unwrap_or_default() } else { &self.sni }
+        let by_id = self.sni.is_empty() || self.id.starts_with("passthrough~");
+        if by_id { self.id.split('#').next().unwrap_or_default() } else { &self.sni }
     }
 }
 
@@ -156,6 +158,10 @@ pub struct Upstream {
     pub idle_timeout: Option<Duration>,
     /// Endpoints that one connection tries; `None` is this proxy's own number.
     pub connect_attempts: Option<u32>,
+    /// What TLS is spoken to its members with where it is the app behind a terminating gateway; plain if none.
+    pub outside: Option<Arc<OutsideTls>>,
+    /// Its one target has no endpoint of its own: a redirected connection goes where it wanted to.
+    pub original: bool,
     /// How a local client that is denied is told.
     pub deny_reply: DenyReply,
     /// In failover order: a target is used only when none before it has a healthy endpoint.

@@ -2,7 +2,8 @@
 //!
 //! rustls does every handshake and keeps the key schedule; after it a [`Session`] seals and opens records where they lie.
 //!
-//! Invariant: a [`Session`] exists only for a peer whose chain, validity and SPIFFE URI were checked ([`verify`]); hostile
+//! Invariant: a [`Session`] exists only for a peer whose chain, validity and SPIFFE URI were checked ([`verify`]), or behind a
+//! gateway for a server that the roots given for it vouch for; hostile
 //! bytes end in a [`Failure`], never in a panic, and a failed session stays failed.
 
 pub mod alert;
@@ -13,6 +14,7 @@ pub mod handshake;
 #[cfg(test)]
 mod harness;
 pub mod hello;
+mod outside;
 pub mod provider;
 pub mod record;
 mod resume;
@@ -20,6 +22,7 @@ mod suites;
 pub mod verify;
 
 pub use handshake::{Established, Failure, FailureKind, Handshake, Progress, Step};
+pub use outside::{OutsideSettings, OutsideTls};
 pub use provider::{Dialer, TlsError, TlsParams, WorkerTls};
 pub use record::{Open, RecordError, Session};
 pub use suites::Suites;

@@ -149,6 +149,8 @@ fn cluster(endpoints: &[SocketAddr], max_connections: Option<u32>) -> Upstream {
         outlier: Outlier::default(),
         idle_timeout: None,
         connect_attempts: None,
+        outside: None,
+        original: false,
         deny_reply: DenyReply::Close,
         targets: vec![Arc::new(target(endpoints))],
     }

@@ -160,6 +160,8 @@ fn mesh(app: SocketAddr, through_gateway: bool) -> (Vec<Side>, SocketAddr) {
             outlier: Outlier::default(),
             idle_timeout: None,
             connect_attempts: None,
+            outside: None,
+            original: false,
             deny_reply: DenyReply::Close,
             targets: vec![Arc::new(target)],
         })],
@@ -188,6 +190,8 @@ fn gateway(public: SocketAddr) -> (Side, SocketAddr) {
         outlier: Outlier::default(),
         idle_timeout: None,
         connect_attempts: None,
+        outside: None,
+        original: false,
         deny_reply: DenyReply::Close,
         targets: vec![Arc::new(target)],
     };

@@ -165,6 +165,8 @@ fn snapshot() -> Snapshot {
         outlier: Outlier::default(),
         idle_timeout: None,
         connect_attempts: None,
+        outside: None,
+        original: false,
         deny_reply: DenyReply::Close,
         targets: vec![Arc::new(target)],
     };

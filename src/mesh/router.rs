@@ -106,7 +106,8 @@ pub enum Way {
     Terminate {
         /// Whose identity and intentions; its `public` says where the app is and the bounds, whatever its `bind`.
         service: Arc<Service>,
-        /// The app when it is a set of endpoints to choose from, instead of `public.app`. No TLS is spoken to it.
+        /// The app when it is a set of endpoints to choose from, instead of `public.app`. TLS is spoken to it where its
+        /// [`Upstream::outside`] says so.
         app: Option<Arc<Upstream>>,
     },
     /// Plain in, mutual TLS out, as an upstream's own listener does.

@@ -64,7 +64,7 @@ pub(super) enum Stage {
     Held,
     /// Waits for the first bytes, which say where it leads.
     Inspect,
-    /// TLS handshake on the mesh leg.
+    /// TLS handshake on the mesh leg, or with the app.
     Handshake,
     /// Outbound: dialing the endpoint. Inbound: dialing the app.
     Connecting,
@@ -87,11 +87,13 @@ pub(super) struct Connection {
     pub(super) direction: Direction,
     pub(super) stage: Stage,
     pub(super) legs: [Leg; 2],
-    pub(super) seal: Flow,
-    pub(super) open: Flow,
+    /// The byte directions, by the leg that each begins on.
+    pub(super) flows: [Flow; 2],
     pub(super) handshaking: Option<Box<Handshaking>>,
-    pub(super) session: Option<Box<Session>>,
-    pub(super) control: Control,
+    /// By leg. One on both is a gateway to an app that speaks TLS; none is on a connection that goes as it came.
+    pub(super) sessions: [Option<Box<Session>>; 2],
+    /// By leg: what its send slot carries besides data.
+    pub(super) controls: [Control; 2],
     pub(super) authorized: Option<Authorized>,
     pub(super) facts: Box<ConnectionRecord>,
     pub(super) accepted: Instant,
@@ -130,7 +132,7 @@ pub(super) struct Connection {
     reset: bool,
 }
 
-/// What the mesh leg's send slot carries besides data.
+/// What a leg's send slot carries besides data.
 #[derive(Debug, Default)]
 pub(super) enum Control {
     /// Nothing.
@@ -142,6 +144,16 @@ pub(super) enum Control {
     CloseNotify(Lease),
     /// A fatal alert, after which the connection lingers.
     Alert(Lease),
+}
+
+impl Control {
+    /// Gives its buffer back. Only when it is not being sent.
+    pub(super) fn release(&mut self, pool: &mut Pool) {
+        match std::mem::take(self) {
+            Self::None => {}
+            Self::KeyUpdate(lease) | Self::CloseNotify(lease) | Self::Alert(lease) => pool.give_back(lease),
+        }
+    }
 }
 
 impl Connection {
@@ -167,11 +179,10 @@ impl Connection {
             direction,
             stage: Stage::Held,
             legs,
-            seal: Flow::default(),
-            open: Flow::default(),
+            flows: [Flow::default(), Flow::default()],
             handshaking: None,
-            session: None,
-            control: Control::None,
+            sessions: [None, None],
+            controls: [Control::None, Control::None],
             authorized: None,
             facts,
             accepted: now,
@@ -247,16 +258,18 @@ impl Connection {
                 self.close(io, CloseReason::NoIdentity, true)
             }
             (Stage::Inspect, _) => self.inspected_too_long(io),
-            (Stage::Handshake, Direction::Inbound) => self.close(io, CloseReason::HandshakeTimeout, true),
+            (Stage::Handshake, Direction::Inbound) if self.handshake_leg() == MESH => {
+                self.close(io, CloseReason::HandshakeTimeout, true)
+            }
             (Stage::Handshake | Stage::Connecting, Direction::Outbound) => self.retreat(io, CloseReason::ConnectTimeout),
-            (Stage::Connecting, Direction::Inbound) => self.retreat(io, CloseReason::AppUnreachable),
+            (Stage::Handshake | Stage::Connecting, Direction::Inbound) => self.retreat(io, CloseReason::AppUnreachable),
             (Stage::Linger | Stage::Reply, _) => self.close(io, self.facts.reason, true),
             (Stage::Relay, _) => self.relayed_too_long(io),
             (Stage::Retreat(_) | Stage::Closing, _) => Next::Wait,
         }
     }
 
-    /// Opens the app's leg. `_proof` is why it may.
+    /// Opens the app's leg, for TLS where a handshake waits. `_proof` is why it may.
     pub(super) fn dial_app<R: Ring>(
         &mut self,
         io: &mut Io<'_, R>,
@@ -321,24 +334,19 @@ impl Connection {
             facts.upstream_local = io.ring.local_address(socket);
         }
         match completion.outcome() {
-            Ok(_) => match self.direction {
-                Direction::Inbound => {
-                    self.facts.connect = Some(io.now - self.step_began);
-                    self.deadline = None;
-                    Next::AppReady
-                }
-                Direction::Outbound if self.raw => {
-                    self.facts.connect = Some(io.now - self.step_began);
-                    self.deadline = None;
-                    Next::EndpointReady
-                }
-                Direction::Outbound => {
-                    self.facts.connect = Some(io.now - self.step_began);
+            Ok(_) => {
+                self.facts.connect = Some(io.now - self.step_began);
+                if self.handshaking.is_some() {
                     self.step_began = io.now;
                     self.stage = Stage::Handshake;
-                    self.step_handshake(io)
+                    return self.step_handshake(io);
                 }
-            },
+                self.deadline = None;
+                match self.direction {
+                    Direction::Inbound => Next::AppReady,
+                    Direction::Outbound => Next::EndpointReady,
+                }
+            }
             Err(errno) => {
                 self.facts.detail = Some(std::io::Error::from(errno).to_string().into());
                 self.retreat(io, self.connect_failure())
@@ -407,13 +415,13 @@ impl Connection {
             if let Some(socket) = self.legs[far].socket.take() {
                 io.ring.close(socket, true);
             }
-            if self.direction == Direction::Outbound {
-                if let Some(handshaking) = self.handshaking.take() {
-                    handshaking.give_back(io.pool);
-                }
-                return Next::EndpointFailed(reason);
+            if let Some(handshaking) = self.handshaking.take() {
+                handshaking.give_back(io.pool);
             }
-            return Next::AppFailed;
+            return match self.direction {
+                Direction::Inbound => Next::AppFailed,
+                Direction::Outbound => Next::EndpointFailed(reason),
+            };
         }
         for leg in [PLAIN, MESH] {
             // The local side takes a FIN for the whole: only a stream that both sides ended may close with one.
@@ -431,18 +439,10 @@ impl Connection {
         if let Some(handshaking) = self.handshaking.take() {
             handshaking.give_back(io.pool);
         }
-        self.seal.release(io.ring, io.pool);
-        self.open.release(io.ring, io.pool);
-        self.release_control(io.pool);
+        self.flows.iter_mut().for_each(|flow| flow.release(io.ring, io.pool));
+        self.controls.iter_mut().for_each(|control| control.release(io.pool));
         self.release_reply(io.pool);
-        self.session = None;
-    }
-
-    pub(super) fn release_control(&mut self, pool: &mut Pool) {
-        match std::mem::take(&mut self.control) {
-            Control::None => {}
-            Control::KeyUpdate(lease) | Control::CloseNotify(lease) | Control::Alert(lease) => pool.give_back(lease),
-        }
+        self.sessions = [None, None];
     }
 
     /// A socket broke while bytes were flowing.

@@ -65,7 +65,7 @@ impl Connection {
     /// Bytes received, and of what is being sent those that were taken; a unix socket does not tell the latter.
     fn moved<R: Ring>(&self, ring: &mut R) -> Option<u64> {
         let received = self.facts.bytes_from_mesh + self.facts.bytes_to_mesh;
-        let sending = [(&self.seal, MESH), (&self.open, PLAIN)].into_iter().filter(|(flow, _)| flow.is_sending());
+        let sending = [(&self.flows[PLAIN], MESH), (&self.flows[MESH], PLAIN)].into_iter().filter(|(flow, _)| flow.is_sending());
         let mut legs = sending.filter_map(|(_, leg)| self.legs[leg].socket);
         legs.try_fold(received, |moved, socket| Some(moved + ring.acknowledged(socket)?))
     }

@@ -30,7 +30,7 @@ impl Connection {
 
     fn receive_first<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
         let (socket, token) = self.begin(Op::Receive, PLAIN);
-        match self.seal.kept() {
+        match self.flows[PLAIN].kept() {
             Some((lease, end)) => {
                 let span = io.pool.span(lease, end, HEADROOM_BYTES + HELLO_BYTES_MAX - end);
                 io.ring.receive(socket, &[span], true, token);
@@ -62,7 +62,7 @@ impl Connection {
                 if let Some(buffer) = completion.buffer {
                     io.ring.recycle(buffer);
                 }
-                if !self.seal.has_kept() {
+                if !self.flows[PLAIN].has_kept() {
                     return Err(self.close(io, CloseReason::Probe, false));
                 }
                 self.facts.detail = Some("the client closed within its ClientHello".into());
@@ -72,12 +72,12 @@ impl Connection {
                 io.worker.payload_bytes_moved.add(if completion.buffer.is_some() { u64::from(received) } else { 0 });
                 let kept = match completion.buffer {
                     Some(buffer) => {
-                        let kept = self.seal.keep_copy(io.ring, io.pool, buffer, received as usize);
+                        let kept = self.flows[PLAIN].keep_copy(io.ring, io.pool, buffer, received as usize);
                         io.ring.recycle(buffer);
                         kept
                     }
                     None => {
-                        self.seal.keep_more(received as usize);
+                        self.flows[PLAIN].keep_more(received as usize);
                         true
                     }
                 };
@@ -87,7 +87,7 @@ impl Connection {
                 io.worker.buffer_ring_empty.add(1);
                 match io.pool.lease(Class::Slot) {
                     Some(lease) => {
-                        self.seal.keep_in(lease);
+                        self.flows[PLAIN].keep_in(lease);
                         Ok(())
                     }
                     None => Err(self.close(io, CloseReason::OutOfBuffers, true)),
@@ -99,7 +99,7 @@ impl Connection {
     }
 
     fn look_at_first<R: Ring>(&mut self, io: &mut Io<'_, R>, timed_out: bool) -> Next {
-        let first: &[u8] = match self.seal.kept() {
+        let first: &[u8] = match self.flows[PLAIN].kept() {
             Some((lease, end)) => &io.pool.bytes(lease)[HEADROOM_BYTES..end],
             None => &[],
         };
@@ -126,7 +126,7 @@ impl Connection {
 
     /// The time for the first bytes is over.
     pub(super) fn inspected_too_long<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
-        if !self.silent_is_raw || self.seal.has_kept() {
+        if !self.silent_is_raw || self.flows[PLAIN].has_kept() {
             return self.close(io, CloseReason::HandshakeTimeout, true);
         }
         if self.legs[PLAIN].is_pending(Op::Cancel) {

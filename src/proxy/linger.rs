@@ -14,7 +14,7 @@ impl Connection {
         if self.legs[MESH].is_pending(Op::Send) {
             return self.close(io, reason, true);
         }
-        let Some(session) = self.session.as_mut() else { return self.close(io, reason, true) };
+        let Some(session) = self.sessions[MESH].as_mut() else { return self.close(io, reason, true) };
         let Some(lease) = io.pool.lease(Class::Slot) else { return self.close(io, reason, true) };
         match session.seal_alert(code, io.pool.bytes(&lease)) {
             Ok(len) => {
@@ -22,7 +22,7 @@ impl Connection {
                 self.stage = Stage::Linger;
                 self.deadline = Some(io.now + LINGER);
                 let span = io.pool.span(&lease, 0, len);
-                self.control = Control::Alert(lease);
+                self.controls[MESH] = Control::Alert(lease);
                 let (socket, token) = self.begin(Op::Send, MESH);
                 io.ring.send(socket, &[span], Push::Now, token);
                 Next::Wait

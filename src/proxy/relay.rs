@@ -1,22 +1,25 @@
-//! The two byte directions of a connection: plain to mesh is sealed in place, mesh to plain is opened in place; where a route
-//! says so, both are passed on as they are.
+//! The two byte directions of a connection: plain to mesh is sealed in place, mesh to plain is opened in place; where the app
+//! speaks TLS too, each is opened and sealed again in place; where a route says so, both are passed on as they are.
 //!
 //! Invariant: a flow either receives or sends, never both, so its buffer has one user; it receives again only when all it
 //! had was sent, which is the whole back-pressure. Payload is never copied in user space, nor moved: a receive stops where
 //! every record that has begun still fits the slack behind it.
 //!
 //! Ends: EOF on the plain leg becomes close_notify and FIN on the mesh leg; close_notify becomes FIN on the plain leg; an
-//! EOF without close_notify, or a reset, becomes a reset on the other leg.
+//! EOF without close_notify, or a reset, becomes a reset on the other leg. Only of an app that speaks TLS an EOF between two
+//! records is an end like any other: servers outside of the mesh often leave close_notify out, and Envoy takes it so.
 
+mod control;
 mod kept;
 mod open;
 mod raw;
+mod reseal;
 mod seal;
 
 use std::time::{Duration, Instant};
 
-use super::close::CloseReason;
-use super::connection::{Connection, Io, MESH, Next, PLAIN, Stage};
+use super::close::{CloseReason, Side};
+use super::connection::{Connection, Control, Io, MESH, Next, PLAIN, Stage};
 use super::idle::Idle;
 use super::limits::{REGION_IDLE, SMALL_RECEIVES_MAX};
 use crate::buffer::{Class, Lease, Pool, Span};
@@ -44,8 +47,10 @@ pub(super) struct Flow {
     parts: Vec<(u32, u32)>,
     /// The last receive asked for this much.
     asked: usize,
-    /// Sealing: bytes received that wait for a control record to go first.
+    /// Sealing: bytes received, or opened, that wait for a control record to go first.
     deferred: usize,
+    /// Sealing what was opened: the byte behind it that the longer trailer lies on until it is sent.
+    covered: Option<u8>,
     /// The source said that it is done.
     ended: bool,
     waiting_since: Option<Instant>,
@@ -79,6 +84,7 @@ impl Default for Flow {
             parts: Vec::new(),
             asked: 0,
             deferred: 0,
+            covered: None,
             ended: false,
             waiting_since: None,
         }
@@ -164,22 +170,37 @@ impl Connection {
         if self.raw {
             return self.start_raw(io);
         }
-        let first = if self.seal.has_kept() { self.seal_kept(io) } else { self.seal_receive(io) };
+        let first = if self.sessions[PLAIN].is_some() {
+            self.start_opening(io, PLAIN)
+        } else if self.flows[PLAIN].has_kept() {
+            self.seal_kept(io)
+        } else {
+            self.seal_receive(io)
+        };
         match first {
-            Next::Wait => {}
-            other => return other,
+            Next::Wait => self.start_opening(io, MESH),
+            other => other,
         }
-        if self.open.end > self.open.start { self.open_records(io) } else { self.open_receive(io) }
+    }
+
+    /// Begins with what came behind the handshake, if anything did.
+    fn start_opening<R: Ring>(&mut self, io: &mut Io<'_, R>, from: usize) -> Next {
+        if self.flows[from].has_kept() {
+            self.make_headroom(io, from);
+            return self.open_records(io, from);
+        }
+        self.open_receive(io, from)
     }
 
     pub(super) fn on_relay<R: Ring>(&mut self, io: &mut Io<'_, R>, op: Op, leg: usize, completion: Completion) -> Next {
-        match (op, leg) {
-            (Op::Receive, _) if self.raw => self.raw_received(io, leg, completion),
-            (Op::Send, _) if self.raw => self.raw_sent(io, leg, completion),
-            (Op::Receive, PLAIN) => self.seal_received(io, completion),
-            (Op::Receive, _) => self.open_received(io, completion),
-            (Op::Send, PLAIN) => self.open_sent(io, completion),
-            (Op::Send, _) => self.seal_sent(io, completion),
+        match op {
+            Op::Receive if self.raw => self.raw_received(io, leg, completion),
+            Op::Receive if self.sessions[leg].is_some() => self.open_received(io, leg, completion),
+            Op::Receive => self.seal_received(io, completion),
+            Op::Send if self.raw => self.raw_sent(io, leg, completion),
+            Op::Send if !matches!(self.controls[leg], Control::None) => self.control_sent(io, leg, completion),
+            Op::Send if self.sessions[other(leg)].is_some() => self.parts_sent(io, other(leg), completion),
+            Op::Send => self.seal_sent(io, completion),
             // The cancel of `demote_if_idle`; what it cancelled speaks for itself.
             _ => Next::Wait,
         }
@@ -193,7 +214,7 @@ impl Connection {
         }
         for leg in [PLAIN, MESH] {
             let now = io.now;
-            let flow = if leg == PLAIN { &mut self.seal } else { &mut self.open };
+            let flow = &mut self.flows[leg];
             let idle = flow.state == State::Receiving
                 && flow.start == flow.end
                 && matches!(&flow.hold, Hold::Own(_))
@@ -207,12 +228,31 @@ impl Connection {
         }
     }
 
+    /// Counts payload that came in on `from`.
+    fn count<R: Ring>(&mut self, io: &Io<'_, R>, from: usize, bytes: u64) {
+        if from == PLAIN {
+            self.facts.bytes_to_mesh += bytes;
+            io.cells.bytes_to_mesh.add(bytes);
+        } else {
+            self.facts.bytes_from_mesh += bytes;
+            io.cells.bytes_from_mesh.add(bytes);
+        }
+    }
+
     fn finish_if_both_ended<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
-        if self.seal.state == State::Finished && self.open.state == State::Finished {
+        if self.flows.iter().all(|flow| flow.state == State::Finished) {
             return self.close(io, CloseReason::Complete, false);
         }
         Next::Wait
     }
+}
+
+fn other(leg: usize) -> usize {
+    if leg == PLAIN { MESH } else { PLAIN }
+}
+
+fn side(leg: usize) -> Side {
+    if leg == PLAIN { Side::Plain } else { Side::Mesh }
 }
 
 /// Calls with the spans that are there, without allocating.

@@ -1,10 +1,10 @@
-//! The handshake stage of a connection, in either role.
+//! The handshake stage of a connection, in either role; behind a gateway a second one follows, with an app that speaks TLS.
 //!
 //! Invariant: handshake bytes are copied once into a lease of the connection's own, so a slow peer never holds one of the
 //! shared buffers; what follows the handshake in the same receive stays encrypted and goes to the relay.
 
 use super::close::{self, CloseReason};
-use super::connection::{Connection, Io, MESH, Next, Stage};
+use super::connection::{Connection, Io, MESH, Next, PLAIN, Stage};
 use crate::buffer::{Class, HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES};
 use crate::ring::{Completion, Op, Push, Ring};
 use crate::telemetry::cells::Direction;
@@ -15,6 +15,8 @@ const TOO_LARGE: &str = "a handshake message is larger than 16 KiB";
 /// A handshake with its buffers.
 pub(super) struct Handshaking {
     tls: Handshake,
+    /// With whom: the mesh peer, or the app.
+    leg: usize,
     /// Bytes received and not yet consumed, at the front of the lease. None until the first byte came.
     input: Option<Lease>,
     filled: usize,
@@ -26,8 +28,8 @@ pub(super) struct Handshaking {
 }
 
 impl Handshaking {
-    pub(super) fn new(tls: Handshake) -> Box<Self> {
-        Box::new(Self { tls, input: None, filled: 0, output: None, after: None, heard: false })
+    pub(super) fn new(tls: Handshake, leg: usize) -> Box<Self> {
+        Box::new(Self { tls, leg, input: None, filled: 0, output: None, after: None, heard: false })
     }
 
     pub(super) fn give_back(self, pool: &mut Pool) {
@@ -43,17 +45,17 @@ impl Connection {
         self.stage = Stage::Handshake;
         self.deadline = Some(io.now + timeout);
         self.step_began = io.now;
-        self.handshaking = Some(Handshaking::new(tls));
+        self.handshaking = Some(Handshaking::new(tls, MESH));
         self.receive_handshake(io)
     }
 
     /// [`Self::start_accepting`] of a connection whose first bytes were read to find its route.
     pub(super) fn go_on_accepting<R: Ring>(&mut self, io: &mut Io<'_, R>, tls: Handshake, timeout: std::time::Duration) -> Next {
-        let Some((input, filled)) = self.seal.take_kept(io.pool) else { return self.start_accepting(io, tls, timeout) };
+        let Some((input, filled)) = self.flows[PLAIN].take_kept(io.pool) else { return self.start_accepting(io, tls, timeout) };
         self.stage = Stage::Handshake;
         self.deadline = Some(io.now + timeout);
         self.step_began = io.now;
-        let mut handshaking = Handshaking::new(tls);
+        let mut handshaking = Handshaking::new(tls, MESH);
         handshaking.input = Some(input);
         handshaking.filled = filled;
         handshaking.heard = true;
@@ -61,9 +63,15 @@ impl Connection {
         self.step_handshake(io)
     }
 
+    /// The leg that is, or would be, shaking hands.
+    pub(super) fn handshake_leg(&self) -> usize {
+        self.handshaking.as_ref().map_or(MESH, |handshaking| handshaking.leg)
+    }
+
     fn receive_handshake<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
-        let poll_first = !self.legs[MESH].nonempty;
-        let (socket, token) = self.begin(Op::Receive, MESH);
+        let leg = self.handshake_leg();
+        let poll_first = !self.legs[leg].nonempty;
+        let (socket, token) = self.begin(Op::Receive, leg);
         io.ring.receive_shared(socket, usize::MAX, poll_first, token);
         Next::Wait
     }
@@ -89,7 +97,7 @@ impl Connection {
                     io.ring.recycle(buffer);
                 }
                 let heard = self.handshaking.as_ref().is_some_and(|handshaking| handshaking.heard);
-                if self.direction == Direction::Inbound && !heard {
+                if self.direction == Direction::Inbound && self.handshake_leg() == MESH && !heard {
                     return self.close(io, CloseReason::Probe, false);
                 }
                 return self.handshake_broken(io, "the peer closed during the handshake".to_owned());
@@ -126,14 +134,14 @@ impl Connection {
             return self.too_large(io);
         }
         let span = io.pool.span(input, handshaking.filled, RECORD_ROOM_BYTES - handshaking.filled);
-        let (socket, token) = self.begin(Op::Receive, MESH);
+        let leg = handshaking.leg;
+        let (socket, token) = self.begin(Op::Receive, leg);
         io.ring.receive(socket, &[span], false, token);
         Next::Wait
     }
 
     fn too_large<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
-        self.facts.detail = Some(TOO_LARGE.into());
-        self.close(io, CloseReason::HandshakeFailed, true)
+        self.handshake_broken(io, TOO_LARGE.to_owned())
     }
 
     fn count_direct_bytes(&mut self, received: usize) -> Result<(), CloseReason> {
@@ -184,7 +192,8 @@ impl Connection {
         let can_wait = matches!(step.progress, Progress::Done) && handshaking.tls.ends_with_tickets();
         let push = if can_wait { Push::WithNext } else { Push::Now };
         handshaking.after = Some(step.progress);
-        let (socket, token) = self.begin(Op::Send, MESH);
+        let leg = handshaking.leg;
+        let (socket, token) = self.begin(Op::Send, leg);
         io.ring.send(socket, &[span], push, token);
         Next::Wait
     }
@@ -197,7 +206,7 @@ impl Connection {
             }
             Progress::NeedRoom => self.step_handshake(io),
             Progress::Done => self.establish(io),
-            Progress::Failed(failure) => self.handshake_failed(io, failure),
+            Progress::Failed(failure) => self.handshake_failed(io, self.handshake_leg(), failure),
         }
     }
 
@@ -210,30 +219,37 @@ impl Connection {
 
     fn establish<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
         let Some(handshaking) = self.handshaking.take() else { return Next::Wait };
-        let Handshaking { tls, input, filled, output, .. } = *handshaking;
+        let Handshaking { tls, leg, input, filled, output, .. } = *handshaking;
         if let Some(lease) = output {
             io.pool.give_back(lease);
         }
-        if let Some(facts) = &mut self.facts.access {
-            facts.peer_certificate = tls.peer_certificate().map(Into::into);
-        }
+        let peer_certificate = tls.peer_certificate().map(Into::into);
         let established = match tls.establish() {
             Ok(established) => established,
             Err(failure) => {
                 if let Some(lease) = input {
                     io.pool.give_back(lease);
                 }
-                return self.handshake_failed(io, failure);
+                return self.handshake_failed(io, leg, failure);
             }
         };
         match input {
             Some(lease) if filled > 0 => {
                 // What came with the end of the handshake was moved to the front, once a connection.
                 io.worker.payload_bytes_moved.add(filled as u64);
-                self.open.preload(lease, filled);
+                self.flows[leg].preload(lease, filled);
             }
             Some(lease) => io.pool.give_back(lease),
             None => {}
+        }
+        self.sessions[leg] = Some(Box::new(established.session));
+        self.deadline = None;
+        if leg == PLAIN {
+            // What is told of a connection's TLS is told of its mesh leg.
+            return Next::AppReady;
+        }
+        if let Some(facts) = &mut self.facts.access {
+            facts.peer_certificate = peer_certificate;
         }
         self.facts.handshake = Some(io.now - self.step_began);
         self.facts.tls_version = Some(established.version);
@@ -244,21 +260,22 @@ impl Connection {
         if established.resumed {
             io.cells.handshakes_resumed.add(1);
         }
-        self.session = Some(Box::new(established.session));
-        self.deadline = None;
         match self.direction {
             Direction::Inbound => {
-                self.facts.source = Some(established.peer);
+                self.facts.source = established.peer;
                 Next::Authorise
             }
             Direction::Outbound => {
-                self.facts.destination = Some(established.peer);
+                self.facts.destination = established.peer;
                 Next::EndpointReady
             }
         }
     }
 
-    fn handshake_failed<R: Ring>(&mut self, io: &mut Io<'_, R>, failure: Failure) -> Next {
+    fn handshake_failed<R: Ring>(&mut self, io: &mut Io<'_, R>, leg: usize, failure: Failure) -> Next {
+        if leg == PLAIN {
+            return self.app_handshake_failed(io, &failure.detail);
+        }
         self.facts.detail = Some(failure.detail);
         let reason = close::handshake(failure.kind);
         match self.direction {
@@ -269,10 +286,19 @@ impl Connection {
     }
 
     fn handshake_broken<R: Ring>(&mut self, io: &mut Io<'_, R>, detail: String) -> Next {
+        if self.handshake_leg() == PLAIN {
+            return self.app_handshake_failed(io, &detail);
+        }
         self.facts.detail = Some(detail.into());
         match self.direction {
             Direction::Inbound => self.close(io, CloseReason::HandshakeFailed, true),
             Direction::Outbound => self.retreat(io, CloseReason::HandshakeFailed),
         }
+    }
+
+    /// The mesh peer is allowed, and the app cannot be reached: another endpoint of it may be.
+    fn app_handshake_failed<R: Ring>(&mut self, io: &mut Io<'_, R>, why: &str) -> Next {
+        self.facts.detail = Some(format!("TLS with the app: {why}").into());
+        self.retreat(io, CloseReason::AppUnreachable)
     }
 }

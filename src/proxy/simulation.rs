@@ -7,6 +7,7 @@
 
 mod denial;
 mod idle;
+mod outside;
 mod routing;
 
 use std::net::SocketAddr;
@@ -123,9 +124,13 @@ impl Mesh {
     }
 
     fn identity(&self, service: &str) -> Arc<Identity> {
+        self.identity_speaking(service, &TlsParams::default())
+    }
+
+    fn identity_speaking(&self, service: &str, params: &TlsParams) -> Arc<Identity> {
         let svid = self.ca.svid(service);
         let bundle = self.ca.bundle();
-        let tls = WorkerTls::new(&svid, &bundle, &TlsParams::default()).expect("a good identity");
+        let tls = WorkerTls::new(&svid, &bundle, params).expect("a good identity");
         Arc::new(Identity { svid: Arc::new(svid), bundle, tls: vec![tls] })
     }
 
@@ -154,6 +159,8 @@ impl Mesh {
             outlier: Outlier::default(),
             idle_timeout: None,
             connect_attempts: None,
+            outside: None,
+            original: false,
             deny_reply,
             targets: vec![Arc::new(target)],
         };
@@ -173,6 +180,12 @@ impl Mesh {
     }
 
     fn publish_server_at(&mut self, bind: SocketAddr, policy: DefaultPolicy) {
+        let service = self.public_service(bind, policy, self.identity("warehouse"));
+        self.server.publisher.publish(Snapshot { services: vec![Arc::new(service)], ..Snapshot::default() });
+    }
+
+    /// The warehouse with its app at [`APP`].
+    fn public_service(&self, bind: SocketAddr, policy: DefaultPolicy, identity: Arc<Identity>) -> Service {
         let public = PublicListener {
             bind: Bind::Tcp(bind),
             app: vec![Address::Tcp(APP)],
@@ -181,15 +194,14 @@ impl Mesh {
             max_inbound_connections: 0,
             idle_timeout: self.idle_timeout,
         };
-        let service = Service {
+        Service {
             name: "warehouse".into(),
             proxy_id: "warehouse-sidecar-proxy".into(),
-            identity: Some(self.identity("warehouse")),
+            identity: Some(identity),
             intentions: Arc::new(Intentions::new(Vec::new(), policy)),
             public: Some(Arc::new(public)),
             upstreams: Vec::new(),
-        };
-        self.server.publisher.publish(Snapshot { services: vec![Arc::new(service)], ..Snapshot::default() });
+        }
     }
 
     fn turn(&mut self) {

@@ -90,6 +90,12 @@ impl Balancer {
         None
     }
 
+    /// Where a redirected connection wanted to go, of an upstream that leads there.
+    pub(super) fn original(&self, wanted: SocketAddr) -> Option<Choice> {
+        let target = self.upstream.targets.first()?;
+        Some(Choice { target: Arc::clone(target), address: wanted })
+    }
+
     fn pick(&mut self, usable: &[(SocketAddr, u32)], client: Option<IpAddr>) -> Option<SocketAddr> {
         match (self.upstream.balance, client) {
             (Balance::RoundRobin, _) => self.round_robin(usable),
@@ -178,8 +184,11 @@ impl Balancer {
 
     /// It ended, whatever came of it.
     pub(super) fn closed(&mut self, address: SocketAddr) {
-        if let Some(seen) = self.seen.get_mut(&address) {
-            seen.active = seen.active.saturating_sub(1);
+        let Some(seen) = self.seen.get_mut(&address) else { return };
+        seen.active = seen.active.saturating_sub(1);
+        // Clients choose these addresses, and nobody ever says that one is gone.
+        if self.upstream.original && seen.active == 0 {
+            self.seen.remove(&address);
         }
     }
 
@@ -190,6 +199,9 @@ impl Balancer {
 
     /// Connect or handshake failed. Returns for how long the endpoint is ejected, if it now is.
     pub(super) fn failed(&mut self, address: SocketAddr, now: Instant) -> Option<Duration> {
+        if self.upstream.original {
+            return None;
+        }
         let outlier = self.upstream.outlier;
         let roll = u32::try_from(self.next_random() % 100).unwrap_or(0);
         let may_eject = self.may_eject_one_more(outlier, now);
@@ -257,6 +269,8 @@ mod tests {
             outlier: Outlier::default(),
             idle_timeout: None,
             connect_attempts: None,
+            outside: None,
+            original: false,
             deny_reply: DenyReply::Close,
             targets: targets
                 .into_iter()

@@ -38,9 +38,7 @@ const RECORDS_MAX: u32 = 256;
 /// A handshake under way.
 pub struct Handshake {
     rustls: Rustls,
-    trust: Arc<Trust>,
-    /// Who may answer; none where we accepted.
-    expected: Option<Arc<[SpiffeId]>>,
+    peer: Peer,
     /// Whether tickets that come later are worth keeping.
     keeps_tickets: bool,
     /// The record that is arriving, behind records that rustls still needs.
@@ -52,6 +50,16 @@ pub struct Handshake {
     pending_at: usize,
     records: u32,
     state: State,
+}
+
+/// Who is on the other side, and how that is known.
+enum Peer {
+    /// A service that calls us.
+    Caller(Arc<Trust>),
+    /// One of these answers us.
+    Answerer(Arc<Trust>, Arc<[SpiffeId]>),
+    /// A server outside of the mesh: its verifier has said all about it, since its sessions are never resumed.
+    Outside,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,8 +96,8 @@ pub enum Progress {
 /// A finished handshake.
 #[derive(Debug)]
 pub struct Established {
-    /// The peer's verified identity.
-    pub peer: SpiffeId,
+    /// The peer's verified identity; none of a server outside of the mesh.
+    pub peer: Option<SpiffeId>,
     /// TLS version number (0x0303, 0x0304).
     pub version: u16,
     /// TLS cipher suite number.
@@ -286,21 +294,22 @@ impl Handshake {
         }
     }
 
-    fn peer(&self) -> Result<SpiffeId, Failure> {
+    fn peer(&self) -> Result<Option<SpiffeId>, Failure> {
         let (leaf, intermediates) = self
             .peer_chain()
             .and_then(<[_]>::split_first)
             .ok_or_else(|| Failure::from_rustls(&rustls::Error::NoCertificatesPresented))?;
         let now = UnixTime::now();
-        match &self.expected {
-            Some(expected) => self.trust.expected_peer(leaf, intermediates, expected, now),
-            None => self.trust.peer(leaf, intermediates, Role::Server, now),
+        match &self.peer {
+            Peer::Caller(trust) => trust.peer(leaf, intermediates, Role::Server, now).map(Some),
+            Peer::Answerer(trust, expected) => trust.expected_peer(leaf, intermediates, expected, now).map(Some),
+            Peer::Outside => Ok(None),
         }
         .map_err(|error| Failure::from_verify(&error))
     }
 
     pub(super) fn server(connection: UnbufferedServerConnection, trust: Arc<Trust>) -> Self {
-        Self::new(Rustls::Server(Box::new(connection)), trust, None, false)
+        Self::new(Rustls::Server(Box::new(connection)), Peer::Caller(trust), false)
     }
 
     pub(super) fn client(
@@ -309,14 +318,17 @@ impl Handshake {
         expected: Arc<[SpiffeId]>,
         keeps_tickets: bool,
     ) -> Self {
-        Self::new(Rustls::Client(Box::new(connection)), trust, Some(expected), keeps_tickets)
+        Self::new(Rustls::Client(Box::new(connection)), Peer::Answerer(trust, expected), keeps_tickets)
     }
 
-    fn new(rustls: Rustls, trust: Arc<Trust>, expected: Option<Arc<[SpiffeId]>>, keeps_tickets: bool) -> Self {
+    pub(super) fn outside(connection: UnbufferedClientConnection) -> Self {
+        Self::new(Rustls::Client(Box::new(connection)), Peer::Outside, false)
+    }
+
+    fn new(rustls: Rustls, peer: Peer, keeps_tickets: bool) -> Self {
         Self {
             rustls,
-            trust,
-            expected,
+            peer,
             keeps_tickets,
             kept: Vec::new(),
             seen: 0,

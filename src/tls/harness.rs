@@ -222,7 +222,7 @@ pub(super) fn linked(role: Role, suite: SupportedCipherSuite, key: KeyKind) -> L
     assert!(!stock.is_handshaking());
     assert_eq!(stock.alpn_protocol(), None);
     let (established, wire) = side.establish();
-    assert_eq!(established.peer, ca.id("db"));
+    assert_eq!(established.peer, Some(ca.id("db")));
     assert_eq!(established.suite, u16::from(suite.suite()));
     assert_eq!(established.version, u16::from(version_of(suite).version));
     assert!(!established.resumed);

@@ -71,6 +71,9 @@ pub enum TlsError {
     /// rustls refused key, chain or roots.
     #[error("TLS configuration refused: {0}")]
     Rustls(#[from] rustls::Error),
+    /// What should be PEM.
+    #[error("{0} cannot be read: expected PEM")]
+    Pem(&'static str),
     /// The roots cannot be used.
     #[error(transparent)]
     Bundle(#[from] BundleError),
@@ -151,13 +154,8 @@ impl WorkerTls {
         if self.resumption {
             config.resumption = Resumption::store(Arc::new(Sessions::new()));
         }
-        let name = match ServerName::try_from(&**sni) {
-            Ok(name @ ServerName::DnsName(_)) => name.to_owned(),
-            _ => {
-                config.enable_sni = false;
-                ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0; 4])))
-            }
-        };
+        let (name, sent) = sent_name(sni);
+        config.enable_sni = sent;
         Dialer {
             config: Arc::new(config),
             name,
@@ -200,12 +198,20 @@ pub(super) fn algorithms() -> WebPkiSupportedAlgorithms {
     library::default_provider().signature_verification_algorithms
 }
 
+/// What rustls is to ask for, and whether it is sent: only a DNS name is.
+pub(super) fn sent_name(sni: &str) -> (ServerName<'static>, bool) {
+    match ServerName::try_from(sni) {
+        Ok(name @ ServerName::DnsName(_)) => (name.to_owned(), true),
+        _ => (ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0; 4]))), false),
+    }
+}
+
 /// The verifier of the base configuration, which accepts nobody; each connection brings its own.
 fn nobody(trust: &Arc<Trust>) -> AnswererVerifier {
     AnswererVerifier { trust: Arc::clone(trust), expected: Arc::from([]) }
 }
 
-fn versions(params: &TlsParams) -> Result<Vec<&'static SupportedProtocolVersion>, TlsError> {
+pub(super) fn versions(params: &TlsParams) -> Result<Vec<&'static SupportedProtocolVersion>, TlsError> {
     let mut versions = Vec::with_capacity(2);
     if params.tls13 {
         versions.push(&rustls::version::TLS13);

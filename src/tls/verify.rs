@@ -12,6 +12,7 @@
 
 mod cache;
 mod load;
+mod outside;
 mod roles;
 
 use std::sync::Arc;
@@ -22,7 +23,9 @@ use webpki::{EndEntityCert, KeyUsage, VerifiedPath};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 pub use load::{BundleError, SvidError, bundle, leaf_id, svid};
-pub(super) use roles::{AnswererVerifier, CallerVerifier};
+pub(super) use outside::OutsideTrust;
+pub use outside::{San, SanKind};
+pub(super) use roles::{AnswererVerifier, CallerVerifier, refuse};
 
 use crate::identity::{IdentityError, Kind, SpiffeId, TrustBundle};
 
@@ -78,6 +81,14 @@ pub enum VerifyError {
     /// A gateway, an agent or a CA called us.
     #[error("the peer presented {0}, which names no service; only services may call a service")]
     NotService(SpiffeId),
+    /// A server outside of the mesh whose certificate has none of the names that were asked for.
+    #[error("the certificate is for {presented}, expected {expected}")]
+    Name {
+        /// The first of its names.
+        presented: String,
+        /// Those that would do.
+        expected: String,
+    },
 }
 
 impl VerifyError {
@@ -85,6 +96,7 @@ impl VerifyError {
     pub fn is_identity(&self) -> bool {
         match self {
             Self::Uris(_) | Self::NotSpiffe(_) | Self::TrustDomain { .. } | Self::Unexpected { .. } | Self::NotService(_) => true,
+            Self::Name { .. } => true,
             Self::ChainTooLong(_) | Self::Malformed(_) | Self::Chain(_) | Self::KeyUsage(_) => false,
         }
     }
@@ -180,7 +192,7 @@ impl Trust {
     ) -> Result<(SpiffeId, Validity), VerifyError> {
         let claimed = spiffe_id(leaf);
         let domain = self.domain(claimed.as_ref().ok(), role);
-        let validity = self.check_chain(domain, leaf, intermediates, role, now)?;
+        let validity = domain.check_chain(self.algorithms, leaf, intermediates, role, now)?;
         let id = claimed?;
         if id.trust_domain() != &*domain.name {
             return Err(VerifyError::TrustDomain { presented: id, expected: domain.name.clone() });
@@ -197,11 +209,24 @@ impl Trust {
         let mut peers = self.peers.iter().filter(|domain| role == Role::Client || domain.calls);
         peers.find(|domain| known(domain)).unwrap_or(&self.own)
     }
+}
 
-    /// Builds a path to a root of `domain` and returns the time in which all of it is valid.
+impl Domain {
+    fn new(name: &str, roots: &[CertificateDer<'static>], calls: bool) -> Result<Self, BundleError> {
+        let mut anchors = Vec::with_capacity(roots.len());
+        let mut validity = Vec::with_capacity(roots.len());
+        for (index, root) in roots.iter().enumerate() {
+            let (anchor, dates) = load::anchor(index, root)?;
+            anchors.push(anchor);
+            validity.push(dates);
+        }
+        Ok(Self { name: name.to_lowercase().into(), anchors, validity, calls })
+    }
+
+    /// Builds a path to one of its roots and returns the time in which all of it is valid.
     fn check_chain(
         &self,
-        domain: &Domain,
+        algorithms: WebPkiSupportedAlgorithms,
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         role: Role,
@@ -218,31 +243,18 @@ impl Trust {
             Role::Client => KeyUsage::server_auth(),
             Role::Server => KeyUsage::client_auth(),
         };
-        let check_path = |path: &VerifiedPath<'_>| domain.check_path(path, now);
+        let check_path = |path: &VerifiedPath<'_>| self.check_path(path, now);
         let end_entity = EndEntityCert::try_from(leaf).map_err(VerifyError::Chain)?;
         let path = end_entity
-            .verify_for_usage(self.algorithms.all, &domain.anchors, &candidates, now, usage, None, Some(&check_path))
+            .verify_for_usage(algorithms.all, &self.anchors, &candidates, now, usage, None, Some(&check_path))
             .map_err(VerifyError::Chain)?;
 
-        let mut validity = domain.anchor_validity(path.anchor()).unwrap_or(Validity { not_before: 0, not_after: u64::MAX });
+        let mut validity = self.anchor_validity(path.anchor()).unwrap_or(Validity { not_before: 0, not_after: u64::MAX });
         validity = validity.and(certificate_validity(leaf)?);
         for certificate in path.intermediate_certificates() {
             validity = validity.and(certificate_validity(&certificate.der())?);
         }
         Ok(validity)
-    }
-}
-
-impl Domain {
-    fn new(name: &str, roots: &[CertificateDer<'static>], calls: bool) -> Result<Self, BundleError> {
-        let mut anchors = Vec::with_capacity(roots.len());
-        let mut validity = Vec::with_capacity(roots.len());
-        for (index, root) in roots.iter().enumerate() {
-            let (anchor, dates) = load::anchor(index, root)?;
-            anchors.push(anchor);
-            validity.push(dates);
-        }
-        Ok(Self { name: name.to_lowercase().into(), anchors, validity, calls })
     }
 
     /// What webpki leaves out: the root's dates, and that an issuer may sign certificates.
@@ -250,13 +262,7 @@ impl Domain {
         let Some(root) = self.anchor_validity(path.anchor()) else {
             return Err(webpki::Error::UnknownIssuer);
         };
-        let at = |seconds| UnixTime::since_unix_epoch(std::time::Duration::from_secs(seconds));
-        if now.as_secs() > root.not_after {
-            return Err(webpki::Error::CertExpired { time: now, not_after: at(root.not_after) });
-        }
-        if now.as_secs() < root.not_before {
-            return Err(webpki::Error::CertNotValidYet { time: now, not_before: at(root.not_before) });
-        }
+        root.check(now)?;
         for certificate in path.intermediate_certificates() {
             let der = certificate.der();
             let (_, parsed) = X509Certificate::from_der(&der).map_err(|_| webpki::Error::BadDer)?;
@@ -287,6 +293,17 @@ impl std::fmt::Debug for Trust {
 impl Validity {
     fn and(self, other: Self) -> Self {
         Self { not_before: self.not_before.max(other.not_before), not_after: self.not_after.min(other.not_after) }
+    }
+
+    fn check(self, now: UnixTime) -> Result<(), webpki::Error> {
+        let at = |seconds| UnixTime::since_unix_epoch(std::time::Duration::from_secs(seconds));
+        if now.as_secs() > self.not_after {
+            return Err(webpki::Error::CertExpired { time: now, not_after: at(self.not_after) });
+        }
+        if now.as_secs() < self.not_before {
+            return Err(webpki::Error::CertNotValidYet { time: now, not_before: at(self.not_before) });
+        }
+        Ok(())
     }
 
     fn contains(self, seconds: u64) -> bool {

@@ -69,7 +69,9 @@ pub(super) async fn probe(tls: &WorkerTls, target: &Target, address: SocketAddr,
     });
     let (stream, established, rest) = shaken.await.unwrap_or(Err(ProbeError::Timeout(timeout)))?;
     let took = started.elapsed();
-    let (peer, version) = (established.peer.clone(), version_name(established.version));
+    let peer =
+        established.peer.clone().ok_or_else(|| ProbeError::Broken(std::io::Error::other("nobody of the mesh answered")))?;
+    let version = version_name(established.version);
     let refused = is_refused(stream, established, rest).await;
     Ok(Found { peer, version, took, refused })
 }

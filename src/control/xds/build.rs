@@ -15,7 +15,7 @@ use super::endpoint::{Assignment, Host, Place};
 use super::held::Held;
 use super::identity::Identities;
 use super::listener::{Ending, Listener, PageRoute, Role, Target as PageTarget, Tuning};
-use super::tls_context::Material;
+use super::tls_context::{self, Material, Spoken};
 use crate::config;
 use crate::config::envoy::{PageAnswer, PageListener};
 use crate::control::build::{keep, keep_text};
@@ -23,6 +23,7 @@ use crate::control::consul::watch::hosts::ADDRESSES_MAX;
 use crate::mesh::router::Router;
 use crate::mesh::{Address, Bind, DenyReply, Endpoint, Identity, PublicListener, Service, Snapshot, Target, Upstream};
 use crate::policy::Intentions;
+use crate::tls::OutsideTls;
 
 /// What is answered for an app that cannot be asked.
 const UNAVAILABLE: u16 = 503;
@@ -71,12 +72,17 @@ struct Builder<'a> {
     notes: Vec<String>,
 }
 
-/// What is spoken to the members of an upstream.
+/// What may be spoken to the members of an upstream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Spoken {
-    Tls,
+enum Allowed {
+    /// Mutual TLS of the mesh.
+    Mesh,
+    /// The same, wherever a redirected client wanted to go.
+    MeshAtOriginal,
     /// What the client speaks, as it is.
     AsItCame,
+    /// Plain, or TLS of their own: they are the app behind a gateway.
+    App,
 }
 
 /// What a listener or chain says of the upstream behind it.
@@ -103,7 +109,7 @@ impl Builder<'_> {
                 Role::Upstream { label, cluster } => {
                     let old = old_upstreams.iter().find(|old| old.bind == listener.bind && *old.name == **label);
                     let front = Front { label, bind: &listener.bind, tuning: listener.tuning };
-                    let next = self.upstream(cluster, front, Spoken::Tls, old);
+                    let next = self.upstream(cluster, front, Allowed::Mesh, old);
                     next.map(|next| upstreams.push(next))
                 }
                 Role::Pages { .. } | Role::Router(_) => Ok(()),
@@ -142,7 +148,7 @@ impl Builder<'_> {
         upstreams.find_map(|cluster| {
             let mut leaves = Vec::new();
             collect(self.held, cluster, 0, &mut leaves).ok()?;
-            leaves.iter().find_map(|leaf| self.around.identities.of(&leaf.tls.as_ref()?.material))
+            leaves.iter().find_map(|leaf| self.around.identities.of(&leaf.spoken.mesh()?.material))
         })
     }
 
@@ -198,7 +204,7 @@ impl Builder<'_> {
 
     /// Every address of an app that is reached in plain.
     fn app(&self, cluster: &Cluster) -> Result<Vec<Address>, String> {
-        if cluster.tls.is_some() {
+        if cluster.spoken != Spoken::Plain {
             return Err(format!("cluster {} speaks TLS, and the app behind a public listener is reached in plain", cluster.name));
         }
         let members = members(self.held, cluster).ok_or_else(|| format!("cluster {} has no endpoints yet", cluster.name))?;
@@ -216,26 +222,28 @@ impl Builder<'_> {
         &self,
         cluster: &str,
         front: Front<'_>,
-        spoken: Spoken,
+        allowed: Allowed,
         old: Option<&Arc<Upstream>>,
     ) -> Result<Arc<Upstream>, String> {
-        let mut leaves = Vec::new();
-        collect(self.held, cluster, 0, &mut leaves)?;
+        let leaves = self.leaves(cluster, allowed)?;
         // What decides on the connection as a whole is said by the outermost cluster, what decides on members by the first.
         let outer = self.cluster(cluster)?;
         let first = leaves.first().ok_or_else(|| format!("cluster {cluster} has no members"))?;
         let old_targets = old.map_or(&[][..], |old| &old.targets);
         let mut targets: Vec<Arc<Target>> = Vec::new();
         for cluster in &leaves {
-            let (sni, expected) = match (&cluster.tls, spoken) {
-                (Some(tls), Spoken::Tls) => (Arc::clone(&tls.sni), Arc::clone(&tls.expected)),
-                (None, Spoken::Tls) => return Err(format!("cluster {} has no UpstreamTlsContext", cluster.name)),
-                (Some(_), Spoken::AsItCame) => {
+            let (sni, expected) = match (&cluster.spoken, allowed) {
+                (Spoken::Mesh(tls), Allowed::Mesh | Allowed::MeshAtOriginal) => (Arc::clone(&tls.sni), Arc::clone(&tls.expected)),
+                (Spoken::Plain, Allowed::AsItCame | Allowed::App) | (Spoken::Outside(_), Allowed::App) => ("".into(), [].into()),
+                (Spoken::Plain | Spoken::Outside(_), Allowed::Mesh | Allowed::MeshAtOriginal) => {
+                    return Err(format!("cluster {} has no UpstreamTlsContext of the mesh", cluster.name));
+                }
+                (Spoken::Mesh(_) | Spoken::Outside(_), Allowed::AsItCame) | (Spoken::Mesh(_), Allowed::App) => {
                     return Err(format!("cluster {} speaks TLS of its own, which is not done here", cluster.name));
                 }
-                (None, Spoken::AsItCame) => ("".into(), [].into()),
             };
-            let Some(members) = members(self.held, cluster) else {
+            let nobody = (allowed == Allowed::MeshAtOriginal).then(Assignment::default);
+            let Some(members) = nobody.as_ref().or_else(|| members(self.held, cluster)) else {
                 let prefix = format!("{}#", cluster.name);
                 let kept = old_targets.iter().filter(|old| *old.id == *cluster.name || old.id.starts_with(&prefix));
                 targets.extend(kept.map(|old| {
@@ -267,6 +275,8 @@ impl Builder<'_> {
             outlier: first.outlier,
             idle_timeout: front.tuning.idle_timeout,
             connect_attempts: front.tuning.connect_attempts,
+            outside: self.outside(&leaves, old)?,
+            original: allowed == Allowed::MeshAtOriginal,
             deny_reply: DenyReply::Close,
             targets,
         };
@@ -274,10 +284,45 @@ impl Builder<'_> {
     }
 }
 
+impl Builder<'_> {
+    /// The clusters that have members, behind `name`.
+    fn leaves(&self, name: &str, allowed: Allowed) -> Result<Vec<&Cluster>, String> {
+        if allowed == Allowed::MeshAtOriginal {
+            return Ok(vec![self.cluster(name)?]);
+        }
+        let mut leaves = Vec::new();
+        collect(self.held, name, 0, &mut leaves)?;
+        Ok(leaves)
+    }
+
+    /// The TLS of an app outside of the mesh, which all its clusters must have in common.
+    fn outside(&self, leaves: &[&Cluster], old: Option<&Arc<Upstream>>) -> Result<Option<Arc<OutsideTls>>, String> {
+        let Some(first) = leaves.first() else { return Ok(None) };
+        if let Some(other) = leaves.iter().find(|leaf| !same_outside(&leaf.spoken, &first.spoken)) {
+            return Err(format!("clusters {} and {} of one app differ in TLS; give both the same", first.name, other.name));
+        }
+        match &first.spoken {
+            Spoken::Outside(settings) => {
+                let old = old.and_then(|old| old.outside.as_ref());
+                tls_context::keep_outside(settings, self.around.identities.workers(), old).map(Some)
+            }
+            Spoken::Plain | Spoken::Mesh(_) => Ok(None),
+        }
+    }
+}
+
+fn same_outside(a: &Spoken, b: &Spoken) -> bool {
+    match (a, b) {
+        (Spoken::Outside(a), Spoken::Outside(b)) => a == b,
+        (Spoken::Outside(_), _) | (_, Spoken::Outside(_)) => false,
+        (Spoken::Plain | Spoken::Mesh(_), _) => true,
+    }
+}
+
 /// Every TLS context in force that is not out of date, the listeners' first.
 pub(super) fn materials(held: &Held) -> impl Iterator<Item = &Arc<Material>> {
     let of_listeners = held.listeners.up_to_date().flat_map(|listener| listener.endings()).map(|ending| &ending.material);
-    of_listeners.chain(held.clusters.up_to_date().filter_map(|cluster| cluster.tls.as_ref().map(|tls| &tls.material)))
+    of_listeners.chain(held.clusters.up_to_date().filter_map(|cluster| cluster.spoken.mesh().map(|tls| &tls.material)))
 }
 
 /// The names that must be resolved, and how often.

@@ -34,7 +34,7 @@ pub(super) struct Cluster {
     /// As [`crate::mesh::Upstream::max_connections`].
     pub(super) max_connections: Option<u32>,
     pub(super) outlier: Outlier,
-    pub(super) tls: Option<tls_context::Upstream>,
+    pub(super) spoken: tls_context::Spoken,
 }
 
 /// How members are found.
@@ -79,7 +79,7 @@ impl Cluster {
             balance: balance(message)?,
             max_connections: max_connections(message),
             outlier: outlier(message.outlier_detection.as_ref())?,
-            tls: tls_context::upstream(message.transport_socket.as_ref())?,
+            spoken: tls_context::upstream(message.transport_socket.as_ref())?,
         })
     }
 

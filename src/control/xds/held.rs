@@ -290,8 +290,8 @@ fn body<T: prost::Message + Default>(resource: &Resource, kind: Kind) -> Result<
 fn check_target(listener: &Listener, clusters: &Shelf<Cluster>) -> Result<(), Refusal> {
     let Role::Upstream { cluster: name, .. } = &listener.role else { return Ok(()) };
     let Some(cluster) = clusters.get(name) else { return Ok(()) };
-    if cluster.tls.is_none() && !matches!(cluster.discovery, Discovery::Aggregate(_)) {
-        let wanted = "its cluster has no UpstreamTlsContext, and nothing leaves for the mesh without TLS";
+    if cluster.spoken.mesh().is_none() && !matches!(cluster.discovery, Discovery::Aggregate(_)) {
+        let wanted = "its cluster has no UpstreamTlsContext of the mesh, and nothing leaves for the mesh without";
         return Err(Refusal::new("filter_chains[0].filters.tcp_proxy.cluster", name, wanted));
     }
     Ok(())

@@ -40,6 +40,11 @@ impl Identities {
         Self { workers, by_id: BTreeMap::new(), rotations: 0 }
     }
 
+    /// How many workers each is made for.
+    pub(super) fn workers(&self) -> usize {
+        self.workers
+    }
+
     /// The identity in use that `material` is a part of.
     pub(super) fn of(&self, material: &Material) -> Option<&Arc<Identity>> {
         self.by_id.get(&material.leaf)?.current.as_ref()

@@ -4,6 +4,8 @@
 //! for. Whether it is valid now and chains to its roots is looked at when it is put in use (`identity`), because the first
 //! changes by itself and the second in the middle of a root rotation. Secrets are wiped when dropped and never shown.
 
+mod outside;
+
 use std::sync::Arc;
 
 use envoy_types::pb::envoy::config::core::v3 as core;
@@ -14,10 +16,11 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 use zeroize::Zeroizing;
 
+pub(super) use self::outside::keep as keep_outside;
 use super::refusal::{Refusal, message_name, unpack};
 use crate::identity::SpiffeId;
 use crate::tls::verify::{self, CHAIN_CERTIFICATES_MAX};
-use crate::tls::{Suites, TlsParams};
+use crate::tls::{OutsideSettings, Suites, TlsParams};
 
 const UPSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext";
 const DOWNSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext";
@@ -48,7 +51,28 @@ pub(super) struct Roots {
     pub(super) callers: bool,
 }
 
-/// TLS of a cluster.
+/// What is spoken to a cluster's members.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Spoken {
+    /// What comes, as it is.
+    Plain,
+    /// Mutual TLS of the mesh.
+    Mesh(Upstream),
+    /// TLS of apps outside of it.
+    Outside(Arc<OutsideSettings>),
+}
+
+impl Spoken {
+    /// Of the mesh, if it is that.
+    pub(super) fn mesh(&self) -> Option<&Upstream> {
+        match self {
+            Self::Mesh(tls) => Some(tls),
+            Self::Plain | Self::Outside(_) => None,
+        }
+    }
+}
+
+/// TLS of a cluster of the mesh.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Upstream {
     pub(super) material: Arc<Material>,
@@ -57,18 +81,22 @@ pub(super) struct Upstream {
     pub(super) expected: Arc<[SpiffeId]>,
 }
 
-/// The context in a cluster's transport socket; `None` where it has none.
-pub(super) fn upstream(socket: Option<&core::TransportSocket>) -> Result<Option<Upstream>, Refusal> {
-    let Some(any) = typed(socket)? else { return Ok(None) };
+/// The context in a cluster's transport socket.
+pub(super) fn upstream(socket: Option<&core::TransportSocket>) -> Result<Spoken, Refusal> {
+    let Some(any) = typed(socket)? else { return Ok(Spoken::Plain) };
     let context: pb::UpstreamTlsContext = unpack(any, UPSTREAM, "transport_socket.typed_config")?;
     let place = "transport_socket.typed_config.common_tls_context";
     let common = common(context.common_tls_context.as_ref()).map_err(|why| why.under(place))?;
+    if outside::is_outside(common) {
+        let settings = outside::settings(&context, common).map_err(|why| why.under(place))?;
+        return Ok(Spoken::Outside(Arc::new(settings)));
+    }
     let validation = validation(common).map_err(|why| why.under(place))?;
     let inner = format!("{place}.validation_context");
     let expected = expected(validation).map_err(|why| why.under(&inner))?;
     let roots = roots_of_answerers(validation, &expected).map_err(|why| why.under(&inner))?;
     let material = material(common, |_| roots).map_err(|why| why.under(place))?;
-    Ok(Some(Upstream { material: Arc::new(material), sni: context.sni.as_str().into(), expected }))
+    Ok(Spoken::Mesh(Upstream { material: Arc::new(material), sni: context.sni.as_str().into(), expected }))
 }
 
 /// The context in a filter chain's transport socket; `None` where it has none.

@@ -15,6 +15,8 @@ fn cluster(name: &str) -> Way {
         outlier: Outlier::default(),
         idle_timeout: None,
         connect_attempts: None,
+        outside: None,
+        original: false,
         deny_reply: DenyReply::Close,
         targets: Vec::new(),
     }))

@@ -3,9 +3,9 @@
 //! Invariant: only a connection that was routed so is relayed like this; one with a session never is. An end is passed on as FIN,
 //! a reset as a reset, and bytes lie where the kernel put them until they are sent.
 
-use super::{Hold, State};
+use super::{Hold, State, other, side};
 use crate::buffer::{Class, HEADROOM_BYTES, RECORD_ROOM_BYTES, SLACK_BYTES};
-use crate::proxy::close::{CloseReason, Side};
+use crate::proxy::close::CloseReason;
 use crate::proxy::connection::{Connection, Io, MESH, Next, PLAIN};
 use crate::ring::{Completion, Errno, Op, Push, Ring};
 use crate::tls::record::PAYLOAD_BYTES_MAX;
@@ -13,8 +13,8 @@ use crate::tls::record::PAYLOAD_BYTES_MAX;
 impl Connection {
     /// Begins with what was read to find the route, if anything was.
     pub(super) fn start_raw<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
-        if self.seal.end > self.seal.start {
-            self.count_raw(io, PLAIN, (self.seal.end - self.seal.start) as u64);
+        if self.flows[PLAIN].end > self.flows[PLAIN].start {
+            self.count(io, PLAIN, (self.flows[PLAIN].end - self.flows[PLAIN].start) as u64);
             self.send_raw(io, PLAIN);
         } else {
             self.receive_raw(io, PLAIN);
@@ -22,16 +22,11 @@ impl Connection {
         self.receive_raw(io, MESH)
     }
 
-    /// The flow that begins on `leg`.
-    fn flow_from(&mut self, leg: usize) -> &mut super::Flow {
-        if leg == PLAIN { &mut self.seal } else { &mut self.open }
-    }
-
     fn receive_raw<R: Ring>(&mut self, io: &mut Io<'_, R>, from: usize) -> Next {
         let (socket, token) = self.begin(Op::Receive, from);
         let poll_first = !self.legs[from].nonempty;
         let now = io.now;
-        let flow = self.flow_from(from);
+        let flow = &mut self.flows[from];
         flow.state = State::Receiving;
         flow.waiting_since = Some(now);
         flow.start = 0;
@@ -51,7 +46,7 @@ impl Connection {
     }
 
     pub(super) fn raw_received<R: Ring>(&mut self, io: &mut Io<'_, R>, from: usize, completion: Completion) -> Next {
-        let flow = self.flow_from(from);
+        let flow = &mut self.flows[from];
         flow.state = State::Idle;
         if let Some(buffer) = completion.buffer {
             flow.hold = Hold::Shared(buffer);
@@ -72,7 +67,7 @@ impl Connection {
                     Hold::None | Hold::Shared(_) | Hold::Own(_) => HEADROOM_BYTES,
                 };
                 flow.end = flow.start + received as usize;
-                self.count_raw(io, from, u64::from(received));
+                self.count(io, from, u64::from(received));
                 self.send_raw(io, from)
             }
             Err(Errno(libc::ENOBUFS)) => self.receive_raw_directly(io, from),
@@ -87,7 +82,7 @@ impl Connection {
         let Some(lease) = io.pool.lease(Class::Slot) else { return self.close(io, CloseReason::OutOfBuffers, true) };
         let span = io.pool.span(&lease, HEADROOM_BYTES, RECORD_ROOM_BYTES - HEADROOM_BYTES);
         let now = io.now;
-        let flow = self.flow_from(from);
+        let flow = &mut self.flows[from];
         flow.hold = Hold::Own(lease);
         flow.asked = PAYLOAD_BYTES_MAX;
         flow.state = State::Receiving;
@@ -97,19 +92,9 @@ impl Connection {
         Next::Wait
     }
 
-    fn count_raw<R: Ring>(&mut self, io: &Io<'_, R>, from: usize, bytes: u64) {
-        if from == PLAIN {
-            self.facts.bytes_to_mesh += bytes;
-            io.cells.bytes_to_mesh.add(bytes);
-        } else {
-            self.facts.bytes_from_mesh += bytes;
-            io.cells.bytes_from_mesh.add(bytes);
-        }
-    }
-
     fn send_raw<R: Ring>(&mut self, io: &mut Io<'_, R>, from: usize) -> Next {
         let (socket, token) = self.begin(Op::Send, other(from));
-        let flow = self.flow_from(from);
+        let flow = &mut self.flows[from];
         flow.state = State::Sending;
         let (start, len) = (flow.start, flow.end - flow.start);
         let Some(lease) = flow.lease(io.ring) else { return Next::Wait };
@@ -126,16 +111,8 @@ impl Connection {
             Err(errno) => return self.broken(io, side(leg), errno),
         };
         let from = other(leg);
-        let flow = self.flow_from(from);
+        let flow = &mut self.flows[from];
         flow.start += sent;
         if flow.start < flow.end { self.send_raw(io, from) } else { self.receive_raw(io, from) }
     }
-}
-
-fn other(leg: usize) -> usize {
-    if leg == PLAIN { MESH } else { PLAIN }
-}
-
-fn side(leg: usize) -> Side {
-    if leg == PLAIN { Side::Plain } else { Side::Mesh }
 }

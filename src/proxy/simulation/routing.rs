@@ -3,10 +3,10 @@
 use super::*;
 use crate::mesh::router::{Match, Original, Route, Router, RouterSettings, Way};
 
-const GATEWAY: SocketAddr = address(8_443);
+pub(super) const GATEWAY: SocketAddr = address(8_443);
 const WAREHOUSE: &str = "warehouse.default.dc1.internal.mesh.consul";
 
-fn settings(routes: Vec<(&str, Match, Way)>) -> RouterSettings {
+pub(super) fn settings(routes: Vec<(&str, Match, Way)>) -> RouterSettings {
     RouterSettings {
         name: "front".into(),
         service: "gateway".into(),
@@ -21,7 +21,7 @@ fn settings(routes: Vec<(&str, Match, Way)>) -> RouterSettings {
     }
 }
 
-fn cluster(name: &str, endpoints: &[SocketAddr]) -> Arc<Upstream> {
+pub(super) fn cluster(name: &str, endpoints: &[SocketAddr]) -> Arc<Upstream> {
     let endpoints = endpoints.iter().map(|&address| Endpoint { address, weight: 1, healthy: true }).collect();
     let target = Target { id: name.into(), sni: "".into(), expected: [].into(), endpoints, access: None };
     Arc::new(Upstream {
@@ -33,6 +33,8 @@ fn cluster(name: &str, endpoints: &[SocketAddr]) -> Arc<Upstream> {
         outlier: Outlier::default(),
         idle_timeout: None,
         connect_attempts: None,
+        outside: None,
+        original: false,
         deny_reply: DenyReply::Close,
         targets: vec![Arc::new(target)],
     })
@@ -70,22 +72,7 @@ impl Mesh {
 
     /// The warehouse as a service whose TLS the router ends, with the app at [`APP`].
     fn warehouse(&self, policy: DefaultPolicy) -> Arc<Service> {
-        let public = PublicListener {
-            bind: Bind::Tcp(GATEWAY),
-            app: vec![Address::Tcp(APP)],
-            local_connect_timeout: Duration::from_secs(5),
-            handshake_timeout: Duration::from_secs(10),
-            max_inbound_connections: 0,
-            idle_timeout: None,
-        };
-        Arc::new(Service {
-            name: "warehouse".into(),
-            proxy_id: "gateway".into(),
-            identity: Some(self.identity("warehouse")),
-            intentions: Arc::new(Intentions::new(Vec::new(), policy)),
-            public: Some(Arc::new(public)),
-            upstreams: Vec::new(),
-        })
+        Arc::new(Service { proxy_id: "gateway".into(), ..self.public_service(GATEWAY, policy, self.identity("warehouse")) })
     }
 
     fn finish_gateway(self) -> Vec<ConnectionRecord> {

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::super::connection::{Connection, Next, Stage};
+use super::super::connection::{Connection, MESH, Next, PLAIN, Stage};
 use super::super::limits::{CONNECT_ATTEMPTS_MAX, HELD_MAX};
 use super::super::listener::Role;
+use super::super::secure::Handshaking;
 use super::super::timer::Owner;
 use super::super::upstream::Choice;
 use super::{Order, Worker, own_side};
@@ -199,8 +200,8 @@ impl<R: Ring> Worker<R> {
 
     /// Dials an app that is a set of endpoints.
     fn dial_app_endpoint(&mut self, connection: &mut Connection, proof: &Authorized) -> Next {
-        let address = match self.choose(connection) {
-            Ok((choice, _)) => Address::Tcp(choice.address),
+        let (choice, timeout) = match self.choose(connection) {
+            Ok(chosen) => chosen,
             Err(nothing) => {
                 if connection.tried.is_empty() {
                     connection.facts.detail = Some(nothing);
@@ -208,9 +209,15 @@ impl<R: Ring> Worker<R> {
                 return self.with_io(connection, |connection, io| connection.close(io, CloseReason::AppUnreachable, true));
             }
         };
-        let Some(timeout) = self.listener(connection).role.balancer().map(|app| app.upstream().connect_timeout) else {
-            return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
-        };
+        let outside = self.listener(connection).role.balancer().and_then(|app| app.upstream().outside.clone());
+        if let Some(outside) = outside {
+            match outside.connect(self.index) {
+                Some(Ok(handshake)) => connection.handshaking = Some(Handshaking::new(handshake, PLAIN)),
+                Some(Err(error)) => return self.end(connection, CloseReason::AppUnreachable, &error.to_string()),
+                None => return self.end(connection, CloseReason::AppUnreachable, "no TLS configuration for this worker"),
+            }
+        }
+        let address = Address::Tcp(choice.address);
         self.with_io(connection, |connection, io| connection.dial_app(io, proof, &address, timeout))
     }
 
@@ -247,7 +254,7 @@ impl<R: Ring> Worker<R> {
         let handshake = identity.and_then(|identity| Some(balancer.dialer(&identity, index, &choice)?.connect()));
         match handshake {
             Some(Ok(handshake)) => self.with_io(connection, |connection, io| {
-                connection.handshaking = Some(super::super::secure::Handshaking::new(handshake));
+                connection.handshaking = Some(Handshaking::new(handshake, MESH));
                 connection.dial_endpoint(io, choice.address, timeout)
             }),
             Some(Err(error)) => self.end(connection, CloseReason::HandshakeFailed, &error.to_string()),
@@ -262,13 +269,17 @@ impl<R: Ring> Worker<R> {
         let Some(balancer) = self.listener_mut(connection).role.balancer_mut() else { return Err("no endpoints here".into()) };
         let attempts_max = balancer.upstream().connect_attempts.unwrap_or(CONNECT_ATTEMPTS_MAX);
         let may_try = connection.tried.len() < attempts_max as usize;
-        let choice = may_try.then(|| balancer.choose(client, &connection.tried, now)).flatten();
+        let choice = match (balancer.upstream().original, connection.facts.original) {
+            (true, None) => return Err("it was not redirected here; connect to the service's own address".into()),
+            (true, Some(wanted)) => connection.tried.is_empty().then(|| balancer.original(wanted)).flatten(),
+            (false, _) => may_try.then(|| balancer.choose(client, &connection.tried, now)).flatten(),
+        };
         let choice = choice.ok_or_else(|| no_endpoint(balancer.upstream()))?;
         balancer.opened(choice.address);
         if let Some(facts) = &mut connection.facts.access {
             // Without TLS of ours no server name is sent that could name the cluster.
             let meshed = connection.direction == Direction::Outbound && !connection.raw;
-            facts.cluster = Some(Arc::clone(if meshed { &choice.target.sni } else { &balancer.upstream().name }));
+            facts.cluster = Some(if meshed { choice.target.cluster().into() } else { Arc::clone(&balancer.upstream().name) });
         }
         connection.endpoint = Some(choice.address);
         connection.tried.push(choice.address);

@@ -104,8 +104,8 @@ pub enum BundleError {
     #[error("trust domain {0:?} is not usable: expected <cluster id>.consul as in the TrustDomain of the roots")]
     TrustDomain(String),
     /// Too many.
-    #[error("the trust bundle has {0} roots, at most {ROOTS_MAX} are accepted")]
-    TooMany(usize),
+    #[error("the trust bundle has {0} roots, at most {1} are accepted")]
+    TooMany(usize, usize),
     /// A root that is not a CA certificate.
     #[error("root number {index} of the trust bundle cannot be used ({detail}): check RootCert in the agent's roots")]
     Root {
@@ -185,7 +185,7 @@ pub fn bundle(trust_domain: &str, roots_pem: &[impl AsRef<str>]) -> Result<Trust
                 roots.push(root);
             }
             if roots.len() > ROOTS_MAX {
-                return Err(BundleError::TooMany(roots.len()));
+                return Err(BundleError::TooMany(roots.len(), ROOTS_MAX));
             }
         }
         if !found {

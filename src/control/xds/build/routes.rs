@@ -6,12 +6,12 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::{Builder, Front, Spoken, keep_service, same_parts};
+use super::{Allowed, Builder, Front, keep_service, same_parts};
 use crate::config;
 use crate::control::build::{keep, keep_text};
 use crate::control::xds::cluster::{Cluster, Discovery};
 use crate::control::xds::listener::{self, Chain, Ending, Listener, Routes, Tuning};
-use crate::control::xds::tls_context::Material;
+use crate::control::xds::tls_context::{Material, Spoken};
 use crate::mesh::router::{Match, Original, Route, Router, RouterSettings, ServerName, Way};
 use crate::mesh::{Address, Balance, DenyReply, Outlier, PublicListener, Service, Target, Upstream};
 use crate::policy::Intentions;
@@ -55,7 +55,7 @@ impl Builder<'_> {
         let by_name = routes.all().find(|chain| matches!(chain.way, listener::Way::ServerName));
         let tuning = by_name.map_or_else(Tuning::default, |chain| chain.tuning);
         let taken = |name: &str| routes.all().flat_map(|chain| &chain.matches.server_names).any(|known| known.takes(name));
-        let plain = self.held.clusters.values().filter(|cluster| cluster.tls.is_none());
+        let plain = self.held.clusters.values().filter(|cluster| cluster.spoken == Spoken::Plain);
         let mut seen = HashSet::new();
         let names: Vec<(String, ServerName)> = plain
             .filter(|cluster| !matches!(cluster.discovery, Discovery::OriginalDestination) && !taken(&cluster.name))
@@ -101,34 +101,34 @@ impl Builder<'_> {
     ) -> Result<Way, String> {
         let cluster = self.cluster(name)?;
         match &cluster.discovery {
-            Discovery::OriginalDestination if cluster.tls.is_some() => {
-                return Err(format!("cluster {name} speaks TLS to original destinations, which is not done here"));
-            }
             Discovery::OriginalDestination if !routes.transparent => {
                 return Err(format!("cluster {name} leads to original destinations, and nothing is redirected here"));
             }
-            Discovery::OriginalDestination => {
+            Discovery::OriginalDestination if cluster.spoken == Spoken::Plain => {
                 let Cluster { connect_timeout, max_connections, .. } = *cluster;
                 let idle_timeout = chain.tuning.idle_timeout;
                 return Ok(Way::Original(Original { connect_timeout, max_connections, idle_timeout }));
             }
-            Discovery::Eds(_) | Discovery::Static(_) | Discovery::Dns(..) | Discovery::Aggregate(_) => {}
+            _ => {}
         }
         let old_upstream = old.and_then(|old| match &old.way {
             Way::Originate { upstream, .. } | Way::Forward(upstream) => Some(upstream),
             Way::Terminate { .. } | Way::Original(_) => None,
         });
-        let mut leaves = Vec::new();
-        super::collect(self.held, name, 0, &mut leaves)?;
+        let allowed = match cluster.discovery {
+            Discovery::OriginalDestination => Allowed::MeshAtOriginal,
+            _ => Allowed::Mesh,
+        };
+        let leaves = self.leaves(name, allowed)?;
         let front = front(listener, chain);
-        match leaves.iter().find_map(|leaf| leaf.tls.as_ref()) {
+        match leaves.iter().find_map(|leaf| leaf.spoken.mesh()) {
             Some(tls) => {
-                let upstream = self.upstream(name, front, Spoken::Tls, old_upstream)?;
+                let upstream = self.upstream(name, front, allowed, old_upstream)?;
                 let service = self.route_service(&tls.material, Arc::new(Intentions::unknown()), None, old);
                 Ok(Way::Originate { service, upstream })
             }
             None if routes.outbound => Err(format!("cluster {name} has no UpstreamTlsContext, and nothing leaves without")),
-            None => self.upstream(name, front, Spoken::AsItCame, old_upstream).map(Way::Forward),
+            None => self.upstream(name, front, Allowed::AsItCame, old_upstream).map(Way::Forward),
         }
     }
 
@@ -164,10 +164,10 @@ impl Builder<'_> {
         old: Option<&Arc<Upstream>>,
     ) -> Result<(Vec<Address>, Option<Arc<Upstream>>), String> {
         let cluster = self.cluster(&ending.cluster)?;
-        if let Discovery::Static(_) = &cluster.discovery {
+        if matches!(cluster.discovery, Discovery::Static(_)) && cluster.spoken == Spoken::Plain {
             return Ok((self.app(cluster)?, None));
         }
-        let upstream = self.upstream(&ending.cluster, front(listener, chain), Spoken::AsItCame, old)?;
+        let upstream = self.upstream(&ending.cluster, front(listener, chain), Allowed::App, old)?;
         Ok((Vec::new(), Some(upstream)))
     }
 
@@ -214,6 +214,8 @@ fn nowhere(listener: &Listener, chain: &Chain) -> Arc<Upstream> {
         outlier: Outlier::default(),
         idle_timeout: None,
         connect_attempts: None,
+        outside: None,
+        original: false,
         deny_reply: DenyReply::Close,
         targets: vec![Arc::new(nobody)],
     })

@@ -25,6 +25,8 @@ fn upstream(name: &str, port: u16, sni: &str) -> Arc<Upstream> {
         outlier: Outlier::default(),
         idle_timeout: None,
         connect_attempts: None,
+        outside: None,
+        original: false,
         deny_reply: DenyReply::Close,
         targets: vec![Arc::new(Target {
             id: "v1.warehouse.default.dc1".into(),

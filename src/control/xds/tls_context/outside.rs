@@ -1,0 +1,159 @@
+//! The TLS context of a cluster whose members are apps outside of the mesh: what a terminating gateway speaks to them.
+//!
+//! Invariant: no such context is taken without roots. Files are read once, when the context comes, as Envoy does; what cannot be
+//! read or used refuses the cluster.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::sync::Arc;
+
+use envoy_types::pb::envoy::config::core::v3 as core;
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as pb;
+use envoy_types::pb::envoy::r#type::matcher::v3 as matcher;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+use zeroize::Zeroizing;
+
+use super::{check_pair, inline, params, validation};
+use crate::control::xds::refusal::Refusal;
+use crate::tls::verify::{San, SanKind};
+use crate::tls::{OutsideSettings, OutsideTls};
+
+/// The longest file: what operating systems bring as roots has a fifth of it.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+/// Names of which a certificate must carry one.
+const NAMES_MAX: usize = 1_024;
+
+/// Whether a context is none of the mesh: Consul sends those their leaf inline.
+pub(super) fn is_outside(common: &pb::CommonTlsContext) -> bool {
+    use core::data_source::Specifier;
+    let chain = common.tls_certificates.first().and_then(|certificate| certificate.certificate_chain.as_ref());
+    let specifier = chain.and_then(|chain| chain.specifier.as_ref());
+    !matches!(specifier, Some(Specifier::InlineString(_) | Specifier::InlineBytes(_)))
+}
+
+pub(super) fn settings(context: &pb::UpstreamTlsContext, common: &pb::CommonTlsContext) -> Result<OutsideSettings, Refusal> {
+    if context.allow_renegotiation || context.auto_host_sni || context.auto_sni_san_validation {
+        let wanted = "the server name is the one in sni, and nothing is renegotiated: expected none of these";
+        return Err(Refusal::new("auto_host_sni, auto_sni_san_validation or allow_renegotiation", "set", wanted));
+    }
+    let validation = validation(common)?;
+    let field = "validation_context.trusted_ca";
+    let Some(source) = &validation.trusted_ca else {
+        let wanted =
+            "nothing would vouch for the app's certificate: expected a CA, as CAFile of the terminating gateway gives it";
+        return Err(Refusal::missing(field, wanted));
+    };
+    if let Some(custom) = &validation.custom_validator_config {
+        let wanted = "an app outside of the mesh is checked against trusted_ca: expected none";
+        return Err(Refusal::new("validation_context.custom_validator_config", &custom.name, wanted));
+    }
+    let roots = CertificateDer::pem_slice_iter(text(source, field)?.as_bytes()).collect::<Result<Vec<_>, _>>();
+    let roots = roots.map_err(|_| Refusal::new(field, "unreadable", "expected CERTIFICATE blocks"))?;
+    let settings = OutsideSettings {
+        roots,
+        certificate: certificate(common)?,
+        sni: context.sni.as_str().into(),
+        names: names(validation)?,
+        protocols: common.alpn_protocols.iter().map(|name| name.clone().into_bytes()).collect(),
+        params: params(common.tls_params.as_ref())?,
+    };
+    // Made once here, so that what cannot be used is refused where it was sent.
+    OutsideTls::new(settings.clone(), 1)
+        .map_err(|why| Refusal::new("common_tls_context", why, "expected usable certificates"))?;
+    Ok(settings)
+}
+
+fn certificate(common: &pb::CommonTlsContext) -> Result<Option<(String, Zeroizing<String>)>, Refusal> {
+    let certificate = match common.tls_certificates.as_slice() {
+        [] => return Ok(None),
+        [certificate] => certificate,
+        more => return Err(Refusal::new("tls_certificates", format!("{} of them", more.len()), "expected one at most")),
+    };
+    let part = |source: &Option<core::DataSource>, field: &str| match source {
+        Some(source) => text(source, field),
+        None => Err(Refusal::missing(field, "expected a file, or PEM inline")),
+    };
+    let chain = part(&certificate.certificate_chain, "tls_certificates[0].certificate_chain")?;
+    let key = Zeroizing::new(part(&certificate.private_key, "tls_certificates[0].private_key")?);
+    check_pair(&chain, &key)?;
+    Ok(Some((chain, key)))
+}
+
+#[expect(deprecated, reason = "Consul up to 1.10 sends match_subject_alt_names")]
+fn names(validation: &pb::CertificateValidationContext) -> Result<Vec<San>, Refusal> {
+    use pb::subject_alt_name_matcher::SanType;
+    let typed = validation.match_typed_subject_alt_names.iter().enumerate().map(|(index, san)| {
+        let field = format!("validation_context.match_typed_subject_alt_names[{index}]");
+        let kind = match SanType::try_from(san.san_type) {
+            Ok(SanType::Dns) => SanKind::Dns,
+            Ok(SanType::Uri) => SanKind::Uri,
+            Ok(SanType::Email) => SanKind::Email,
+            Ok(SanType::IpAddress) => SanKind::Ip,
+            other => {
+                let found = other.map_or("unknown", |kind| kind.as_str_name());
+                return Err(Refusal::new(format!("{field}.san_type"), found, "expected DNS, URI, EMAIL or IP_ADDRESS"));
+            }
+        };
+        san_of(san.matcher.as_ref(), Some(kind), field)
+    });
+    let untyped = validation.match_subject_alt_names.iter().enumerate();
+    let untyped = untyped.map(|(at, san)| san_of(Some(san), None, format!("validation_context.match_subject_alt_names[{at}]")));
+    let names = typed.chain(untyped).take(NAMES_MAX + 1).collect::<Result<Vec<_>, _>>()?;
+    if names.len() > NAMES_MAX {
+        let wanted = format!("at most {NAMES_MAX} names are expected of one app");
+        return Err(Refusal::new("validation_context.match_typed_subject_alt_names", names.len(), wanted));
+    }
+    Ok(names)
+}
+
+fn san_of(san: Option<&matcher::StringMatcher>, kind: Option<SanKind>, field: String) -> Result<San, Refusal> {
+    match san {
+        Some(matcher::StringMatcher {
+            match_pattern: Some(matcher::string_matcher::MatchPattern::Exact(name)),
+            ignore_case: false,
+        }) => Ok(San { kind, exact: name.as_str().into() }),
+        Some(other) => Err(Refusal::new(field, format!("{other:?}"), "expected exact, with its case")),
+        None => Err(Refusal::missing(field, "expected exact")),
+    }
+}
+
+/// What a source holds, wherever that is.
+fn text(source: &core::DataSource, field: &str) -> Result<String, Refusal> {
+    use core::data_source::Specifier;
+    match &source.specifier {
+        Some(Specifier::Filename(path)) => {
+            read(path).map_err(|why| Refusal::new(format!("{field}.filename"), path, format!("{why}: expected PEM")))
+        }
+        Some(Specifier::EnvironmentVariable(name)) => std::env::var(name).map_err(|_| {
+            Refusal::new(format!("{field}.environment_variable"), name, "not set for this process: expected PEM in it")
+        }),
+        Some(Specifier::InlineString(_) | Specifier::InlineBytes(_)) | None => inline(Some(source), field),
+    }
+}
+
+fn read(path: &str) -> Result<String, String> {
+    // A pipe would never end, and opening one may wait for ever.
+    match std::fs::metadata(path) {
+        Ok(found) if !found.is_file() => return Err("it is no regular file".to_owned()),
+        Ok(found) if found.len() > FILE_BYTES_MAX => return Err(format!("it is longer than {FILE_BYTES_MAX} bytes")),
+        Ok(_) => {}
+        Err(error) => return Err(error.to_string()),
+    }
+    let mut text = String::new();
+    let file = File::open(path).map_err(|error| error.to_string())?;
+    file.take(FILE_BYTES_MAX).read_to_string(&mut text).map_err(|error| error.to_string())?;
+    Ok(text)
+}
+
+/// One TLS context of an app, in the snapshot as long as it stays what it is.
+pub(in crate::control::xds) fn keep(
+    settings: &OutsideSettings,
+    workers: usize,
+    old: Option<&Arc<OutsideTls>>,
+) -> Result<Arc<OutsideTls>, String> {
+    match old {
+        Some(old) if old.settings() == settings => Ok(Arc::clone(old)),
+        _ => OutsideTls::new(settings.clone(), workers).map(Arc::new).map_err(|why| why.to_string()),
+    }
+}

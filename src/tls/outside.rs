@@ -1,0 +1,167 @@
+//! TLS towards an app outside of the mesh, as a terminating gateway speaks it: the server is known by a CA and, where that is
+//! asked for, by a name in its certificate. Nobody has a SPIFFE ID there.
+//!
+//! Invariant: no handshake is begun without roots, and none completes with a server that they do not vouch for; sessions are
+//! not resumed, so each is checked. As in Envoy a certificate that is itself among the roots is trusted as it stands.
+//!
+//! Must not know policy or sockets. Fails with a [`TlsError`] at build time.
+
+use std::fmt;
+use std::sync::Arc;
+
+use rustls::ClientConfig;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{Resumption, UnbufferedClientConnection};
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::{DigitallySignedStruct, SignatureScheme};
+use zeroize::Zeroizing;
+
+use super::backend::provider as library;
+use super::handshake::Handshake;
+use super::provider::{TlsError, TlsParams, sent_name, versions};
+use super::verify::{OutsideTrust, San, refuse};
+
+/// What an app outside of the mesh is shown and must show.
+#[derive(Clone, PartialEq, Eq)]
+pub struct OutsideSettings {
+    /// CAs, or certificates that are trusted as they stand.
+    pub roots: Vec<CertificateDer<'static>>,
+    /// The certificate chain and key, PEM, that the app gets if it asks for one.
+    pub certificate: Option<(String, Zeroizing<String>)>,
+    /// The server name that is asked for; none if empty.
+    pub sni: Arc<str>,
+    /// The certificate must carry one of these; any does if there are none.
+    pub names: Vec<San>,
+    /// Application protocols to offer, first choice first.
+    pub protocols: Vec<Vec<u8>>,
+    /// Versions and suites.
+    pub params: TlsParams,
+}
+
+/// The configurations made of [`OutsideSettings`], one a worker.
+pub struct OutsideTls {
+    settings: OutsideSettings,
+    workers: Vec<Arc<ClientConfig>>,
+}
+
+impl OutsideTls {
+    /// Configurations for each of `workers`.
+    pub fn new(settings: OutsideSettings, workers: usize) -> Result<Self, TlsError> {
+        let workers = (0..workers).map(|_| config(&settings).map(Arc::new)).collect::<Result<_, _>>()?;
+        Ok(Self { settings, workers })
+    }
+
+    /// What it was made of.
+    pub fn settings(&self) -> &OutsideSettings {
+        &self.settings
+    }
+
+    /// A client-role handshake on that worker; none where it was made for fewer.
+    pub fn connect(&self, worker: usize) -> Option<Result<Handshake, TlsError>> {
+        let config = Arc::clone(self.workers.get(worker)?);
+        let (name, _) = sent_name(&self.settings.sni);
+        Some(UnbufferedClientConnection::new(config, name).map(Handshake::outside).map_err(TlsError::from))
+    }
+}
+
+impl PartialEq for OutsideTls {
+    fn eq(&self, other: &Self) -> bool {
+        self.settings == other.settings && self.workers.len() == other.workers.len()
+    }
+}
+
+impl Eq for OutsideTls {}
+
+impl fmt::Debug for OutsideTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.settings.fmt(f)
+    }
+}
+
+impl fmt::Debug for OutsideSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OutsideSettings")
+            .field("roots", &self.roots.len())
+            .field("sni", &self.sni)
+            .field("names", &self.names)
+            .field("certificate", &self.certificate.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+fn config(settings: &OutsideSettings) -> Result<ClientConfig, TlsError> {
+    let versions = versions(&settings.params)?;
+    let suites = settings.params.suites.with_tls13();
+    let provider = Arc::new(CryptoProvider { cipher_suites: suites, ..library::default_provider() });
+    let algorithms = provider.signature_verification_algorithms;
+    let trust = OutsideTrust::new(&settings.roots, &settings.names, algorithms)?;
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&versions)?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Verifier { trust, algorithms }));
+    let mut config = match &settings.certificate {
+        Some((chain, key)) => builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certified(chain, key)?))),
+        None => builder.with_no_client_auth(),
+    };
+    config.enable_secret_extraction = true;
+    config.enable_sni = sent_name(&settings.sni).1;
+    config.resumption = Resumption::disabled();
+    config.alpn_protocols.clone_from(&settings.protocols);
+    Ok(config)
+}
+
+fn certified(chain_pem: &str, key_pem: &str) -> Result<CertifiedKey, TlsError> {
+    let chain = CertificateDer::pem_slice_iter(chain_pem.as_bytes()).collect::<Result<Vec<_>, _>>();
+    let chain = chain.map_err(|_| TlsError::Pem("the client certificate's chain"))?;
+    let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes()).map_err(|_| TlsError::Pem("the client certificate's key"))?;
+    let key = Zeroizing::new(key);
+    let certified = CertifiedKey::new(chain, library::sign::any_supported_type(&key)?);
+    certified.keys_match()?;
+    Ok(certified)
+}
+
+/// Checks who answers.
+#[derive(Debug)]
+struct Verifier {
+    trust: OutsideTrust,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.trust.check(leaf, intermediates, now).map_err(refuse)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, leaf, signed, &self.algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, leaf, signed, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
