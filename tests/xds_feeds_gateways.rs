@@ -5,12 +5,15 @@
 #[path = "support/xds_resources.rs"]
 mod resources;
 mod support;
+#[path = "support/tls_app.rs"]
+mod tls_app;
 #[path = "support/xds.rs"]
 mod xds;
 #[path = "support/xds_proxy.rs"]
 mod xds_proxy;
 
-use std::net::SocketAddr;
+use std::io::Write as _;
+use std::net::{Shutdown, SocketAddr};
 use std::process::Command;
 
 use envoy_types::pb::envoy::config::core::v3::HealthStatus;
@@ -19,8 +22,9 @@ use ringfence::tls::fixtures::{Ca, chain_pem};
 
 use resources::Material;
 use support::namespace::{Outside, call, entered};
-use support::traffic::{Live, round_trip};
+use support::traffic::{End, Live, read_to_end, round_trip};
 use support::{Echo, PATIENCE, ports, wait_for, wait_until};
+use tls_app::{Pki, TlsApp};
 use xds::{CLUSTER, ENDPOINTS, LISTENER, XdsServer};
 use xds_proxy::{Proxy, material};
 
@@ -180,6 +184,46 @@ fn a_terminating_gateway_speaks_for_services_that_have_no_sidecar() {
 }
 
 #[test]
+fn an_app_that_speaks_tls_behind_a_terminating_gateway_is_known_by_its_ca_and_name() {
+    let (ca, pki) = (Ca::new(TRUST_DOMAIN), Pki::new());
+    let (listen, front) = (ports::free_address(), ports::free_address());
+    let files = ["ca.pem", "client.pem", "client.key"].map(|name| pki.path(name));
+    let cluster = |san: &str| resources::tls_app_cluster(LEGACY, [&files[0], &files[1], &files[2]], tls_app::NAME, san);
+    let of_legacy = material(&ca, &ca.leaf("legacy"));
+    let listener = resources::terminating_gateway(front, vec![(LEGACY, &of_legacy, resources::allow(&["web"]))]);
+    let apps = ["TLSv1_2", "TLSv1_3"].map(|version| TlsApp::start(&pki, version));
+    let gateway = gateway("egress", &listener, front, &[(LEGACY, apps[0].address)]);
+    gateway.server.set(CLUSTER, LEGACY, &cluster(tls_app::NAME));
+    let of_web = material(&ca, &ca.leaf("web"));
+    let web = web(&of_web, &[(LEGACY, ca.id("legacy").as_str(), listen)], front);
+    for app in &apps {
+        gateway.server.set(ENDPOINTS, LEGACY, &resources::assignment(LEGACY, &[(app.address, HealthStatus::Healthy)]));
+        wait_echo(listen);
+        for size in [1, 300_000, 4_000_000] {
+            round_trip(listen, &support::bytes(3, size)).expect("an echo");
+        }
+    }
+    // The app ends without close_notify, which is an end to the client all the same, behind all that was said.
+    let mut stream = support::traffic::connect(listen).expect("the upstream listens");
+    stream.write_all(b"last words").expect("write");
+    stream.shutdown(Shutdown::Write).expect("half-close");
+    assert_eq!(read_to_end(&stream), (b"last words".to_vec(), End::Clean));
+
+    // One that lives stays when the app's TLS changes. Under a name that is not in the certificate nothing more gets there.
+    let mut live = Live::open(listen);
+    gateway.server.set(CLUSTER, LEGACY, &cluster("legacy.example.org"));
+    wait_until("another name", PATIENCE, || round_trip(listen, b"misled").is_err());
+    live.ping().expect("the live connection");
+    let from = gateway.server.seen().len();
+    let missing = pki.path("missing.pem");
+    let broken = resources::tls_app_cluster(LEGACY, [&missing, &files[1], &files[2]], tls_app::NAME, tls_app::NAME);
+    gateway.server.set(CLUSTER, LEGACY, &broken);
+    let told = gateway.server.wait_answered(from, CLUSTER).expect("a nack");
+    assert!(told.contains("trusted_ca.filename: ") && told.contains("missing.pem; No such file"), "{told}");
+    [web, gateway].into_iter().for_each(Proxy::stop);
+}
+
+#[test]
 fn peers_are_let_in_from_their_trust_domain_by_their_roots_alone() {
     let (ours, theirs, app) = (Ca::new(TRUST_DOMAIN), Ca::new(PEER_DOMAIN), Echo::start());
     let (listen, public) = (ports::free_address(), ports::free_address());
@@ -257,11 +301,14 @@ fn a_transparent_proxy_leads_virtual_addresses_to_the_mesh_and_lets_the_rest_pas
     let db = db(&resources::public_listener(public, &of_db, resources::allow(&["web"])), public, app.address);
     let of_web = material(&ca, &ca.leaf("web"));
     let server = XdsServer::start();
-    let listener = resources::outbound_listener(redirect, virtual_address, "db");
+    // The address of the sidecar itself, as of a pod that clients dial without asking Consul for it.
+    let at_its_own = [(virtual_address, "db"), (public.ip(), "passthrough~db")];
+    let listener = resources::outbound_listener(redirect, &at_its_own);
     let endpoints = resources::assignment("db", &[(public, HealthStatus::Healthy)]);
     server.set_all(vec![
         (CLUSTER, "db".into(), resources::target_cluster("db", &of_web, ca.id("db").as_str()).encode_to_vec()),
         (CLUSTER, "original-destination".into(), resources::original_cluster().encode_to_vec()),
+        (CLUSTER, "passthrough~db".into(), resources::passthrough_cluster("db", &of_web, ca.id("db").as_str()).encode_to_vec()),
         (ENDPOINTS, "db".into(), endpoints.encode_to_vec()),
         (LISTENER, resources::upstream_name("default", redirect), listener.encode_to_vec()),
     ]);
@@ -281,5 +328,17 @@ fn a_transparent_proxy_leads_virtual_addresses_to_the_mesh_and_lets_the_rest_pas
     assert_eq!(call(Some(REDIRECTED), outside.v4(), 443, "tcp"), "outside", "what is no virtual address is let pass");
     assert_eq!(app.accepted(), 1);
     assert_eq!(call(None, outside.v4(), 443, "tcp"), "outside");
+
+    assert_eq!(
+        call(Some(REDIRECTED), public.ip(), public.port(), "tcp"),
+        "message",
+        "db's app, over mutual TLS, dialed directly"
+    );
+    assert_eq!(app.accepted(), 2);
+    let stats = support::http::Client::new(web.sidecar.admin_address(), None).get("/stats?filter=passthrough").body;
+    assert!(stats.contains("cluster.passthrough~db.upstream_cx_total: 1"), "{stats}");
+    // Somebody else there is not db.
+    web.server.set(CLUSTER, "passthrough~db", &resources::passthrough_cluster("db", &of_web, ca.id("billing").as_str()));
+    wait_until("db is not billing", PATIENCE, || call(Some(REDIRECTED), public.ip(), public.port(), "tcp") != "message");
     [web, db].into_iter().for_each(Proxy::stop);
 }

@@ -300,9 +300,9 @@ pub fn terminating_gateway(bind: SocketAddr, services: Vec<(&str, &Material, lis
     gateway_listener(bind, &["tls_inspector"], chains)
 }
 
-/// What a transparent proxy lets clients out by: the upstream at its virtual address, the rest where it was going.
-pub fn outbound_listener(bind: SocketAddr, at: std::net::IpAddr, cluster: &str) -> listener::Listener {
-    let range = core::CidrRange {
+/// What a transparent proxy lets clients out by: clusters at their addresses, the rest where it was going.
+pub fn outbound_listener(bind: SocketAddr, clusters: &[(std::net::IpAddr, &str)]) -> listener::Listener {
+    let range = |at: &std::net::IpAddr| core::CidrRange {
         address_prefix: at.to_string(),
         prefix_len: Some(envoy_types::pb::google::protobuf::UInt32Value { value: 32 }),
     };
@@ -314,7 +314,11 @@ pub fn outbound_listener(bind: SocketAddr, at: std::net::IpAddr, cluster: &str) 
     listener::Listener {
         traffic_direction: core::TrafficDirection::Outbound as i32,
         default_filter_chain: Some(chain("original-destination", Vec::new())),
-        ..gateway_listener(bind, &["original_dst"], vec![chain(cluster, vec![range])])
+        ..gateway_listener(
+            bind,
+            &["original_dst"],
+            clusters.iter().map(|(at, cluster)| chain(cluster, vec![range(at)])).collect(),
+        )
     }
 }
 
@@ -326,6 +330,42 @@ pub fn original_cluster() -> cluster::Cluster {
         lb_policy: cluster::cluster::LbPolicy::ClusterProvided as i32,
         ..Default::default()
     }
+}
+
+/// The same over mutual TLS, to whoever is `expected` there: what Consul calls dialed directly.
+pub fn passthrough_cluster(name: &str, material: &Material, expected: &str) -> cluster::Cluster {
+    cluster::Cluster {
+        name: format!("passthrough~{name}"),
+        transport_socket: target_cluster(name, material, expected).transport_socket,
+        ..original_cluster()
+    }
+}
+
+/// An app outside of the mesh that speaks TLS, with the files that `CAFile`, `CertFile` and `KeyFile` of a terminating gateway
+/// name. Its `SNI` is both the name that is asked for and the one that the certificate must carry.
+pub fn tls_app_cluster(name: &str, [ca, certificate, key]: [&std::path::Path; 3], sni: &str, san: &str) -> cluster::Cluster {
+    let file = |path: &std::path::Path| {
+        let specifier = core::data_source::Specifier::Filename(path.display().to_string());
+        Some(core::DataSource { specifier: Some(specifier), ..Default::default() })
+    };
+    let name_of_it = matcher::StringMatcher {
+        match_pattern: Some(matcher::string_matcher::MatchPattern::Exact(san.to_owned())),
+        ..Default::default()
+    };
+    #[expect(deprecated, reason = "Consul up to 1.10 sends match_subject_alt_names")]
+    let validation = tls::CertificateValidationContext {
+        trusted_ca: file(ca),
+        match_subject_alt_names: vec![name_of_it],
+        ..Default::default()
+    };
+    let certificate = tls::TlsCertificate { certificate_chain: file(certificate), private_key: file(key), ..Default::default() };
+    let common = tls::CommonTlsContext {
+        tls_certificates: vec![certificate],
+        validation_context_type: Some(tls::common_tls_context::ValidationContextType::ValidationContext(validation)),
+        ..Default::default()
+    };
+    let context = tls::UpstreamTlsContext { common_tls_context: Some(common), sni: sni.into(), ..Default::default() };
+    cluster::Cluster { transport_socket: socket("UpstreamTlsContext", &context), ..plain_cluster(name) }
 }
 
 /// A cluster that TLS is passed on to, or an app in plain: found by EDS.
