@@ -103,9 +103,17 @@ pub enum BundleError {
     /// The trust domain is none.
     #[error("trust domain {0:?} is not usable: expected <cluster id>.consul as in the TrustDomain of the roots")]
     TrustDomain(String),
-    /// Too many.
-    #[error("the trust bundle has {0} roots, at most {1} are accepted")]
+    /// None, where there must be one, or too many.
+    #[error("there are {0} roots, expected one to {1}")]
     TooMany(usize, usize),
+    /// What is no certificate among those that an app outside of the mesh is known by.
+    #[error("certificate number {index} that the app is known by cannot be used ({detail}): check CAFile, or trusted_ca")]
+    Outside {
+        /// Counted from 0.
+        index: usize,
+        /// What was wrong.
+        detail: String,
+    },
     /// A root that is not a CA certificate.
     #[error("root number {index} of the trust bundle cannot be used ({detail}): check RootCert in the agent's roots")]
     Root {

@@ -54,10 +54,7 @@ impl OutsideTrust {
         names: &[San],
         algorithms: WebPkiSupportedAlgorithms,
     ) -> Result<Self, BundleError> {
-        if roots.is_empty() {
-            return Err(BundleError::Empty { trust_domain: "an app outside of the mesh".to_owned() });
-        }
-        if roots.len() > ROOTS_MAX {
+        if roots.is_empty() || roots.len() > ROOTS_MAX {
             return Err(BundleError::TooMany(roots.len(), ROOTS_MAX));
         }
         let mut cas = Vec::with_capacity(roots.len());
@@ -66,6 +63,7 @@ impl OutsideTrust {
                 Ok(_) => cas.push(root.clone()),
                 // No CA, and yet a certificate: it can only stand for itself.
                 Err(_) if X509Certificate::from_der(root).is_ok() => {}
+                Err(BundleError::Root { index, detail }) => return Err(BundleError::Outside { index, detail }),
                 Err(why) => return Err(why),
             }
         }
@@ -134,5 +132,96 @@ fn ip(bytes: &[u8]) -> Option<IpAddr> {
 impl fmt::Debug for OutsideTrust {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("OutsideTrust").field("roots", &self.given.len()).field("names", &self.names).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tls::provider::algorithms;
+    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType, date_time_ymd};
+
+    fn key() -> KeyPair {
+        KeyPair::generate().expect("a key")
+    }
+
+    fn params(names: Vec<SanType>) -> CertificateParams {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = names;
+        params.distinguished_name.push(DnType::CommonName, "db");
+        params
+    }
+
+    fn dns(name: &str) -> SanType {
+        SanType::DnsName(name.try_into().expect("a DNS name"))
+    }
+
+    struct Office(Issuer<'static, KeyPair>, CertificateDer<'static>);
+
+    impl Office {
+        fn new() -> Self {
+            let (key, mut params) = (key(), CertificateParams::default());
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            params.distinguished_name.push(DnType::CommonName, "a CA of the office");
+            let root = params.self_signed(&key).expect("a root").der().clone();
+            Self(Issuer::new(params, key), root)
+        }
+
+        fn issue(&self, params: &CertificateParams) -> CertificateDer<'static> {
+            params.signed_by(&key(), &self.0).expect("a certificate").der().clone()
+        }
+    }
+
+    fn check(roots: &[CertificateDer<'static>], names: &[San], leaf: &CertificateDer<'_>) -> Result<(), String> {
+        let trust = OutsideTrust::new(roots, names, algorithms()).expect("usable roots");
+        trust.check(leaf, &[], UnixTime::now()).map_err(|error| error.to_string())
+    }
+
+    fn any_kind(name: &str) -> [San; 1] {
+        [San { kind: None, exact: name.into() }]
+    }
+
+    #[test]
+    fn the_ca_decides_and_then_the_name() {
+        let (office, other) = (Office::new(), Office::new());
+        let ip = "192.0.2.7".parse().expect("an address");
+        let names = vec![dns("*.example.com"), SanType::IpAddress(ip), SanType::URI("urn:db".try_into().expect("a URI"))];
+        let leaf = office.issue(&params(names));
+        let roots = [office.1.clone()];
+        assert_eq!(check(&roots, &[], &leaf), Ok(()), "any name does where none is asked for");
+        for name in ["db.example.com", "DB.Example.COM", "192.0.2.7", "urn:db"] {
+            assert_eq!(check(&roots, &any_kind(name), &leaf), Ok(()), "{name}");
+        }
+        for name in ["example.com", "a.db.example.com", ".example.com", "192.0.2.8", "urn:other", "db"] {
+            let why = check(&roots, &any_kind(name), &leaf).expect_err(name);
+            assert!(why.contains("*.example.com") && why.ends_with(&format!("expected {name}")), "{why}");
+        }
+        let as_uri = [San { kind: Some(SanKind::Uri), exact: "db.example.com".into() }];
+        assert!(check(&roots, &as_uri, &leaf).is_err(), "a host name is no URI");
+        let why = check(&[other.1], &any_kind("db.example.com"), &leaf).expect_err("another CA");
+        assert!(why.contains("not trusted"), "{why}");
+    }
+
+    #[test]
+    fn a_certificate_that_was_given_is_trusted_as_it_stands_while_it_is_valid() {
+        for is_ca in [IsCa::NoCa, IsCa::Ca(BasicConstraints::Unconstrained)] {
+            let mut params = params(vec![dns("db.example.com")]);
+            params.is_ca = is_ca;
+            let leaf = params.self_signed(&key()).expect("a certificate").der().clone();
+            assert_eq!(check(std::slice::from_ref(&leaf), &any_kind("db.example.com"), &leaf), Ok(()));
+            assert!(check(std::slice::from_ref(&leaf), &any_kind("other.example.com"), &leaf).is_err());
+            let twin = params.self_signed(&key()).expect("a certificate").der().clone();
+            assert!(check(&[leaf], &[], &twin).is_err(), "another key under the same name");
+            params.not_after = date_time_ymd(2020, 1, 1);
+            let old = params.self_signed(&key()).expect("a certificate").der().clone();
+            assert!(check(std::slice::from_ref(&old), &[], &old).is_err_and(|why| why.contains("Expired")));
+        }
+    }
+
+    #[test]
+    fn roots_that_are_none_are_refused() {
+        let refused = |roots: &[CertificateDer<'static>]| OutsideTrust::new(roots, &[], algorithms()).map(|_| ()).unwrap_err();
+        assert!(matches!(refused(&[]), BundleError::TooMany(0, _)));
+        assert!(matches!(refused(&[vec![1, 2, 3].into()]), BundleError::Outside { index: 0, .. }));
     }
 }

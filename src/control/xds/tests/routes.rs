@@ -123,6 +123,48 @@ fn a_terminating_gateway_shows_each_service_its_own_certificate_and_passes_nothi
 }
 
 #[test]
+fn an_app_that_speaks_tls_is_spoken_to_behind_a_terminating_gateway_and_nowhere_else() {
+    let mut bench = Bench::new("legacy");
+    let capture = Bench::fixture("egress");
+    assert_eq!(bench.send_all(&capture), Vec::<String>::new());
+    let name = capture["clusters"][0]["name"].as_str().expect("a name");
+    let context = json!({"name": "tls", "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext", "sni": "db.example.com",
+        "common_tls_context": {"validation_context": {"trusted_ca": {}}}}});
+    let mut cluster = capture["clusters"][0].clone();
+    cluster["transport_socket"] = context.clone();
+    assert_eq!(bench.send(Kind::Cluster, &[cluster.clone()]), Vec::<String>::new());
+    let app = |bench: &mut Bench| {
+        bench.build();
+        let Way::Terminate { app: Some(app), .. } = bench.way(name) else { panic!("{:?}", bench.notes) };
+        app
+    };
+    let first = app(&mut bench);
+    assert_eq!(&*first.outside.as_ref().expect("TLS").settings().sni, "db.example.com");
+    assert!(!first.targets[0].endpoints.is_empty(), "what was known of its members stays");
+    cluster["connect_timeout"] = "7s".into();
+    assert_eq!(bench.send(Kind::Cluster, &[cluster]), Vec::<String>::new());
+    let second = app(&mut bench);
+    assert!(!Arc::ptr_eq(&first, &second), "a change");
+    assert!(Arc::ptr_eq(first.outside.as_ref().expect("TLS"), second.outside.as_ref().expect("TLS")), "of something else");
+
+    // A sidecar calls the mesh with it as little as without any, and shows its own app none of it.
+    let sidecar = |fixture: &str| {
+        let mut capture = Bench::fixture(fixture);
+        for cluster in capture["clusters"].as_array_mut().expect("a list") {
+            cluster["transport_socket"] = context.clone();
+        }
+        let mut bench = Bench::new("web");
+        let refused = bench.send_all(&capture);
+        (bench.build(), refused, bench.notes)
+    };
+    let (_, refused, _) = sidecar("sidecar");
+    assert!(refused.iter().any(|why| why.contains("no UpstreamTlsContext of the mesh")), "{refused:?}");
+    let (service, _, notes) = sidecar("sidecar-inbound");
+    assert!(service.public.is_none() && notes.iter().any(|note| note.contains("is reached in plain")), "{notes:?}");
+}
+
+#[test]
 fn a_transparent_proxy_tells_virtual_addresses_apart_and_lets_the_rest_pass() {
     let mut bench = Bench::new("batch");
     let mut capture = Bench::fixture("transparent");

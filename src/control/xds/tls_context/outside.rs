@@ -157,3 +157,123 @@ pub(in crate::control::xds) fn keep(
         _ => OutsideTls::new(settings.clone(), workers).map(Arc::new).map_err(|why| why.to_string()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::xds::tls_context::{self, Spoken};
+    use crate::tls::fixtures::{Ca, chain_pem, key_pem};
+    use envoy_types::pb::google::protobuf::Any;
+    use prost::Message as _;
+
+    fn inline_text(text: &str) -> core::DataSource {
+        core::DataSource { specifier: Some(core::data_source::Specifier::InlineString(text.to_owned())), ..Default::default() }
+    }
+
+    fn file(path: &str) -> core::DataSource {
+        core::DataSource { specifier: Some(core::data_source::Specifier::Filename(path.to_owned())), ..Default::default() }
+    }
+
+    fn validated(validation: pb::CertificateValidationContext) -> pb::UpstreamTlsContext {
+        let kind = pb::common_tls_context::ValidationContextType::ValidationContext(validation);
+        let common = pb::CommonTlsContext { validation_context_type: Some(kind), ..Default::default() };
+        pb::UpstreamTlsContext { common_tls_context: Some(common), sni: "db.example.com".into(), ..Default::default() }
+    }
+
+    fn trusting(ca: core::DataSource) -> pb::UpstreamTlsContext {
+        validated(pb::CertificateValidationContext { trusted_ca: Some(ca), ..Default::default() })
+    }
+
+    fn showing(context: pb::UpstreamTlsContext, certificates: Vec<pb::TlsCertificate>) -> pb::UpstreamTlsContext {
+        let common = context.common_tls_context.unwrap_or_default();
+        let common = pb::CommonTlsContext { tls_certificates: certificates, ..common };
+        pb::UpstreamTlsContext { common_tls_context: Some(common), ..context }
+    }
+
+    fn parse(context: &pb::UpstreamTlsContext) -> Result<Spoken, String> {
+        let type_url = format!("type.googleapis.com/{}", tls_context::UPSTREAM);
+        let any = Any { type_url, value: context.encode_to_vec() };
+        let config_type = Some(core::transport_socket::ConfigType::TypedConfig(any));
+        tls_context::upstream(Some(&core::TransportSocket { name: "tls".into(), config_type })).map_err(|why| why.to_string())
+    }
+
+    fn taken(context: &pb::UpstreamTlsContext) -> Arc<OutsideSettings> {
+        match parse(context) {
+            Ok(Spoken::Outside(settings)) => settings,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn matcher_of(name: &str) -> matcher::StringMatcher {
+        let exact = matcher::string_matcher::MatchPattern::Exact(name.to_owned());
+        matcher::StringMatcher { match_pattern: Some(exact), ignore_case: false }
+    }
+
+    #[test]
+    fn a_ca_alone_is_enough_and_a_certificate_may_lie_in_files() {
+        let (ca, folder) = (Ca::new("office.consul"), tempfile::tempdir().expect("a folder"));
+        let ca_pem = chain_pem(std::slice::from_ref(ca.certificate()));
+        let settings = taken(&trusting(inline_text(&ca_pem)));
+        assert_eq!((settings.roots.len(), &*settings.sni, settings.certificate.is_none()), (1, "db.example.com", true));
+
+        let svid = ca.svid("gateway");
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        std::fs::write(path("ca.pem"), &ca_pem).expect("a file");
+        std::fs::write(path("gateway.pem"), chain_pem(&svid.chain)).expect("a file");
+        std::fs::write(path("gateway.key"), key_pem(&svid.key)).expect("a file");
+        let certificate = |key: &str| pb::TlsCertificate {
+            certificate_chain: Some(file(&path("gateway.pem"))),
+            private_key: Some(file(&path(key))),
+            ..Default::default()
+        };
+        let from_files = trusting(file(&path("ca.pem")));
+        let settings = taken(&showing(from_files.clone(), vec![certificate("gateway.key")]));
+        assert!(settings.certificate.is_some());
+        let debug = format!("{settings:?}");
+        assert!(!debug.contains("PRIVATE KEY") && debug.contains("certificate: true"), "{debug}");
+
+        let refused = |context: &pb::UpstreamTlsContext, wanted: &str| {
+            let why = parse(context).expect_err("refused");
+            assert!(why.contains(wanted), "{why}");
+        };
+        refused(&showing(from_files.clone(), vec![certificate("gateway.pem")]), "private_key: unreadable");
+        refused(&showing(from_files.clone(), vec![certificate("other.key")]), "other.key; No such file");
+        refused(&showing(from_files, vec![certificate("gateway.key"); 2]), "tls_certificates: 2 of them");
+        refused(&trusting(file(&path("."))), "it is no regular file");
+        refused(&trusting(inline_text("no PEM")), "there are 0 roots, expected one to 1024");
+    }
+
+    #[test]
+    fn names_are_exact_and_of_their_kind() {
+        let pem = chain_pem(std::slice::from_ref(Ca::new("office.consul").certificate()));
+        let named = |san_type: i32, matcher: matcher::StringMatcher| {
+            let san = pb::SubjectAltNameMatcher { san_type, matcher: Some(matcher), ..Default::default() };
+            validated(pb::CertificateValidationContext {
+                trusted_ca: Some(inline_text(&pem)),
+                match_typed_subject_alt_names: vec![san],
+                ..Default::default()
+            })
+        };
+        let settings = taken(&named(2, matcher_of("db.example.com")));
+        assert_eq!(settings.names, [San { kind: Some(SanKind::Dns), exact: "db.example.com".into() }]);
+        let prefix = matcher::string_matcher::MatchPattern::Prefix("db".into());
+        let prefix = matcher::StringMatcher { match_pattern: Some(prefix), ignore_case: false };
+        assert!(parse(&named(2, prefix)).is_err_and(|why| why.contains("match_typed_subject_alt_names[0]: ")));
+        assert!(parse(&named(5, matcher_of("1.2.3"))).is_err_and(|why| why.contains("san_type: OTHER_NAME")));
+    }
+
+    #[test]
+    fn nothing_is_spoken_to_whom_nobody_vouches_for() {
+        let nobody = validated(pb::CertificateValidationContext::default());
+        assert!(parse(&nobody).is_err_and(|why| why.contains("trusted_ca: absent; nothing would vouch")));
+        let pem = chain_pem(std::slice::from_ref(Ca::new("office.consul").certificate()));
+        let by_host = pb::UpstreamTlsContext { auto_host_sni: true, ..trusting(inline_text(&pem)) };
+        assert!(parse(&by_host).is_err_and(|why| why.contains("auto_host_sni")));
+        let expired = pb::CertificateValidationContext {
+            trusted_ca: Some(inline_text(&pem)),
+            allow_expired_certificate: true,
+            ..Default::default()
+        };
+        assert!(parse(&validated(expired)).is_err_and(|why| why.contains("trust_chain_verification")));
+    }
+}
