@@ -22,7 +22,7 @@ mod suites;
 pub mod verify;
 
 pub use handshake::{Established, Failure, FailureKind, Handshake, Progress, Step};
-pub use outside::{OutsideSettings, OutsideTls};
+pub use outside::{OutsideSettings, OutsideTls, Shown};
 pub use provider::{Dialer, TlsError, TlsParams, WorkerTls};
 pub use record::{Open, RecordError, Session};
 pub use suites::Suites;

@@ -203,6 +203,8 @@ fn an_app_that_speaks_tls_behind_a_terminating_gateway_is_known_by_its_ca_and_na
             round_trip(listen, &support::bytes(3, size)).expect("an echo");
         }
     }
+    let certs = support::http::Client::new(gateway.sidecar.admin_address(), None).get("/certs").body;
+    assert!(files[..2].iter().all(|file| certs.contains(&format!("\"path\": \"{}\"", file.display()))), "{certs}");
     // The app ends without close_notify, which is an end to the client all the same, behind all that was said.
     let mut stream = support::traffic::connect(listen).expect("the upstream listens");
     stream.write_all(b"last words").expect("write");

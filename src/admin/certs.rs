@@ -16,7 +16,10 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::proto_json;
 use super::routes::{self, Admin};
 use crate::mesh::{Identity, Snapshot};
+use crate::tls::OutsideSettings;
 
+/// Where certificates come from that Consul sends.
+const INLINE: &str = "<inline>";
 const DAY_SECONDS: u64 = 24 * 3_600;
 
 pub(super) async fn certs(State(shared): Admin) -> Response {
@@ -30,19 +33,29 @@ fn all(snapshot: &Snapshot, now: SystemTime) -> Value {
     let mut told = HashSet::new();
     let identities = services.chain(granted.into_iter().map(|(_, identity)| &**identity));
     let identities = identities.filter(|identity| told.insert((&identity.svid.id, &identity.svid.serial)));
-    json!({"certificates": identities.map(|identity| entry(identity, now)).collect::<Vec<_>>()})
+    let outside =
+        snapshot.routers.iter().flat_map(|router| router.routes()).filter_map(|route| route.upstream()?.outside.as_ref());
+    let outside = outside.map(|outside| of_app(outside.settings(), now));
+    json!({"certificates": identities.map(|identity| entry(identity, now)).chain(outside).collect::<Vec<_>>()})
+}
+
+/// What an app outside of the mesh is known by, and what it is shown.
+fn of_app(settings: &OutsideSettings, now: SystemTime) -> Value {
+    let roots: Vec<Value> = settings.roots.iter().filter_map(|root| details(root, &settings.roots_from, now)).collect();
+    let shown = settings.certificate.as_ref().and_then(|shown| details(shown.chain.first()?, &shown.from, now));
+    json!({"ca_cert": roots, "cert_chain": shown.into_iter().collect::<Vec<_>>()})
 }
 
 /// `envoy.admin.v3.Certificate`: the leaf without its intermediates, as in Envoy. Roots of peers come after ours.
 fn entry(identity: &Identity, now: SystemTime) -> Value {
     let of_peers = identity.bundle.peers.iter().flat_map(|peer| &peer.roots);
-    let roots: Vec<Value> = identity.bundle.roots.iter().chain(of_peers).filter_map(|root| details(root, now)).collect();
-    let leaf: Vec<Value> = identity.svid.chain.first().and_then(|leaf| details(leaf, now)).into_iter().collect();
+    let roots: Vec<Value> = identity.bundle.roots.iter().chain(of_peers).filter_map(|root| details(root, INLINE, now)).collect();
+    let leaf: Vec<Value> = identity.svid.chain.first().and_then(|leaf| details(leaf, INLINE, now)).into_iter().collect();
     json!({"ca_cert": roots, "cert_chain": leaf})
 }
 
 /// `envoy.admin.v3.CertificateDetails`.
-fn details(der: &[u8], now: SystemTime) -> Option<Value> {
+fn details(der: &[u8], path: &str, now: SystemTime) -> Option<Value> {
     let (_, certificate) = X509Certificate::from_der(der).ok()?;
     let names = certificate.subject_alternative_name().ok().flatten();
     let names: Vec<Value> = names.iter().flat_map(|names| &names.value.general_names).filter_map(name).collect();
@@ -51,7 +64,7 @@ fn details(der: &[u8], now: SystemTime) -> Option<Value> {
     let (from, to) = (time(validity.not_before.timestamp()), time(validity.not_after.timestamp()));
     let days = to.duration_since(now).unwrap_or_default().as_secs() / DAY_SECONDS;
     Some(json!({
-        "path": "<inline>",
+        "path": path,
         "serial_number": routes::hex(&certificate.serial.to_bytes_be()),
         "subject_alt_names": names,
         "days_until_expiration": days.to_string(),

@@ -29,8 +29,10 @@ use super::verify::{OutsideTrust, San, refuse};
 pub struct OutsideSettings {
     /// CAs, or certificates that are trusted as they stand.
     pub roots: Vec<CertificateDer<'static>>,
-    /// The certificate chain and key, PEM, that the app gets if it asks for one.
-    pub certificate: Option<(String, Zeroizing<String>)>,
+    /// Where they were read, for people: a file, or `<inline>`.
+    pub roots_from: Box<str>,
+    /// What the app gets if it asks for a certificate.
+    pub certificate: Option<Shown>,
     /// The server name that is asked for; none if empty.
     pub sni: Arc<str>,
     /// The certificate must carry one of these; any does if there are none.
@@ -39,6 +41,17 @@ pub struct OutsideSettings {
     pub protocols: Vec<Vec<u8>>,
     /// Versions and suites.
     pub params: TlsParams,
+}
+
+/// A certificate with its key.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Shown {
+    /// Leaf first.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// PEM.
+    pub key_pem: Zeroizing<String>,
+    /// Where the chain was read, as [`OutsideSettings::roots_from`].
+    pub from: Box<str>,
 }
 
 /// The configurations made of [`OutsideSettings`], one a worker.
@@ -81,13 +94,19 @@ impl fmt::Debug for OutsideTls {
     }
 }
 
+impl fmt::Debug for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shown").field("certificates", &self.chain.len()).field("from", &self.from).finish_non_exhaustive()
+    }
+}
+
 impl fmt::Debug for OutsideSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("OutsideSettings")
             .field("roots", &self.roots.len())
             .field("sni", &self.sni)
             .field("names", &self.names)
-            .field("certificate", &self.certificate.is_some())
+            .field("certificate", &self.certificate)
             .finish_non_exhaustive()
     }
 }
@@ -103,7 +122,7 @@ fn config(settings: &OutsideSettings) -> Result<ClientConfig, TlsError> {
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Verifier { trust, algorithms }));
     let mut config = match &settings.certificate {
-        Some((chain, key)) => builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certified(chain, key)?))),
+        Some(shown) => builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certified(shown)?))),
         None => builder.with_no_client_auth(),
     };
     config.enable_secret_extraction = true;
@@ -113,12 +132,10 @@ fn config(settings: &OutsideSettings) -> Result<ClientConfig, TlsError> {
     Ok(config)
 }
 
-fn certified(chain_pem: &str, key_pem: &str) -> Result<CertifiedKey, TlsError> {
-    let chain = CertificateDer::pem_slice_iter(chain_pem.as_bytes()).collect::<Result<Vec<_>, _>>();
-    let chain = chain.map_err(|_| TlsError::Pem("the client certificate's chain"))?;
-    let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes()).map_err(|_| TlsError::Pem("the client certificate's key"))?;
+fn certified(shown: &Shown) -> Result<CertifiedKey, TlsError> {
+    let key = PrivateKeyDer::from_pem_slice(shown.key_pem.as_bytes()).map_err(|_| TlsError::Key)?;
     let key = Zeroizing::new(key);
-    let certified = CertifiedKey::new(chain, library::sign::any_supported_type(&key)?);
+    let certified = CertifiedKey::new(shown.chain.clone(), library::sign::any_supported_type(&key)?);
     certified.keys_match()?;
     Ok(certified)
 }

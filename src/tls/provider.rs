@@ -71,9 +71,9 @@ pub enum TlsError {
     /// rustls refused key, chain or roots.
     #[error("TLS configuration refused: {0}")]
     Rustls(#[from] rustls::Error),
-    /// What should be PEM.
-    #[error("{0} cannot be read: expected PEM")]
-    Pem(&'static str),
+    /// The key that an app outside of the mesh is shown a certificate with.
+    #[error("the key of the client certificate cannot be read: expected PEM")]
+    Key,
     /// The roots cannot be used.
     #[error(transparent)]
     Bundle(#[from] BundleError),

@@ -290,8 +290,8 @@ fn inline(source: Option<&core::DataSource>, field: &str) -> Result<String, Refu
     }
 }
 
-/// What Envoy refuses too: unreadable PEM, and a key of another certificate.
-fn check_pair(chain_pem: &str, key_pem: &str) -> Result<(), Refusal> {
+/// The certificates, refused where Envoy does so too: unreadable PEM, and a key of another certificate.
+fn check_pair(chain_pem: &str, key_pem: &str) -> Result<Vec<CertificateDer<'static>>, Refusal> {
     let field = "tls_certificates[0].certificate_chain";
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(chain_pem.as_bytes())
         .take(CHAIN_CERTIFICATES_MAX + 1)
@@ -308,9 +308,11 @@ fn check_pair(chain_pem: &str, key_pem: &str) -> Result<(), Refusal> {
     let key = Zeroizing::new(key);
     let signing = signing.map_err(|_| Refusal::new(field, "of no usable kind", "expected ECDSA, Ed25519 or RSA"))?;
     drop(key);
-    CertifiedKey::new(chain, signing)
-        .keys_match()
-        .map_err(|_| Refusal::new(field, "of another certificate", "expected the key of certificate_chain's leaf"))
+    let certified = CertifiedKey::new(chain, signing);
+    match certified.keys_match() {
+        Ok(()) => Ok(certified.cert),
+        Err(_) => Err(Refusal::new(field, "of another certificate", "expected the key of certificate_chain's leaf")),
+    }
 }
 
 fn roots(source: Option<&core::DataSource>, field: &str) -> Result<String, Refusal> {

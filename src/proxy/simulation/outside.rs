@@ -4,8 +4,8 @@
 use super::routing::{GATEWAY, cluster, settings};
 use super::*;
 use crate::mesh::router::{Match, Router, RouterSettings, Way};
-use crate::tls::fixtures::{chain_pem, key_pem};
-use crate::tls::{OutsideSettings, OutsideTls, Suites};
+use crate::tls::fixtures::key_pem;
+use crate::tls::{OutsideSettings, OutsideTls, Shown, Suites};
 
 const TLS13: TlsParams = TlsParams { tls12: false, ..TlsParams::DEFAULT };
 
@@ -37,7 +37,8 @@ impl Mesh {
         let svid = self.ca.svid("warehouse");
         OutsideSettings {
             roots: vec![self.ca.certificate().clone()],
-            certificate: Some((chain_pem(&svid.chain), key_pem(&svid.key).into())),
+            roots_from: "<inline>".into(),
+            certificate: Some(Shown { chain: svid.chain.clone(), key_pem: key_pem(&svid.key).into(), from: "<inline>".into() }),
             sni: "warehouse.example.com".into(),
             names: Vec::new(),
             protocols: Vec::new(),

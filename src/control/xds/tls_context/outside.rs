@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 use super::{check_pair, inline, params, validation};
 use crate::control::xds::refusal::Refusal;
 use crate::tls::verify::{San, SanKind};
-use crate::tls::{OutsideSettings, OutsideTls};
+use crate::tls::{OutsideSettings, OutsideTls, Shown};
 
 /// The longest file: what operating systems bring as roots has a fifth of it.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -52,6 +52,7 @@ pub(super) fn settings(context: &pb::UpstreamTlsContext, common: &pb::CommonTlsC
     let roots = roots.map_err(|_| Refusal::new(field, "unreadable", "expected CERTIFICATE blocks"))?;
     let settings = OutsideSettings {
         roots,
+        roots_from: origin(source),
         certificate: certificate(common)?,
         sni: context.sni.as_str().into(),
         names: names(validation)?,
@@ -64,20 +65,20 @@ pub(super) fn settings(context: &pb::UpstreamTlsContext, common: &pb::CommonTlsC
     Ok(settings)
 }
 
-fn certificate(common: &pb::CommonTlsContext) -> Result<Option<(String, Zeroizing<String>)>, Refusal> {
+fn certificate(common: &pb::CommonTlsContext) -> Result<Option<Shown>, Refusal> {
     let certificate = match common.tls_certificates.as_slice() {
         [] => return Ok(None),
         [certificate] => certificate,
         more => return Err(Refusal::new("tls_certificates", format!("{} of them", more.len()), "expected one at most")),
     };
-    let part = |source: &Option<core::DataSource>, field: &str| match source {
-        Some(source) => text(source, field),
-        None => Err(Refusal::missing(field, "expected a file, or PEM inline")),
-    };
-    let chain = part(&certificate.certificate_chain, "tls_certificates[0].certificate_chain")?;
-    let key = Zeroizing::new(part(&certificate.private_key, "tls_certificates[0].private_key")?);
-    check_pair(&chain, &key)?;
-    Ok(Some((chain, key)))
+    let (chain_field, key_field) = ("tls_certificates[0].certificate_chain", "tls_certificates[0].private_key");
+    let missing = |field: &str| Refusal::missing(field, "expected a file, or PEM inline");
+    let source = certificate.certificate_chain.as_ref().ok_or_else(|| missing(chain_field))?;
+    let chain = text(source, chain_field)?;
+    let key = certificate.private_key.as_ref().ok_or_else(|| missing(key_field))?;
+    let key_pem = Zeroizing::new(text(key, key_field)?);
+    let chain = check_pair(&chain, &key_pem)?;
+    Ok(Some(Shown { chain, key_pem, from: origin(source) }))
 }
 
 #[expect(deprecated, reason = "Consul up to 1.10 sends match_subject_alt_names")]
@@ -129,6 +130,13 @@ fn text(source: &core::DataSource, field: &str) -> Result<String, Refusal> {
             Refusal::new(format!("{field}.environment_variable"), name, "not set for this process: expected PEM in it")
         }),
         Some(Specifier::InlineString(_) | Specifier::InlineBytes(_)) | None => inline(Some(source), field),
+    }
+}
+
+fn origin(source: &core::DataSource) -> Box<str> {
+    match &source.specifier {
+        Some(core::data_source::Specifier::Filename(path)) => path.as_str().into(),
+        _ => "<inline>".into(),
     }
 }
 
@@ -230,7 +238,7 @@ mod tests {
         let settings = taken(&showing(from_files.clone(), vec![certificate("gateway.key")]));
         assert!(settings.certificate.is_some());
         let debug = format!("{settings:?}");
-        assert!(!debug.contains("PRIVATE KEY") && debug.contains("certificate: true"), "{debug}");
+        assert!(!debug.contains("PRIVATE KEY") && debug.contains("gateway.pem"), "{debug}");
 
         let refused = |context: &pb::UpstreamTlsContext, wanted: &str| {
             let why = parse(context).expect_err("refused");
