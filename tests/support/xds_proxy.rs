@@ -42,6 +42,7 @@ impl Proxy {
             initial_metadata: vec![("x-consul-token".to_owned(), Zeroizing::new(token.to_owned()))],
             static_listeners: Vec::new(),
             static_clusters: Vec::new(),
+            http_as_tcp: false,
             bootstrap: serde_json::Value::Null,
         };
         let settings = config::Sidecar {

@@ -45,6 +45,7 @@ pub(super) struct Options {
     /// (tag, value)
     pub(super) stats_tags: Vec<(String, String)>,
     pub(super) feeder: Option<Feeder>,
+    pub(super) http_as_tcp: bool,
     pub(super) connection_log: LogTarget,
     /// Flags that were given and change nothing.
     pub(super) without_effect: Vec<&'static str>,
@@ -74,12 +75,12 @@ impl Options {
             }
         }
         let concurrency = given.number("concurrency").map(|count| values::workers(&count.max(1).to_string())).transpose()?;
-        let abrupt = given.has("ringfence-abrupt-sigterm")
-            || match environment.get("RINGFENCE_ABRUPT_SIGTERM") {
-                None | Some("0") => false,
-                Some("1") => true,
-                Some(other) => return Err(format!("RINGFENCE_ABRUPT_SIGTERM is '{other}': write 1 or 0")),
-            };
+        let switch = |name: &str| match environment.get(name) {
+            None | Some("0") => Ok(false),
+            Some("1") => Ok(true),
+            Some(other) => Err(format!("{name} is '{other}': write 1 or 0")),
+        };
+        let abrupt = switch("RINGFENCE_ABRUPT_SIGTERM")? || given.has("ringfence-abrupt-sigterm");
         let drain_time = given.number("drain-time-s").map(|seconds| Duration::from_secs(seconds.into()));
         let feeder = match environment.get("RINGFENCE_FEEDER") {
             None => None,
@@ -103,6 +104,7 @@ impl Options {
             service_node: text("service-node").map(str::to_owned),
             stats_tags: given.all("stats-tag").map(stats_tag).collect::<Result<_, _>>()?,
             feeder,
+            http_as_tcp: switch("RINGFENCE_HTTP_AS_TCP")?,
             connection_log: connection_log.unwrap_or_default(),
             without_effect: given.without_effect().collect(),
         };
@@ -168,6 +170,7 @@ mod tests {
             ("--use-dynamic-base-id --restart-epoch 1", ("", ""), "cannot use --restart-epoch=1"),
             ("--concurrency 99999", ("", ""), "99999"),
             ("", ("RINGFENCE_FEEDER", "grpc"), "write http or xds"),
+            ("", ("RINGFENCE_HTTP_AS_TCP", "yes"), "write 1 or 0"),
             ("", ("RINGFENCE_ABRUPT_SIGTERM", "yes"), "write 1 or 0"),
         ] {
             let error = of(line, &[variable]).expect_err(line);

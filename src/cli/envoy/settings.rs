@@ -75,7 +75,7 @@ fn settle(options: &Options, mut bootstrap: Bootstrap, environment: &Environment
         Feeder::Xds if bootstrap.old_protocol => {
             return Err("the xDS of a Consul before 1.10 is not spoken: leave out RINGFENCE_FEEDER=xds".to_owned());
         }
-        Feeder::Xds => (config::Consul::default(), Some(bootstrap.xds)),
+        Feeder::Xds => (config::Consul::default(), Some(Xds { http_as_tcp: options.http_as_tcp, ..bootstrap.xds })),
     };
     let bind = bootstrap.admin.unwrap_or(ANY_LOOPBACK_PORT);
     let defaults = config::DataPlane::default();

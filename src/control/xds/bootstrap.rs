@@ -154,6 +154,7 @@ impl Reader<'_> {
                 initial_metadata,
                 static_listeners,
                 static_clusters,
+                http_as_tcp: false,
                 bootstrap,
             },
             old_protocol,

@@ -72,7 +72,7 @@ impl Feeder {
         status: watch::Sender<Status>,
         resources: dump::Sender,
     ) -> Result<Self, ControlError> {
-        let mut held = Held::from_bootstrap(&settings.static_clusters, &settings.static_listeners)?;
+        let mut held = Held::from_bootstrap(&settings.static_clusters, &settings.static_listeners, settings.http_as_tcp)?;
         // Without a server there is nothing to wait for.
         held.listeners.answered = settings.server.is_none();
         let (resolver, answers) = Resolver::new();

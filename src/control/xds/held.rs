@@ -70,6 +70,8 @@ pub(super) struct Held {
     /// By the name that EDS knows the cluster by.
     pub(super) endpoints: Shelf<Assignment>,
     pub(super) listeners: Shelf<Listener>,
+    /// As [`crate::config::envoy::Xds::http_as_tcp`].
+    pub(super) http_as_tcp: bool,
 }
 
 /// The resources of one kind.
@@ -193,8 +195,8 @@ impl<T> Shelf<T> {
 
 impl Held {
     /// What the bootstrap has of its own: encoded messages.
-    pub(super) fn from_bootstrap(clusters: &[Vec<u8>], listeners: &[Vec<u8>]) -> Result<Self, ControlError> {
-        let mut held = Self::default();
+    pub(super) fn from_bootstrap(clusters: &[Vec<u8>], listeners: &[Vec<u8>], http_as_tcp: bool) -> Result<Self, ControlError> {
+        let mut held = Self { http_as_tcp, ..Self::default() };
         for bytes in clusters {
             let message = decode::<ClusterMessage>(bytes, Kind::Cluster)?;
             let parsed = Cluster::parse(&message).map_err(|why| unusable(Kind::Cluster, &message.name, &why))?;
@@ -202,7 +204,7 @@ impl Held {
         }
         for bytes in listeners {
             let message = decode::<ListenerMessage>(bytes, Kind::Listener)?;
-            let parsed = Listener::parse(&message).and_then(|listener| {
+            let parsed = Listener::parse(&message, http_as_tcp).and_then(|listener| {
                 check_target(&listener, &held.clusters)?;
                 Ok(listener)
             });
@@ -214,7 +216,7 @@ impl Held {
 
     /// Takes what is good of a response; returns what is not, each with its type, name, field, value and what would do.
     pub(super) fn apply(&mut self, kind: Kind, response: &DeltaDiscoveryResponse) -> Vec<String> {
-        let Self { clusters, endpoints, listeners } = self;
+        let Self { clusters, endpoints, listeners, http_as_tcp } = self;
         match kind {
             Kind::Cluster => clusters.apply(kind, response, |resource| Cluster::parse(&body::<ClusterMessage>(resource, kind)?)),
             Kind::Endpoints => {
@@ -222,7 +224,7 @@ impl Held {
             }
             Kind::Listener => {
                 let refused = listeners.apply(kind, response, |resource| {
-                    let listener = Listener::parse(&body::<ListenerMessage>(resource, kind)?)?;
+                    let listener = Listener::parse(&body::<ListenerMessage>(resource, kind)?, *http_as_tcp)?;
                     check_target(&listener, clusters)?;
                     Ok(listener)
                 });

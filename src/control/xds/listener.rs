@@ -124,7 +124,8 @@ struct Inspection {
 }
 
 impl Listener {
-    pub(super) fn parse(message: &pb::Listener) -> Result<Self, Refusal> {
+    /// `http_as_tcp` is that of [`crate::config::envoy::Xds`].
+    pub(super) fn parse(message: &pb::Listener, http_as_tcp: bool) -> Result<Self, Refusal> {
         let bind = bind(message)?;
         let inspection = inspection(message)?;
         let mut access_logs = access_logs(&message.access_log)?;
@@ -136,7 +137,7 @@ impl Listener {
         };
         let only = match only {
             Some((chain, place)) if !inspection.transparent => {
-                let filters = chain::filters(chain).map_err(|why| why.under(place))?;
+                let filters = chain::filters(chain, http_as_tcp).map_err(|why| why.under(place))?;
                 (!filters.by_server_name).then_some((chain, place, filters))
             }
             _ => None,
@@ -150,7 +151,7 @@ impl Listener {
                     if filters.paths.is_empty() { alone(message, &bind, chain, filters) } else { pages(message, chain, filters) };
                 role.map_err(|why| why.under(place))?
             }
-            None => Role::Router(routes(message, &inspection, &mut access_logs)?),
+            None => Role::Router(routes(message, &inspection, &mut access_logs, http_as_tcp)?),
         };
         Ok(Self { name: message.name.clone(), bind, role, tuning, access_logs })
     }
@@ -281,9 +282,9 @@ fn way(chain: &pb::FilterChain, filters: Filters) -> Result<Way, Refusal> {
         Some(_) if filters.by_server_name => {
             Err(Refusal::new("filters", "sni_cluster", "TLS is passed on by it: expected no DownstreamTlsContext"))
         }
-        Some(_) if filters.http => {
+        Some(_) if filters.http && !filters.http_as_tcp => {
             let wanted = "x-forwarded-client-cert would reach the app as a stranger wrote it: expected tcp_proxy, so set the \
-                          protocol to tcp";
+                          protocol to tcp, or RINGFENCE_HTTP_AS_TCP=1 for this process if the app does not trust that header";
             Err(Refusal::new("filters", "http_connection_manager behind TLS", wanted))
         }
         Some(_) if !filters.rbac => {

@@ -416,6 +416,7 @@ fn a_stream_begins_with_the_node_and_what_is_held() {
         initial_metadata: Vec::new(),
         static_listeners: Vec::new(),
         static_clusters: Vec::new(),
+        http_as_tcp: false,
         bootstrap: Json::Null,
     };
     let mut subscription = Subscription::new(&settings);

@@ -42,6 +42,8 @@ pub(super) struct Filters {
     pub(super) tuning: Tuning,
     /// It ends in an `http_connection_manager`.
     pub(super) http: bool,
+    /// And may do so behind TLS.
+    pub(super) http_as_tcp: bool,
     /// The paths of an `http_connection_manager` that tells them apart; then there is no cluster.
     pub(super) paths: Vec<Route>,
     pub(super) access_logs: Vec<AccessLog>,
@@ -132,11 +134,11 @@ fn address(range: &CidrRange) -> Result<(IpAddr, u8), Refusal> {
 
 /// What its filters say, the last of which must lead somewhere.
 #[expect(deprecated, reason = "Envoy still reads use_proxy_proto")]
-pub(super) fn filters(chain: &pb::FilterChain) -> Result<Filters, Refusal> {
+pub(super) fn filters(chain: &pb::FilterChain, http_as_tcp: bool) -> Result<Filters, Refusal> {
     if chain.use_proxy_proto.as_ref().is_some_and(|set| set.value) {
         return Err(Refusal::new("use_proxy_proto", "true", "a PROXY header would reach the cluster as payload: expected false"));
     }
-    let mut found = Filters::default();
+    let mut found = Filters { http_as_tcp, ..Filters::default() };
     let mut ended = false;
     for (index, filter) in chain.filters.iter().enumerate() {
         let place = format!("filters[{index}]");
@@ -191,7 +193,9 @@ fn take(found: &mut Filters, any: &Any, name: &str) -> Result<(), Refusal> {
         }
         SNI_CLUSTER => found.by_server_name = true,
         CONNECTION_MANAGER => {
-            let http = Http::read(any, field)?;
+            let http = Http::read(any, field, found.http_as_tcp)?;
+            found.rbac |= http.rules.is_some();
+            found.rules.extend(http.rules.iter().flatten().cloned());
             found.access_logs = access_logs(&http.access_log).map_err(|why| why.under(field))?;
             match http.passes_to() {
                 Some(cluster) => cluster.clone_into(&mut found.cluster),

@@ -3,16 +3,22 @@
 //!
 //! Invariant: what is read here needs nobody to look at a request in the mesh: routes by anything but the path, filters that do
 //! something, and routes that come by RDS are refused by their names. What Envoy does to headers is not done, so whoever lets
-//! peers in by it is refused (`listener`): an app may trust `x-forwarded-client-cert`, which Envoy takes from strangers.
+//! peers in by it is refused (`listener`): an app may trust `x-forwarded-client-cert`, which Envoy writes. Only where the operator
+//! says that it does not ([`Xds::http_as_tcp`](crate::config::envoy::Xds::http_as_tcp)) such a way in is served, and what its RBAC
+//! says of callers holds.
 
 use envoy_types::pb::envoy::config::accesslog::v3::AccessLog;
 use envoy_types::pb::envoy::config::route::v3 as route;
+use envoy_types::pb::envoy::extensions::filters::http::rbac::v3::Rbac as HttpRbac;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as pb;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::CodecType;
+use envoy_types::pb::envoy::extensions::filters::network::rbac::v3::Rbac;
 use envoy_types::pb::google::protobuf::Any;
 
 use crate::config::envoy::PathMatch;
+use crate::control::xds::rbac;
 use crate::control::xds::refusal::{Refusal, message_name, unpack};
+use crate::policy::network::Rules;
 
 pub(super) const CONNECTION_MANAGER: &str = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
 /// Filters without an effect on where a request goes, or whether it does.
@@ -22,6 +28,9 @@ const PASSIVE: [&str; 4] = [
     "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
     "envoy.filters.http.grpc_stats",
 ];
+/// Turns HTTP/1.1 into gRPC for clients that speak none. Those that do need nothing of it.
+const BRIDGE: [&str; 2] = ["envoy.extensions.filters.http.grpc_http1_bridge.v3.Config", "envoy.filters.http.grpc_http1_bridge"];
+const HTTP_RBAC: &str = "envoy.extensions.filters.http.rbac.v3.RBAC";
 const FILTERS_WANTED: &str = "http_connection_manager: requests are not looked at: expected router";
 const ROUTES_WANTED: &str =
     "http_connection_manager: requests are not told apart: expected one virtual host for * with routes by path or prefix";
@@ -30,6 +39,8 @@ const ROUTES_WANTED: &str =
 pub(super) struct Http {
     pub(super) routes: Vec<Route>,
     pub(super) access_log: Vec<AccessLog>,
+    /// What RBAC filters say of callers; none if there is no such filter.
+    pub(super) rules: Option<Vec<Rules>>,
 }
 
 /// One route.
@@ -47,20 +58,26 @@ pub(in crate::control::xds) enum Target {
 }
 
 impl Http {
-    pub(super) fn read(any: &Any, field: &str) -> Result<Self, Refusal> {
+    /// With `as_tcp` it is read for a way in whose requests nobody looks at.
+    pub(super) fn read(any: &Any, field: &str, as_tcp: bool) -> Result<Self, Refusal> {
         let manager: pb::HttpConnectionManager = unpack(any, CONNECTION_MANAGER, field)?;
         let under = |why: Refusal| why.under(field);
-        if !matches!(CodecType::try_from(manager.codec_type), Ok(CodecType::Auto | CodecType::Http1)) {
+        if !as_tcp && !matches!(CodecType::try_from(manager.codec_type), Ok(CodecType::Auto | CodecType::Http1)) {
             return Err(Refusal::new(format!("{field}.codec_type"), manager.codec_type, "expected AUTO or HTTP1"));
         }
+        let mut rules = None;
         for (index, filter) in manager.http_filters.iter().enumerate() {
-            let kind = match &filter.config_type {
-                Some(pb::http_filter::ConfigType::TypedConfig(any)) => message_name(any),
-                Some(pb::http_filter::ConfigType::ConfigDiscovery(_)) | None => filter.name.as_str(),
+            let place = format!("{field}.http_filters[{index}]");
+            let (kind, any) = match &filter.config_type {
+                Some(pb::http_filter::ConfigType::TypedConfig(any)) => (message_name(any), Some(any)),
+                Some(pb::http_filter::ConfigType::ConfigDiscovery(_)) | None => (filter.name.as_str(), None),
             };
-            if !PASSIVE.contains(&kind) {
-                let place = format!("{field}.http_filters[{index}].name");
-                return Err(Refusal::new(place, format!("{} ({kind})", filter.name), FILTERS_WANTED));
+            match any {
+                Some(any) if as_tcp && kind == HTTP_RBAC => {
+                    rules.get_or_insert_with(Vec::new).extend(rbac_of(any).map_err(|why| why.under(&place))?);
+                }
+                _ if PASSIVE.contains(&kind) || (as_tcp && BRIDGE.contains(&kind)) => {}
+                _ => return Err(Refusal::new(format!("{place}.name"), format!("{} ({kind})", filter.name), FILTERS_WANTED)),
             }
         }
         let routes = match &manager.route_specifier {
@@ -68,7 +85,7 @@ impl Http {
             Some(_) => return Err(Refusal::new(format!("{field}.route_specifier"), "rds or scoped_routes", ROUTES_WANTED)),
             None => return Err(Refusal::missing(format!("{field}.route_config"), ROUTES_WANTED)),
         };
-        Ok(Self { routes, access_log: manager.access_log })
+        Ok(Self { routes, access_log: manager.access_log, rules })
     }
 
     /// The one cluster that every request goes to, as it came.
@@ -80,6 +97,12 @@ impl Http {
             _ => None,
         }
     }
+}
+
+/// The filter is that of connections under another name.
+fn rbac_of(any: &Any) -> Result<Option<Rules>, Refusal> {
+    let HttpRbac { rules, matcher, .. } = unpack(any, HTTP_RBAC, "typed_config")?;
+    rbac::rules(&Rbac { rules, matcher, ..Rbac::default() }).map_err(|why| why.under("typed_config"))
 }
 
 fn routes(config: &route::RouteConfiguration) -> Result<Vec<Route>, Refusal> {

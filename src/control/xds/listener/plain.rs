@@ -32,7 +32,7 @@ impl Plain {
                 "expected one that takes all connections",
             ));
         }
-        let filters = chain::filters(chain).map_err(|why| why.under("filter_chains[0]"))?;
+        let filters = chain::filters(chain, false).map_err(|why| why.under("filter_chains[0]"))?;
         let other = [("rbac", filters.rbac), ("sni_cluster", filters.by_server_name), ("http_connection_manager", filters.http)];
         match other.iter().find(|(_, present)| *present) {
             Some((name, _)) => {

@@ -23,6 +23,7 @@ pub(super) fn routes(
     message: &pb::Listener,
     inspection: &Inspection,
     access_logs: &mut Vec<AccessLog>,
+    http_as_tcp: bool,
 ) -> Result<Routes, Refusal> {
     if message.filter_chains.len() > CHAINS_MAX {
         let wanted = format!("at most {CHAINS_MAX} of one listener are served");
@@ -30,7 +31,7 @@ pub(super) fn routes(
     }
     let mut read = |chain: &pb::FilterChain, place: String| -> Result<Chain, Refusal> {
         let under = |why: Refusal| why.under(&place);
-        let filters = chain::filters(chain).map_err(under)?;
+        let filters = chain::filters(chain, http_as_tcp).map_err(under)?;
         for log in &filters.access_logs {
             if !access_logs.contains(log) {
                 access_logs.push(log.clone());

@@ -398,6 +398,52 @@ fn a_connection_manager_that_tells_nothing_apart_is_bytes() {
 }
 
 #[test]
+fn a_way_in_for_http_is_bytes_where_its_app_trusts_no_header_of_envoys() {
+    let mut bench = Bench::new("db");
+    bench.held.http_as_tcp = true;
+    let app = json!({"name": "local_app", "type": "STATIC", "load_assignment": {"cluster_name": "local_app", "endpoints": [
+        {"lb_endpoints": [{"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 8080}}}}]}]}});
+    assert_eq!(bench.send(Kind::Cluster, &[app]), Vec::<String>::new());
+    let allowed = |permission: Json| {
+        let web = json!({"authenticated": {"principal_name": {"safe_regex": {
+            "regex": "^spiffe://[^/]+/ns/default/dc/[^/]+/svc/web$"}}}});
+        let policy = json!({"permissions": [permission], "principals": [web]});
+        json!({"name": "envoy.filters.http.rbac", "typed_config": {"@type": format!("{HTTP}.http.rbac.v3.RBAC"),
+            "rules": {"policies": {"consul-intentions-layer4": policy}}}})
+    };
+    let way_in = |filters: Json, routes: Json| {
+        let mut chain = ending("local_app");
+        let mut manager = manager(routes, filters);
+        manager["typed_config"]["codec_type"] = "HTTP2".into();
+        manager["typed_config"]["forward_client_cert_details"] = "APPEND_FORWARD".into();
+        chain["filters"] = json!([manager]);
+        listener("public_listener", "INBOUND", &[], json!([chain]))
+    };
+    let router = json!({"name": "envoy.filters.http.router"});
+    let bridge = json!({"name": "envoy.filters.http.grpc_http1_bridge"});
+    let filters = json!([allowed(json!({"any": true})), bridge, router]);
+    assert_eq!(bench.send(Kind::Listener, &[way_in(filters, all_to("local_app"))]), Vec::<String>::new());
+    let service = bench.build();
+    assert_eq!(service.public.as_ref().expect("served").app, [Address::Tcp("127.0.0.1:8080".parse().expect("an address"))]);
+    let decides = |bench: &Bench, service: &Service, name: &str| service.intentions.decide(&bench.ca.id(name)).is_ok();
+    assert!(decides(&bench, &service, "web") && !decides(&bench, &service, "batch"));
+
+    let mut refused = |filters: Json, routes: Json, wanted: &str| {
+        let why = bench.send(Kind::Listener, &[way_in(filters, routes)]).join("; ");
+        assert!(why.contains(wanted), "{why}");
+    };
+    let by_path = allowed(json!({"url_path": {"path": {"exact": "/a"}}}));
+    refused(json!([by_path, router]), all_to("local_app"), "url_path");
+    refused(json!([router]), all_to("local_app"), "every certificate of the mesh would be let in");
+    let paths = json!([{"match": {"path": "/a"}, "route": {"cluster": "local_app"}}]);
+    refused(json!([allowed(json!({"any": true})), router]), paths, "transport_socket: with routes by path");
+    let jwt = json!({"name": "envoy.filters.http.jwt_authn"});
+    refused(json!([jwt, router]), all_to("local_app"), "http_filters[0].name: envoy.filters.http.jwt_authn");
+    let service = bench.build();
+    assert!(!decides(&bench, &service, "web"), "whose newest listener is refused lets nobody in");
+}
+
+#[test]
 fn exposed_paths_are_pages_for_whom_the_chain_says() {
     let mut bench = Bench::new("web");
     let app = json!({"name": "exposed_cluster_8080", "type": "STATIC", "load_assignment": {"cluster_name": "x", "endpoints": [
