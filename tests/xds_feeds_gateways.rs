@@ -205,6 +205,13 @@ fn an_app_that_speaks_tls_behind_a_terminating_gateway_is_known_by_its_ca_and_na
     }
     let certs = support::http::Client::new(gateway.sidecar.admin_address(), None).get("/certs").body;
     assert!(files[..2].iter().all(|file| certs.contains(&format!("\"path\": \"{}\"", file.display()))), "{certs}");
+    let stats = || support::http::Client::new(gateway.sidecar.admin_address(), None).get("/stats?filter=ssl").body;
+    let counted = |name: &str| {
+        let found =
+            stats().lines().find_map(|line| line.strip_prefix(&format!("cluster.{LEGACY}.ssl.{name}: "))?.parse::<u64>().ok());
+        found.unwrap_or_else(|| panic!("no {name}: {}", stats()))
+    };
+    assert!(counted("handshake") >= 8, "{}", stats());
     // The app ends without close_notify, which is an end to the client all the same, behind all that was said.
     let mut stream = support::traffic::connect(listen).expect("the upstream listens");
     stream.write_all(b"last words").expect("write");
@@ -216,6 +223,7 @@ fn an_app_that_speaks_tls_behind_a_terminating_gateway_is_known_by_its_ca_and_na
     gateway.server.set(CLUSTER, LEGACY, &cluster("legacy.example.org"));
     wait_until("another name", PATIENCE, || round_trip(listen, b"misled").is_err());
     live.ping().expect("the live connection");
+    assert!(counted("connection_error") > 0, "{}", stats());
     let from = gateway.server.seen().len();
     let missing = pki.path("missing.pem");
     let broken = resources::tls_app_cluster(LEGACY, [&missing, &files[1], &files[2]], tls_app::NAME, tls_app::NAME);

@@ -246,6 +246,7 @@ impl Connection {
         self.deadline = None;
         if leg == PLAIN {
             // What is told of a connection's TLS is told of its mesh leg.
+            io.cells.app_handshakes.add(1);
             return Next::AppReady;
         }
         if let Some(facts) = &mut self.facts.access {
@@ -299,6 +300,7 @@ impl Connection {
     /// The mesh peer is allowed, and the app cannot be reached: another endpoint of it may be.
     fn app_handshake_failed<R: Ring>(&mut self, io: &mut Io<'_, R>, why: &str) -> Next {
         self.facts.detail = Some(format!("TLS with the app: {why}").into());
+        io.cells.app_handshakes_failed.add(1);
         self.retreat(io, CloseReason::AppUnreachable)
     }
 }

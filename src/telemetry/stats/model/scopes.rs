@@ -302,6 +302,8 @@ pub(super) struct Cluster {
     outlier: bool,
     /// Whom TLS to its members is spoken as.
     identity: Option<Arc<Identity>>,
+    /// They are apps outside of the mesh that speak TLS themselves.
+    outside: bool,
 }
 
 impl Cluster {
@@ -317,6 +319,7 @@ impl Cluster {
         let max = upstream.max_connections.unwrap_or(config::UPSTREAM_CONNECTIONS_MAX);
         self.full |= totals.active >= u64::from(max);
         self.outlier = true;
+        self.outside |= upstream.outside.is_some();
         if first {
             let endpoints = || upstream.targets.iter().flat_map(|target| target.endpoints.iter());
             self.members = endpoints().count() as u64;
@@ -372,6 +375,10 @@ impl Cluster {
             if let Some(identity) = &self.identity {
                 ssl(scope, totals, identity);
             }
+        }
+        if self.outside {
+            scope.counter("ssl.handshake", totals.app_handshakes);
+            scope.counter("ssl.connection_error", totals.app_handshakes_failed);
         }
     }
 
