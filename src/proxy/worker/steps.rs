@@ -225,6 +225,8 @@ impl<R: Ring> Worker<R> {
         if let (Some(address), Some(app)) = (connection.endpoint, self.listener_mut(connection).role.balancer_mut()) {
             app.succeeded(address);
         }
+        // Another of the app's addresses may have failed before.
+        connection.facts.detail = None;
         connection.tried = Vec::new();
         self.relay(connection)
     }
