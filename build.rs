@@ -83,7 +83,8 @@ mod descriptors {
     fn source_of(name: &str) -> PathBuf {
         // Metadata wants every package of the lock file, a build only those of its own target: where the others were never
         // downloaded, it may get them.
-        let told = metadata(&["--offline"]).or_else(|_| metadata(&[])).unwrap_or_else(|why| panic!("cargo metadata: {why}"));
+        let told = metadata(&["--offline"]).or_else(|offline| metadata(&[]).map_err(|online| format!("{offline}\n{online}")));
+        let told = told.unwrap_or_else(|why| panic!("cargo metadata: {why}"));
         let told: serde_json::Value = serde_json::from_slice(&told).expect("cargo metadata is JSON");
         let packages = told["packages"].as_array().into_iter().flatten();
         let manifest = packages

@@ -40,13 +40,13 @@ pub(super) struct Cluster<'a> {
 /// What is behind a cluster's name.
 #[derive(Clone, Copy)]
 pub(super) enum Kind<'a> {
-    /// The app, reached in plain.
+    /// The app at addresses that are told, reached in plain.
     App,
     /// A target of an upstream.
     Target {
         upstream: &'a Upstream,
         target: &'a Target,
-        /// TLS is spoken to it, as this once there is a certificate.
+        /// TLS of the mesh is spoken to it, as this once there is a certificate.
         tls: Option<Option<&'a Identity>>,
     },
     /// Wherever the client wanted to go.

@@ -102,7 +102,7 @@ pub enum Way {
     /// Bytes go as they are, both ways, to an endpoint of this cluster: a mesh gateway, or what permissive mode lets in. SNI and
     /// expected identities of its targets, its `bind` and its `deny_reply` mean nothing here.
     Forward(Arc<Upstream>),
-    /// Mutual TLS as this service ends here and its intentions decide; plain behind it.
+    /// Mutual TLS as this service ends here and its intentions decide; behind it is the app.
     Terminate {
         /// Whose identity and intentions; its `public` says where the app is and the bounds, whatever its `bind`.
         service: Arc<Service>,

@@ -64,8 +64,10 @@ pub(super) enum Stage {
     Held,
     /// Waits for the first bytes, which say where it leads.
     Inspect,
-    /// TLS handshake on the mesh leg, or with the app.
+    /// TLS handshake on the mesh leg.
     Handshake,
+    /// TLS handshake with the app.
+    AppHandshake,
     /// Outbound: dialing the endpoint. Inbound: dialing the app.
     Connecting,
     /// Bytes flow.
@@ -236,7 +238,7 @@ impl Connection {
             Stage::Linger => self.on_linger(io, op, completion),
             Stage::Reply => self.on_reply(io, op, completion),
             Stage::Inspect => self.on_inspect(io, op, completion),
-            Stage::Handshake => self.on_handshake(io, op, completion),
+            Stage::Handshake | Stage::AppHandshake => self.on_handshake(io, op, completion),
             Stage::Connecting => self.on_connected(io, completion),
             Stage::Relay => self.on_relay(io, op, leg, completion),
             // Nothing is pending while held, so nothing can complete.
@@ -258,11 +260,10 @@ impl Connection {
                 self.close(io, CloseReason::NoIdentity, true)
             }
             (Stage::Inspect, _) => self.inspected_too_long(io),
-            (Stage::Handshake, Direction::Inbound) if self.handshake_leg() == MESH => {
-                self.close(io, CloseReason::HandshakeTimeout, true)
-            }
+            (Stage::Handshake, Direction::Inbound) => self.close(io, CloseReason::HandshakeTimeout, true),
+            (Stage::AppHandshake, _) => self.app_handshake_failed(io, "it did not answer in time; does it speak TLS?"),
             (Stage::Handshake | Stage::Connecting, Direction::Outbound) => self.retreat(io, CloseReason::ConnectTimeout),
-            (Stage::Handshake | Stage::Connecting, Direction::Inbound) => self.retreat(io, CloseReason::AppUnreachable),
+            (Stage::Connecting, Direction::Inbound) => self.retreat(io, CloseReason::AppUnreachable),
             (Stage::Linger | Stage::Reply, _) => self.close(io, self.facts.reason, true),
             (Stage::Relay, _) => self.relayed_too_long(io),
             (Stage::Retreat(_) | Stage::Closing, _) => Next::Wait,
@@ -335,6 +336,10 @@ impl Connection {
         }
         match completion.outcome() {
             Ok(_) => {
+                if self.handshaking.is_some() && far == PLAIN {
+                    self.stage = Stage::AppHandshake;
+                    return self.step_handshake(io);
+                }
                 self.facts.connect = Some(io.now - self.step_began);
                 if self.handshaking.is_some() {
                     self.step_began = io.now;

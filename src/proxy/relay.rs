@@ -2,7 +2,7 @@
 //! speaks TLS too, each is opened and sealed again in place; where a route says so, both are passed on as they are.
 //!
 //! Invariant: a flow either receives or sends, never both, so its buffer has one user; it receives again only when all it
-//! had was sent, which is the whole back-pressure. Payload is never copied in user space, nor moved: a receive stops where
+//! had was sent, which is the whole back-pressure. Payload is never copied in user space, nor moved but for what came behind a handshake: a receive stops where
 //! every record that has begun still fits the slack behind it.
 //!
 //! Ends: EOF on the plain leg becomes close_notify and FIN on the mesh leg; close_notify becomes FIN on the plain leg; an

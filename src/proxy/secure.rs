@@ -119,7 +119,8 @@ impl Connection {
         };
         match stored {
             Ok(()) => self.step_handshake(io),
-            Err(reason) => self.close(io, reason, true),
+            Err(CloseReason::OutOfBuffers) => self.close(io, CloseReason::OutOfBuffers, true),
+            Err(_) => self.handshake_broken(io, TOO_LARGE.to_owned()),
         }
     }
 
@@ -131,17 +132,13 @@ impl Connection {
         }
         let Some(input) = &handshaking.input else { return self.close(io, CloseReason::OutOfBuffers, true) };
         if handshaking.filled == RECORD_ROOM_BYTES {
-            return self.too_large(io);
+            return self.handshake_broken(io, TOO_LARGE.to_owned());
         }
         let span = io.pool.span(input, handshaking.filled, RECORD_ROOM_BYTES - handshaking.filled);
         let leg = handshaking.leg;
         let (socket, token) = self.begin(Op::Receive, leg);
         io.ring.receive(socket, &[span], false, token);
         Next::Wait
-    }
-
-    fn too_large<R: Ring>(&mut self, io: &mut Io<'_, R>) -> Next {
-        self.handshake_broken(io, TOO_LARGE.to_owned())
     }
 
     fn count_direct_bytes(&mut self, received: usize) -> Result<(), CloseReason> {
@@ -160,10 +157,7 @@ impl Connection {
         let Some(input) = &handshaking.input else { return Err(CloseReason::OutOfBuffers) };
         let (own, shared) = io.pool.bytes_of_two(input, io.ring.shared(buffer));
         let room = own[..RECORD_ROOM_BYTES].get_mut(handshaking.filled..handshaking.filled + received);
-        let Some(room) = room else {
-            self.facts.detail = Some(TOO_LARGE.into());
-            return Err(CloseReason::HandshakeFailed);
-        };
+        let Some(room) = room else { return Err(CloseReason::HandshakeFailed) };
         room.copy_from_slice(&shared[HEADROOM_BYTES..HEADROOM_BYTES + received]);
         handshaking.filled += received;
         Ok(())
@@ -223,7 +217,8 @@ impl Connection {
         if let Some(lease) = output {
             io.pool.give_back(lease);
         }
-        let peer_certificate = tls.peer_certificate().map(Into::into);
+        let shown = self.facts.access.is_some().then(|| tls.peer_certificate()).flatten();
+        let peer_certificate = shown.map(Into::into);
         let established = match tls.establish() {
             Ok(established) => established,
             Err(failure) => {
@@ -245,7 +240,8 @@ impl Connection {
         self.sessions[leg] = Some(Box::new(established.session));
         self.deadline = None;
         if leg == PLAIN {
-            // What is told of a connection's TLS is told of its mesh leg.
+            // What is told of a connection's TLS is told of its mesh leg. The app is connected now, as for Envoy.
+            self.facts.connect = Some(io.now - self.step_began);
             io.cells.app_handshakes.add(1);
             return Next::AppReady;
         }
@@ -298,7 +294,7 @@ impl Connection {
     }
 
     /// The mesh peer is allowed, and the app cannot be reached: another endpoint of it may be.
-    fn app_handshake_failed<R: Ring>(&mut self, io: &mut Io<'_, R>, why: &str) -> Next {
+    pub(super) fn app_handshake_failed<R: Ring>(&mut self, io: &mut Io<'_, R>, why: &str) -> Next {
         self.facts.detail = Some(format!("TLS with the app: {why}").into());
         io.cells.app_handshakes_failed.add(1);
         self.retreat(io, CloseReason::AppUnreachable)

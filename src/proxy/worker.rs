@@ -328,6 +328,11 @@ fn slot_of(index: usize) -> u32 {
 
 #[cfg(test)]
 impl Worker<crate::ring::sim::Sim> {
+    /// Peers whose handshake is under way.
+    pub(super) fn handshakes(&self) -> u32 {
+        self.handshakes
+    }
+
     /// What must hold when a worker is over: nobody has a socket, a lease or a shared buffer.
     pub(super) fn assert_nothing_left(&self) {
         assert_eq!(self.connections.live(), 0, "connections left");

@@ -16,7 +16,7 @@ pub enum CloseReason {
     Revoked,
     /// The remote sidecar refused us after the handshake (alert `access_denied` or `bad_certificate`).
     DeniedByPeer,
-    /// The local client or app reset its connection.
+    /// The local client or app reset its connection, or broke off TLS of its own.
     LocalReset,
     /// The mesh peer reset its connection.
     PeerReset,
@@ -30,7 +30,7 @@ pub enum CloseReason {
     HandshakeTimeout,
     /// A record did not decrypt or broke the protocol.
     ProtocolError,
-    /// The local app could not be reached.
+    /// The app could not be reached, or TLS with it failed.
     AppUnreachable,
     /// No endpoint answered.
     ConnectFailed,

@@ -62,6 +62,12 @@ enum Peer {
     Outside,
 }
 
+impl Peer {
+    fn is_outside(&self) -> bool {
+        matches!(self, Self::Outside)
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Running,
@@ -164,7 +170,7 @@ impl Handshake {
         let discard = discard.min(self.seen);
         self.kept.drain(..discard);
         self.seen -= discard;
-        let turn = turn.map_err(|error| Failure::from_rustls(&error))?;
+        let turn = turn.map_err(|error| Failure::from_rustls(&error, self.peer.is_outside()))?;
         if self.pending.len() - self.pending_at > PENDING_BYTES_MAX {
             return Err(Failure::protocol("our own flight outgrew its bound"));
         }
@@ -211,7 +217,7 @@ impl Handshake {
         self.seen = self.kept.len();
         let first = self.records == 0;
         let _ = self.turn();
-        Failure::not_tls(header, first)
+        Failure::not_tls(header, first, self.peer.is_outside())
     }
 
     /// Collects the alert that rustls queued when it failed.
@@ -268,13 +274,15 @@ impl Handshake {
         let resumed = self.rustls.kind() == Some(HandshakeKind::Resumed);
         let (version, suite, keys) = match self.rustls {
             Rustls::Server(connection) => {
-                let (secrets, kernel) =
-                    connection.dangerous_into_kernel_connection().map_err(|error| Failure::from_rustls(&error))?;
+                let (secrets, kernel) = connection
+                    .dangerous_into_kernel_connection()
+                    .map_err(|error| Failure::from_rustls(&error, self.peer.is_outside()))?;
                 (kernel.protocol_version(), kernel.negotiated_cipher_suite().suite(), Keys::server(secrets, kernel))
             }
             Rustls::Client(connection) => {
-                let (secrets, kernel) =
-                    connection.dangerous_into_kernel_connection().map_err(|error| Failure::from_rustls(&error))?;
+                let (secrets, kernel) = connection
+                    .dangerous_into_kernel_connection()
+                    .map_err(|error| Failure::from_rustls(&error, self.peer.is_outside()))?;
                 (kernel.protocol_version(), kernel.negotiated_cipher_suite().suite(), Keys::client(secrets, kernel))
             }
         };
@@ -298,7 +306,7 @@ impl Handshake {
         let (leaf, intermediates) = self
             .peer_chain()
             .and_then(<[_]>::split_first)
-            .ok_or_else(|| Failure::from_rustls(&rustls::Error::NoCertificatesPresented))?;
+            .ok_or_else(|| Failure::from_rustls(&rustls::Error::NoCertificatesPresented, false))?;
         let now = UnixTime::now();
         match &self.peer {
             Peer::Caller(trust) => trust.peer(leaf, intermediates, Role::Server, now).map(Some),

@@ -21,7 +21,7 @@ use zeroize::Zeroizing;
 
 use super::backend::provider as library;
 use super::handshake::Handshake;
-use super::provider::{TlsError, TlsParams, sent_name, versions};
+use super::provider::{TlsError, TlsParams, algorithms, sent_name, versions};
 use super::verify::{OutsideTrust, San, refuse};
 
 /// What an app outside of the mesh is shown and must show.
@@ -63,7 +63,9 @@ pub struct OutsideTls {
 impl OutsideTls {
     /// Configurations for each of `workers`.
     pub fn new(settings: OutsideSettings, workers: usize) -> Result<Self, TlsError> {
-        let workers = (0..workers).map(|_| config(&settings).map(Arc::new)).collect::<Result<_, _>>()?;
+        // Of one worker's handshakes none touches its count: each has a verifier of its own.
+        let trust = Arc::new(OutsideTrust::new(&settings.roots, &settings.names, algorithms())?);
+        let workers = (0..workers).map(|_| config(&settings, &trust).map(Arc::new)).collect::<Result<_, _>>()?;
         Ok(Self { settings, workers })
     }
 
@@ -111,16 +113,15 @@ impl fmt::Debug for OutsideSettings {
     }
 }
 
-fn config(settings: &OutsideSettings) -> Result<ClientConfig, TlsError> {
+fn config(settings: &OutsideSettings, trust: &Arc<OutsideTrust>) -> Result<ClientConfig, TlsError> {
     let versions = versions(&settings.params)?;
     let suites = settings.params.suites.with_tls13();
     let provider = Arc::new(CryptoProvider { cipher_suites: suites, ..library::default_provider() });
     let algorithms = provider.signature_verification_algorithms;
-    let trust = OutsideTrust::new(&settings.roots, &settings.names, algorithms)?;
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&versions)?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Verifier { trust, algorithms }));
+        .with_custom_certificate_verifier(Arc::new(Verifier { trust: Arc::clone(trust), algorithms }));
     let mut config = match &settings.certificate {
         Some(shown) => builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certified(shown)?))),
         None => builder.with_no_client_auth(),
@@ -143,7 +144,7 @@ fn certified(shown: &Shown) -> Result<CertifiedKey, TlsError> {
 /// Checks who answers.
 #[derive(Debug)]
 struct Verifier {
-    trust: OutsideTrust,
+    trust: Arc<OutsideTrust>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 

@@ -219,7 +219,7 @@ pub(super) fn help(program: &str) -> String {
     text.push_str("   ringfence in Envoy's place: an L4 sidecar for Consul Connect. Environment:\n");
     text.push_str("     RINGFENCE_ENVOY_VERSION   the version to claim, X.Y.Z\n");
     text.push_str("     RINGFENCE_FEEDER          http or xds: where the mesh is learned from\n");
-    text.push_str("     RINGFENCE_HTTP_AS_TCP     1: services of protocol http are served as bytes; see the README\n");
+    text.push_str("     RINGFENCE_HTTP_AS_TCP     1: over xDS, services of protocol http are served as bytes (see the README)\n");
     text.push_str("     RINGFENCE_CONNECTION_LOG  stdout, stderr, none or a file: one JSON line a connection\n");
     text.push_str("     RINGFENCE_ABRUPT_SIGTERM  1: as --ringfence-abrupt-sigterm\n\n");
     text

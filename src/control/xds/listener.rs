@@ -288,7 +288,7 @@ fn way(chain: &pb::FilterChain, filters: Filters) -> Result<Way, Refusal> {
             Err(Refusal::new("filters", "http_connection_manager behind TLS", wanted))
         }
         Some(_) if !filters.rbac => {
-            let wanted = "without it every certificate of the mesh would be let in: expected envoy.filters.network.rbac first";
+            let wanted = "without it every certificate of the mesh would be let in: expected envoy.filters.network.rbac, or of HTTP envoy.filters.http.rbac, first";
             Err(Refusal::missing("filters", wanted))
         }
         Some(material) => Ok(Way::End(Ending {

@@ -103,6 +103,17 @@ fn principal(message: &pb::Principal) -> Result<Principal, Refusal> {
     }
 }
 
+/// Whether it is about the address that forwarded headers tell, where there are such.
+pub(super) fn names_remote_ip(principal: &pb::Principal) -> bool {
+    use pb::principal::Identifier;
+    match &principal.identifier {
+        Some(Identifier::RemoteIp(_)) => true,
+        Some(Identifier::AndIds(set) | Identifier::OrIds(set)) => set.ids.iter().any(names_remote_ip),
+        Some(Identifier::NotId(id)) => names_remote_ip(id),
+        _ => false,
+    }
+}
+
 fn network(range: &CidrRange, field: &str) -> Result<Network, Refusal> {
     let address: IpAddr = range
         .address_prefix

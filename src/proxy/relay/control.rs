@@ -28,28 +28,29 @@ impl Connection {
 
     /// A KeyUpdate that the peer asked for goes out at once when nothing else is being sent to it; else whatever is sent next
     /// sees to it.
-    pub(super) fn answer_key_update<R: Ring>(&mut self, io: &mut Io<'_, R>, leg: usize) {
+    pub(super) fn answer_key_update<R: Ring>(&mut self, io: &mut Io<'_, R>, leg: usize) -> Next {
         let wanted = self.sessions[leg].as_ref().is_some_and(|session| session.wants_control());
         if wanted && !self.flows[other(leg)].ended && !self.legs[leg].is_pending(Op::Send) {
-            let _ = self.send_key_update(io, leg);
+            return self.send_key_update(io, leg);
         }
+        Next::Wait
     }
 
     pub(super) fn control_sent<R: Ring>(&mut self, io: &mut Io<'_, R>, leg: usize, completion: Completion) -> Next {
         let from = other(leg);
+        let closing = matches!(self.controls[leg], Control::CloseNotify(_));
         match completion.outcome() {
             Ok(_) => {}
             // Only our own close_notify was lost on a peer that had said it is done: what it sent is still delivered.
-            Err(_) if self.flows.iter().all(|flow| flow.ended) => {
+            Err(_) if closing && self.flows.iter().all(|flow| flow.ended) => {
                 self.controls[leg].release(io.pool);
                 self.flows[from].state = State::Finished;
                 return self.finish_if_both_ended(io);
             }
             Err(errno) => return self.broken(io, side(leg), errno),
         }
-        let closed = matches!(self.controls[leg], Control::CloseNotify(_));
         self.controls[leg].release(io.pool);
-        if !closed {
+        if !closing {
             return self.after_key_update(io, leg);
         }
         if let Some(socket) = self.legs[leg].socket {

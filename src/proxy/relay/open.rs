@@ -57,7 +57,8 @@ impl Connection {
             flow.hold = Hold::Shared(buffer);
         }
         match completion.outcome() {
-            Ok(0) if from == MESH || flow.has_kept() => self.close(io, CloseReason::Truncated, true),
+            Ok(0) if from == MESH => self.close(io, CloseReason::Truncated, true),
+            Ok(0) if flow.has_kept() => self.app_broke_off(io, "it closed within a record"),
             Ok(0) => {
                 flow.ended = true;
                 self.open_continue(io, from)
@@ -125,9 +126,9 @@ impl Connection {
             }
         }
         self.count(io, from, payload_bytes);
-        self.answer_key_update(io, from);
+        let answered = self.answer_key_update(io, from);
         if self.stage != Stage::Relay {
-            return Next::Wait;
+            return answered;
         }
         match (self.flows[from].parts.is_empty(), &self.sessions[other(from)]) {
             (true, _) => self.open_continue(io, from),
@@ -142,8 +143,12 @@ impl Connection {
             self.facts.detail = Some(what.into());
             return self.refuse(io, alert, CloseReason::ProtocolError);
         }
+        self.app_broke_off(io, what)
+    }
+
+    fn app_broke_off<R: Ring>(&mut self, io: &mut Io<'_, R>, what: &str) -> Next {
         self.facts.detail = Some(format!("TLS with the app: {what}").into());
-        self.close(io, CloseReason::ProtocolError, true)
+        self.close(io, CloseReason::LocalReset, true)
     }
 
     fn alerted<R: Ring>(&mut self, io: &mut Io<'_, R>, from: usize, code: u8) -> Next {
@@ -151,8 +156,7 @@ impl Connection {
             self.facts.detail = Some(format!("the peer sent alert {code}").into());
             return self.close(io, close::alert(code).unwrap_or(CloseReason::PeerReset), true);
         }
-        self.facts.detail = Some(format!("TLS with the app: it sent alert {code}").into());
-        self.close(io, CloseReason::LocalReset, true)
+        self.app_broke_off(io, &format!("it sent alert {code}"))
     }
 
     pub(super) fn send_parts<R: Ring>(&mut self, io: &mut Io<'_, R>, from: usize) -> Next {

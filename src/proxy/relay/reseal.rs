@@ -3,7 +3,7 @@
 //! Each version and suite frames a record a little differently, so a record may need more room before its payload or behind it
 //! than it came with. Invariant: no byte that is still to be opened is lost to that. Where the new frames do not fit between
 //! the payloads, one record is opened, sealed and sent at a time, and reaches only over what was sent before; a trailer reaches
-//! at most one byte further than the one that came, and that byte is put back when it is sent. No payload moves.
+//! at most one byte further than the one that came, and that byte is put back when it is sent.
 
 use super::{State, other};
 use crate::buffer::HEADROOM_BYTES;

@@ -27,7 +27,7 @@ impl Mesh {
         let service = before.public_service(GATEWAY, DefaultPolicy::Allow, warehouse);
         let gateway = before.gateway.as_mut().expect("just put there");
         gateway.publisher.publish(Snapshot { services: vec![Arc::new(service)], ..Snapshot::default() });
-        before.publish_gateway(mesh, before.shown(app));
+        before.publish_gateway(mesh, before.shown(app), GATEWAY, DefaultPolicy::Allow);
         before.turns(400);
         before
     }
@@ -46,10 +46,10 @@ impl Mesh {
         }
     }
 
-    fn publish_gateway(&mut self, mesh: &TlsParams, outside: OutsideSettings) {
+    fn publish_gateway(&mut self, mesh: &TlsParams, outside: OutsideSettings, app: SocketAddr, policy: DefaultPolicy) {
         let identity = self.identity_speaking("warehouse", mesh);
-        let service = Arc::new(self.public_service(PUBLIC, DefaultPolicy::Allow, identity));
-        let mut app = Upstream::clone(&cluster("warehouse", &[GATEWAY]));
+        let service = Arc::new(self.public_service(PUBLIC, policy, identity));
+        let mut app = Upstream::clone(&cluster("warehouse", &[app]));
         app.outside = Some(Arc::new(OutsideTls::new(outside, 1).expect("good settings")));
         let way = Way::Terminate { service, app: Some(Arc::new(app)) };
         let settings = RouterSettings { bind: Bind::Tcp(PUBLIC), ..settings(vec![("warehouse", Match::default(), way)]) };
@@ -93,7 +93,7 @@ fn an_app_that_nobody_vouches_for_gets_no_byte() {
     let mut mesh = Mesh::before_tls(1, Faults::NONE, &TLS13, &TLS13);
     let stranger = Ca::new("elsewhere.consul");
     let settings = OutsideSettings { roots: vec![stranger.certificate().clone()], ..mesh.shown(&TLS13) };
-    mesh.publish_gateway(&TLS13, settings);
+    mesh.publish_gateway(&TLS13, settings, GATEWAY, DefaultPolicy::Allow);
     let app = mesh.network.listen(APP);
     mesh.turns(50);
     let client = mesh.network.connect(LISTEN).expect("the sidecar listens");
@@ -106,4 +106,37 @@ fn an_app_that_nobody_vouches_for_gets_no_byte() {
     assert_eq!(server[0].reason, CloseReason::AppUnreachable);
     let detail = server[0].detail.as_deref().unwrap_or_default();
     assert!(detail.starts_with("TLS with the app: ") && detail.contains("UnknownIssuer"), "{detail}");
+}
+
+#[test]
+fn an_app_that_never_answers_in_tls_takes_no_place_of_others_and_is_told() {
+    for policy in [DefaultPolicy::Allow, DefaultPolicy::Deny] {
+        let mut mesh = Mesh::before_tls(1, Faults::NONE, &TLS13, &TLS13);
+        let shown = mesh.shown(&TLS13);
+        mesh.publish_gateway(&TLS13, shown.clone(), APP, DefaultPolicy::Allow);
+        let app = mesh.network.listen(APP);
+        mesh.turns(50);
+        let client = mesh.network.connect(LISTEN).expect("the sidecar listens");
+        client.write(b"secret");
+        mesh.turns(500);
+        let silent = mesh.network.accept(app).expect("the app was dialed");
+        assert!(matches!(silent.read(5), Ok(Some(hello)) if hello.starts_with(&[22, 3])), "a ClientHello and nothing else");
+        let worker = mesh.server.worker.as_ref().expect("it runs");
+        assert_eq!(worker.handshakes(), 0, "peers are not refused for the app's sake");
+        // Either its time is over, or the caller may no more.
+        mesh.publish_gateway(&TLS13, shown, APP, policy);
+        mesh.turns(if policy == DefaultPolicy::Allow { 6_000 } else { 100 });
+        assert!(client.read(100).is_err(), "the client is reset");
+        drop((client, silent));
+        let (_, server) = mesh.finish();
+        let (reason, detail) = (server[0].reason, server[0].detail.as_deref().unwrap_or_default());
+        match policy {
+            DefaultPolicy::Deny => assert_eq!(reason, CloseReason::Revoked),
+            _ => {
+                assert_eq!(reason, CloseReason::AppUnreachable);
+                assert!(detail.starts_with("TLS with the app: ") && detail.ends_with("does it speak TLS?"), "{detail}");
+            }
+        }
+        assert!(server[0].connect.is_none(), "there never was an app to talk to");
+    }
 }

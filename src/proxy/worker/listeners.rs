@@ -142,7 +142,7 @@ impl<R: Ring> Worker<R> {
         know(&mut facts);
         if self.telemetry.cells.access_facts.is_set() {
             let cluster = match &listener.role {
-                Role::Upstream(balancer) => balancer.upstream().targets.first().map(|target| Arc::clone(&target.sni)),
+                Role::Upstream(balancer) => balancer.upstream().targets.first().map(|target| target.cluster().into()),
                 Role::Forward(balancer) => Some(Arc::clone(&balancer.upstream().name)),
                 Role::Public { .. } | Role::Router(_) | Role::Original(_) | Role::Redirect | Role::Lease => None,
             };

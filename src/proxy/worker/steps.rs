@@ -209,13 +209,14 @@ impl<R: Ring> Worker<R> {
                 return self.with_io(connection, |connection, io| connection.close(io, CloseReason::AppUnreachable, true));
             }
         };
-        let outside = self.listener(connection).role.balancer().and_then(|app| app.upstream().outside.clone());
-        if let Some(outside) = outside {
-            match outside.connect(self.index) {
-                Some(Ok(handshake)) => connection.handshaking = Some(Handshaking::new(handshake, PLAIN)),
-                Some(Err(error)) => return self.end(connection, CloseReason::AppUnreachable, &error.to_string()),
-                None => return self.end(connection, CloseReason::AppUnreachable, "no TLS configuration for this worker"),
-            }
+        let index = self.index;
+        let app = self.listener(connection).role.balancer();
+        let outside = app.and_then(|app| app.upstream().outside.as_ref()).map(|outside| outside.connect(index));
+        match outside {
+            None => {}
+            Some(Some(Ok(handshake))) => connection.handshaking = Some(Handshaking::new(handshake, PLAIN)),
+            Some(Some(Err(error))) => return self.end(connection, CloseReason::AppUnreachable, &error.to_string()),
+            Some(None) => return self.end(connection, CloseReason::AppUnreachable, "no TLS configuration for this worker"),
         }
         let address = Address::Tcp(choice.address);
         self.with_io(connection, |connection, io| connection.dial_app(io, proof, &address, timeout))

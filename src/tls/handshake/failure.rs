@@ -44,16 +44,18 @@ impl Failure {
         Self::new(kind, error.to_string())
     }
 
-    pub(super) fn from_rustls(error: &Error) -> Self {
+    /// `outside` is whether the peer is a server outside of the mesh.
+    pub(super) fn from_rustls(error: &Error, outside: bool) -> Self {
         match error {
             Error::AlertReceived(description) => Self::alert(u8::from(*description)),
             Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => match inner.downcast_ref::<VerifyError>() {
                 Some(error) => Self::from_verify(error),
                 None => Self::new(FailureKind::Certificate, format!("the peer's certificate is refused: {inner}")),
             },
-            Error::InvalidCertificate(reason) => {
-                Self::new(FailureKind::Certificate, format!("the peer's certificate is refused: {reason}{}", remedy(reason)))
-            }
+            Error::InvalidCertificate(reason) => Self::new(
+                FailureKind::Certificate,
+                format!("the peer's certificate is refused: {reason}{}", remedy(reason, outside)),
+            ),
             Error::NoCertificatesPresented => Self::new(
                 FailureKind::Certificate,
                 "the peer presented no certificate: it is not a mesh client, or its sidecar has no leaf yet".to_owned(),
@@ -64,9 +66,10 @@ impl Failure {
     }
 
     /// The five bytes where a record header should be. `first` tells whether anything of TLS came before.
-    pub(super) fn not_tls(header: [u8; 5], first: bool) -> Self {
+    pub(super) fn not_tls(header: [u8; 5], first: bool, outside: bool) -> Self {
         let detail = match &header {
             _ if !first => format!("the peer sent a malformed record header {header:02x?} within the handshake"),
+            _ if outside => format!("its first bytes {header:02x?} are not TLS: leave CAFile out if the app speaks in plain"),
             b"GET /" | b"HEAD " | b"POST " | b"PUT /" | b"DELET" | b"OPTIO" | b"PATCH" | b"CONNE" | b"PRI *" | b"HTTP/" => {
                 "the peer speaks plain HTTP to a mutual-TLS port: it must dial its own sidecar, not ours".to_owned()
             }
@@ -96,8 +99,9 @@ impl Failure {
     }
 }
 
-fn remedy(reason: &CertificateError) -> &'static str {
+fn remedy(reason: &CertificateError, outside: bool) -> &'static str {
     match reason {
+        CertificateError::UnknownIssuer if outside => "; none of the certificates that the app is known by issued it: see CAFile",
         CertificateError::UnknownIssuer => "; none of our roots issued it: another mesh, or a root not yet known here",
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
             "; check both clocks and the rotation of the peer's leaf"

@@ -98,7 +98,10 @@ impl OutsideTrust {
         if found.iter().any(|name| self.names.iter().any(|wanted| wanted.is_met_by(name))) {
             return Ok(());
         }
-        let presented = found.iter().take(SHOWN_MAX).map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let presented = match found {
+            [] => "no name but its subject's, which does not count".to_owned(),
+            found => found.iter().take(SHOWN_MAX).map(ToString::to_string).collect::<Vec<_>>().join(", "),
+        };
         let expected = self.names.iter().map(|name| &*name.exact).collect::<Vec<_>>().join(" or ");
         Err(VerifyError::Name { presented, expected })
     }

@@ -127,7 +127,9 @@ impl Builder<'_> {
                 let service = self.route_service(&tls.material, Arc::new(Intentions::unknown()), None, old);
                 Ok(Way::Originate { service, upstream })
             }
-            None if routes.outbound => Err(format!("cluster {name} has no UpstreamTlsContext, and nothing leaves without")),
+            None if routes.outbound => {
+                Err(format!("cluster {name} has no UpstreamTlsContext of the mesh, and nothing leaves without"))
+            }
             None => self.upstream(name, front, Allowed::AsItCame, old_upstream).map(Way::Forward),
         }
     }

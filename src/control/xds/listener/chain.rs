@@ -138,7 +138,8 @@ pub(super) fn filters(chain: &pb::FilterChain, http_as_tcp: bool) -> Result<Filt
     if chain.use_proxy_proto.as_ref().is_some_and(|set| set.value) {
         return Err(Refusal::new("use_proxy_proto", "true", "a PROXY header would reach the cluster as payload: expected false"));
     }
-    let mut found = Filters { http_as_tcp, ..Filters::default() };
+    // Without TLS in front there are no callers of the mesh, and all of a connection manager must be what is done here.
+    let mut found = Filters { http_as_tcp: http_as_tcp && chain.transport_socket.is_some(), ..Filters::default() };
     let mut ended = false;
     for (index, filter) in chain.filters.iter().enumerate() {
         let place = format!("filters[{index}]");

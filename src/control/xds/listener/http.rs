@@ -65,6 +65,10 @@ impl Http {
         if !as_tcp && !matches!(CodecType::try_from(manager.codec_type), Ok(CodecType::Auto | CodecType::Http1)) {
             return Err(Refusal::new(format!("{field}.codec_type"), manager.codec_type, "expected AUTO or HTTP1"));
         }
+        if let Some(index) = manager.upgrade_configs.iter().position(|upgrade| !upgrade.filters.is_empty()) {
+            let place = format!("{field}.upgrade_configs[{index}].filters");
+            return Err(Refusal::new(place, "present", "http_connection_manager: requests are not looked at: expected none"));
+        }
         let mut rules = None;
         for (index, filter) in manager.http_filters.iter().enumerate() {
             let place = format!("{field}.http_filters[{index}]");
@@ -99,9 +103,14 @@ impl Http {
     }
 }
 
-/// The filter is that of connections under another name.
+/// The filter is that of connections under another name, but for addresses that a header tells.
 fn rbac_of(any: &Any) -> Result<Option<Rules>, Refusal> {
     let HttpRbac { rules, matcher, .. } = unpack(any, HTTP_RBAC, "typed_config")?;
+    let policies = rules.iter().flat_map(|rules| &rules.policies);
+    if let Some((name, _)) = policies.into_iter().find(|(_, policy)| policy.principals.iter().any(rbac::names_remote_ip)) {
+        let wanted = "in HTTP it is what x-forwarded-for says, which is not looked at: expected direct_remote_ip";
+        return Err(Refusal::new(format!("typed_config.rules.policies[{name}].principals"), "remote_ip", wanted));
+    }
     rbac::rules(&Rbac { rules, matcher, ..Rbac::default() }).map_err(|why| why.under("typed_config"))
 }
 

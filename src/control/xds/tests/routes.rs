@@ -434,6 +434,11 @@ fn a_way_in_for_http_is_bytes_where_its_app_trusts_no_header_of_envoys() {
     };
     let by_path = allowed(json!({"url_path": {"path": {"exact": "/a"}}}));
     refused(json!([by_path, router]), all_to("local_app"), "url_path");
+    let forwarded = json!({"address_prefix": "203.0.113.0", "prefix_len": 24});
+    let mut by_header = allowed(json!({"any": true}));
+    let principals = &mut by_header["typed_config"]["rules"]["policies"]["consul-intentions-layer4"]["principals"];
+    *principals = json!([{"not_id": {"remote_ip": forwarded}}]);
+    refused(json!([by_header, router]), all_to("local_app"), "principals: remote_ip; in HTTP it is what x-forwarded-for says");
     refused(json!([router]), all_to("local_app"), "every certificate of the mesh would be let in");
     let paths = json!([{"match": {"path": "/a"}, "route": {"cluster": "local_app"}}]);
     refused(json!([allowed(json!({"any": true})), router]), paths, "transport_socket: with routes by path");

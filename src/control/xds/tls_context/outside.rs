@@ -142,13 +142,14 @@ fn origin(source: &core::DataSource) -> Box<str> {
 
 fn read(path: &str) -> Result<String, String> {
     // A pipe would never end, and opening one may wait for ever.
-    match std::fs::metadata(path) {
+    let len = match std::fs::metadata(path) {
         Ok(found) if !found.is_file() => return Err("it is no regular file".to_owned()),
         Ok(found) if found.len() > FILE_BYTES_MAX => return Err(format!("it is longer than {FILE_BYTES_MAX} bytes")),
-        Ok(_) => {}
+        Ok(found) => found.len(),
         Err(error) => return Err(error.to_string()),
-    }
-    let mut text = String::new();
+    };
+    // At once: what grows leaves parts of a key behind.
+    let mut text = String::with_capacity(usize::try_from(len).unwrap_or_default() + 1);
     let file = File::open(path).map_err(|error| error.to_string())?;
     file.take(FILE_BYTES_MAX).read_to_string(&mut text).map_err(|error| error.to_string())?;
     Ok(text)
