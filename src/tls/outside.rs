@@ -10,19 +10,17 @@ use std::fmt;
 use std::sync::Arc;
 
 use rustls::ClientConfig;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, UnbufferedClientConnection};
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use rustls::{DigitallySignedStruct, SignatureScheme};
 use zeroize::Zeroizing;
 
 use super::backend::provider as library;
 use super::handshake::Handshake;
 use super::provider::{TlsError, TlsParams, algorithms, sent_name, versions};
-use super::verify::{OutsideTrust, San, refuse};
+use super::verify::{OutsideTrust, San};
 
 /// What an app outside of the mesh is shown and must show.
 #[derive(Clone, PartialEq, Eq)]
@@ -63,7 +61,7 @@ pub struct OutsideTls {
 impl OutsideTls {
     /// Configurations for each of `workers`.
     pub fn new(settings: OutsideSettings, workers: usize) -> Result<Self, TlsError> {
-        // Of one worker's handshakes none touches its count: each has a verifier of its own.
+        // Shared by all: handshakes ask it and never count it.
         let trust = Arc::new(OutsideTrust::new(&settings.roots, &settings.names, algorithms())?);
         let workers = (0..workers).map(|_| config(&settings, &trust).map(Arc::new)).collect::<Result<_, _>>()?;
         Ok(Self { settings, workers })
@@ -117,11 +115,10 @@ fn config(settings: &OutsideSettings, trust: &Arc<OutsideTrust>) -> Result<Clien
     let versions = versions(&settings.params)?;
     let suites = settings.params.suites.with_tls13();
     let provider = Arc::new(CryptoProvider { cipher_suites: suites, ..library::default_provider() });
-    let algorithms = provider.signature_verification_algorithms;
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&versions)?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Verifier { trust: Arc::clone(trust), algorithms }));
+        .with_custom_certificate_verifier(Arc::clone(trust) as _);
     let mut config = match &settings.certificate {
         Some(shown) => builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certified(shown)?))),
         None => builder.with_no_client_auth(),
@@ -139,47 +136,4 @@ fn certified(shown: &Shown) -> Result<CertifiedKey, TlsError> {
     let certified = CertifiedKey::new(shown.chain.clone(), library::sign::any_supported_type(&key)?);
     certified.keys_match()?;
     Ok(certified)
-}
-
-/// Checks who answers.
-#[derive(Debug)]
-struct Verifier {
-    trust: Arc<OutsideTrust>,
-    algorithms: WebPkiSupportedAlgorithms,
-}
-
-impl ServerCertVerifier for Verifier {
-    fn verify_server_cert(
-        &self,
-        leaf: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        self.trust.check(leaf, intermediates, now).map_err(refuse)?;
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        leaf: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(message, leaf, signed, &self.algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        leaf: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, leaf, signed, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
 }

@@ -25,7 +25,7 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 pub use load::{BundleError, SvidError, bundle, leaf_id, svid};
 pub(super) use outside::OutsideTrust;
 pub use outside::{San, SanKind};
-pub(super) use roles::{AnswererVerifier, CallerVerifier, refuse};
+pub(super) use roles::{AnswererVerifier, CallerVerifier};
 
 use crate::identity::{IdentityError, Kind, SpiffeId, TrustBundle};
 

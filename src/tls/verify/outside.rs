@@ -6,10 +6,13 @@
 use std::fmt;
 use std::net::IpAddr;
 
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::WebPkiSupportedAlgorithms;
-use rustls::pki_types::{CertificateDer, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{DigitallySignedStruct, SignatureScheme};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
+use super::roles::refuse;
 use super::{BundleError, CHAIN_CERTIFICATES_MAX, Domain, Role, VerifyError, certificate_validity, load};
 
 /// Most roots: what operating systems bring has about 150.
@@ -70,12 +73,7 @@ impl OutsideTrust {
         Ok(Self { given: roots.to_vec(), cas: Domain::new("", &cas, false)?, names: names.to_vec(), algorithms })
     }
 
-    pub(in crate::tls) fn check(
-        &self,
-        leaf: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-    ) -> Result<(), VerifyError> {
+    fn check(&self, leaf: &CertificateDer<'_>, intermediates: &[CertificateDer<'_>], now: UnixTime) -> Result<(), VerifyError> {
         let presented = 1 + intermediates.len();
         if presented > CHAIN_CERTIFICATES_MAX {
             return Err(VerifyError::ChainTooLong(presented));
@@ -104,6 +102,42 @@ impl OutsideTrust {
         };
         let expected = self.names.iter().map(|name| &*name.exact).collect::<Vec<_>>().join(" or ");
         Err(VerifyError::Name { presented, expected })
+    }
+}
+
+impl ServerCertVerifier for OutsideTrust {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.check(leaf, intermediates, now).map_err(refuse)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, leaf, signed, &self.algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, leaf, signed, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
     }
 }
 

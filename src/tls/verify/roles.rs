@@ -14,7 +14,7 @@ use super::{Role, Trust, VerifyError};
 use crate::identity::SpiffeId;
 
 /// Hands a refusal to rustls so that the alert on the wire is the one that fits.
-pub(in crate::tls) fn refuse(error: VerifyError) -> rustls::Error {
+pub(super) fn refuse(error: VerifyError) -> rustls::Error {
     let known = match &error {
         VerifyError::Chain(webpki::Error::UnknownIssuer) => Some(CertificateError::UnknownIssuer),
         VerifyError::Chain(webpki::Error::CertExpired { time, not_after }) => {
