@@ -17,7 +17,7 @@ use std::time::Duration;
 use self::router::Router;
 use crate::identity::{SpiffeId, Svid, TrustBundle};
 use crate::policy::Intentions;
-use crate::tls::{OutsideTls, WorkerTls};
+use crate::tls::{FrontTls, OutsideTls, WorkerTls};
 
 /// One consistent state of the mesh as seen from this host.
 #[derive(Debug, Default)]
@@ -43,6 +43,12 @@ impl Snapshot {
     pub fn all_services(&self) -> impl Iterator<Item = &Arc<Service>> {
         let of_routes = self.routers.iter().flat_map(|router| router.routes()).filter_map(|route| route.way.service());
         self.services.iter().chain(of_routes)
+    }
+
+    /// Every upstream, also on routes.
+    pub fn all_upstreams(&self) -> impl Iterator<Item = &Arc<Upstream>> {
+        let of_routes = self.routers.iter().flat_map(|router| router.routes()).filter_map(|route| route.upstream());
+        self.services.iter().flat_map(|service| &service.upstreams).chain(of_routes)
     }
 
     /// Every address that it has workers listen on.
@@ -158,6 +164,8 @@ pub struct Upstream {
     pub idle_timeout: Option<Duration>,
     /// Endpoints that one connection tries; `None` is this proxy's own number.
     pub connect_attempts: Option<u32>,
+    /// What TLS clients must speak, where it is that of an ingress gateway; they speak in plain if none.
+    pub front: Option<Arc<FrontTls>>,
     /// What TLS is spoken to its members with where it is the app behind a terminating gateway; plain if none.
     pub outside: Option<Arc<OutsideTls>>,
     /// Its one target has no endpoint of its own: a redirected connection goes where it wanted to.

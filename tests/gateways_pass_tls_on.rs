@@ -149,6 +149,7 @@ fn cluster(endpoints: &[SocketAddr], max_connections: Option<u32>) -> Upstream {
         outlier: Outlier::default(),
         idle_timeout: None,
         connect_attempts: None,
+        front: None,
         outside: None,
         original: false,
         deny_reply: DenyReply::Close,

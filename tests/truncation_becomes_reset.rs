@@ -62,6 +62,8 @@ fn a_server_without_close_notify_is_a_reset_for_the_client() {
     let config = tls::server_config(&agent.leaf("db"));
     let _server = Custom::start_on(place, move |tcp| {
         if let Ok(mut stream) = tls::accept(tcp, &config) {
+            // Asked first: a reset must not come before the client knows that it is connected.
+            let _ = stream.read(&mut [0; 16]);
             let _ = stream.write_all(b"half of").and_then(|()| stream.flush());
             let _ = stream.sock.shutdown(Shutdown::Write);
             // The socket stays open for a while so that nothing but the FIN can end the stream.
@@ -70,7 +72,8 @@ fn a_server_without_close_notify_is_a_reset_for_the_client() {
     });
     let web = Sidecar::start(&agent, "web");
     web.wait_endpoint();
-    let client = traffic::connect(upstream).expect("web's upstream listens");
+    let mut client = traffic::connect(upstream).expect("web's upstream listens");
+    client.write_all(b"please").expect("a write");
     assert_eq!(read_to_end(&client).1, End::Reset, "the client took a truncated answer for a finished one");
     web.wait_closed("truncated");
 }

@@ -16,7 +16,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::proto_json;
 use super::routes::{self, Admin};
 use crate::mesh::{Identity, Snapshot};
-use crate::tls::OutsideSettings;
+use crate::tls::{OutsideSettings, Shown};
 
 /// Where certificates come from that Consul sends.
 const INLINE: &str = "<inline>";
@@ -36,13 +36,20 @@ fn all(snapshot: &Snapshot, now: SystemTime) -> Value {
     let outside =
         snapshot.routers.iter().flat_map(|router| router.routes()).filter_map(|route| route.upstream()?.outside.as_ref());
     let outside = outside.map(|outside| of_app(outside.settings(), now));
-    json!({"certificates": identities.map(|identity| entry(identity, now)).chain(outside).collect::<Vec<_>>()})
+    let fronts = snapshot.all_upstreams().filter_map(|upstream| upstream.front.as_ref());
+    let fronts = fronts.filter_map(|front| shown(&front.settings().certificate, now));
+    let fronts = fronts.map(|chain| json!({"ca_cert": [], "cert_chain": [chain]}));
+    json!({"certificates": identities.map(|identity| entry(identity, now)).chain(outside).chain(fronts).collect::<Vec<_>>()})
+}
+
+fn shown(shown: &Shown, now: SystemTime) -> Option<Value> {
+    details(shown.chain.first()?, &shown.from, now)
 }
 
 /// What an app outside of the mesh is known by, and what it is shown.
 fn of_app(settings: &OutsideSettings, now: SystemTime) -> Value {
     let roots: Vec<Value> = settings.roots.iter().filter_map(|root| details(root, &settings.roots_from, now)).collect();
-    let shown = settings.certificate.as_ref().and_then(|shown| details(shown.chain.first()?, &shown.from, now));
+    let shown = settings.certificate.as_ref().and_then(|certificate| shown(certificate, now));
     json!({"ca_cert": roots, "cert_chain": shown.into_iter().collect::<Vec<_>>()})
 }
 

@@ -1,7 +1,7 @@
 //! `/config_dump`: the configuration in force as Envoy's messages.
 //!
 //! Invariant: the order is Envoy's, because scripts count: bootstrap, clusters, endpoints with `include_eds`, listeners,
-//! secrets. What is shown holds no key: the xDS feeder hands its resources over redacted (`control::dump`), and those that
+//! routes where some are asked for, secrets. What is shown holds no key: the xDS feeder hands its resources over redacted (`control::dump`), and those that
 //! are made of the snapshot ([`made`]) name no key. The hub is not touched.
 
 mod made;
@@ -94,7 +94,8 @@ fn answer(resources: &Resources, parameters: &Parameters) -> Response {
 }
 
 fn sections(resources: &Resources, include_eds: bool) -> Vec<Section> {
-    let Resources { bootstrap, bootstrap_at, static_clusters, static_listeners, clusters, endpoints, listeners } = resources;
+    let Resources { bootstrap, bootstrap_at, static_clusters, static_listeners, clusters, endpoints, listeners, routes } =
+        resources;
     let bootstrap = Section {
         message: "BootstrapConfigDump",
         fields: Map::from_iter([
@@ -128,12 +129,23 @@ fn sections(resources: &Resources, include_eds: bool) -> Vec<Section> {
             List::new("dynamic_listeners", "DynamicListener", DYNAMIC_LISTENER, listeners, listener),
         ],
     );
+    // Envoy has this one only where an http_connection_manager is.
+    let routes = (!routes.is_empty()).then(|| {
+        let element = |one: &Resource| flat(one, "route_config");
+        Section::of(
+            "RoutesConfigDump",
+            [
+                List::new("static_route_configs", "StaticRouteConfig", STATIC_ROUTES, &[], element),
+                List::new("dynamic_route_configs", "DynamicRouteConfig", DYNAMIC_ROUTES, routes, element),
+            ],
+        )
+    });
     let none = |field| List::new(field, "DynamicSecret", SECRET, &[], |one| flat(one, "secret"));
     let secrets = Section::of(
         "SecretsConfigDump",
         [none("static_secrets"), none("dynamic_active_secrets"), none("dynamic_warming_secrets")],
     );
-    [Some(bootstrap), Some(clusters), endpoints, Some(listeners), Some(secrets)].into_iter().flatten().collect()
+    [Some(bootstrap), Some(clusters), endpoints, Some(listeners), routes, Some(secrets)].into_iter().flatten().collect()
 }
 
 const STATIC_CLUSTER: &[&str] = &["cluster", "last_updated"];
@@ -142,6 +154,8 @@ const STATIC_ENDPOINT: &[&str] = &["endpoint_config", "last_updated"];
 const DYNAMIC_ENDPOINT: &[&str] = &["version_info", "endpoint_config", "last_updated", "error_state", "client_status"];
 const STATIC_LISTENER: &[&str] = &["listener", "last_updated"];
 const DYNAMIC_LISTENER: &[&str] = &["name", "active_state", "warming_state", "draining_state", "error_state", "client_status"];
+const STATIC_ROUTES: &[&str] = &["route_config", "last_updated"];
+const DYNAMIC_ROUTES: &[&str] = &["version_info", "route_config", "last_updated", "error_state", "client_status"];
 const SECRET: &[&str] = &["name", "version_info", "last_updated", "secret", "error_state", "client_status"];
 
 /// An element that holds its resource under `field`.

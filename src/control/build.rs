@@ -141,6 +141,7 @@ fn upstream(
         outlier: spec.outlier,
         idle_timeout: spec.tuning.idle_timeout,
         connect_attempts: spec.tuning.connect_attempts,
+        front: None,
         outside: None,
         original: false,
         deny_reply: spec.deny_reply,

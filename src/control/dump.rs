@@ -48,6 +48,8 @@ pub struct Resources {
     pub endpoints: Vec<Resource>,
     /// `envoy.config.listener.v3.Listener`, by LDS.
     pub listeners: Vec<Resource>,
+    /// `envoy.config.route.v3.RouteConfiguration`, by RDS.
+    pub routes: Vec<Resource>,
 }
 
 /// One resource.

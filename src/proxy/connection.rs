@@ -53,6 +53,8 @@ pub(super) enum Next {
     },
     /// The app answered.
     AppReady,
+    /// TLS stands with a client of outside the mesh, who is nobody in particular: dial.
+    ClientReady,
     /// Over: nothing is pending, everything is given back.
     Over,
 }
@@ -68,6 +70,8 @@ pub(super) enum Stage {
     Handshake,
     /// TLS handshake with the app.
     AppHandshake,
+    /// TLS handshake with a client outside of the mesh.
+    ClientHandshake,
     /// Outbound: dialing the endpoint. Inbound: dialing the app.
     Connecting,
     /// Bytes flow.
@@ -92,7 +96,7 @@ pub(super) struct Connection {
     /// The byte directions, by the leg that each begins on.
     pub(super) flows: [Flow; 2],
     pub(super) handshaking: Option<Box<Handshaking>>,
-    /// By leg. One on both is a gateway to an app that speaks TLS; none is on a connection that goes as it came.
+    /// By leg. One on both is a gateway to an app, or for clients, that speak TLS; none is on a connection that goes as it came.
     pub(super) sessions: [Option<Box<Session>>; 2],
     /// By leg: what its send slot carries besides data.
     pub(super) controls: [Control; 2],
@@ -117,7 +121,7 @@ pub(super) struct Connection {
     /// What it speaks as (outbound).
     pub(super) identity: Option<Arc<Identity>>,
     pub(super) replying: Option<Box<Replying>>,
-    /// The local client was told why it is denied: it gets a FIN.
+    /// The local client was told why it is turned away: it gets a FIN.
     pub(super) told: bool,
     /// It is counted among its listener's connections no more.
     pub(super) left_gate: bool,
@@ -238,7 +242,7 @@ impl Connection {
             Stage::Linger => self.on_linger(io, op, completion),
             Stage::Reply => self.on_reply(io, op, completion),
             Stage::Inspect => self.on_inspect(io, op, completion),
-            Stage::Handshake | Stage::AppHandshake => self.on_handshake(io, op, completion),
+            Stage::Handshake | Stage::AppHandshake | Stage::ClientHandshake => self.on_handshake(io, op, completion),
             Stage::Connecting => self.on_connected(io, completion),
             Stage::Relay => self.on_relay(io, op, leg, completion),
             // Nothing is pending while held, so nothing can complete.
@@ -261,6 +265,10 @@ impl Connection {
             }
             (Stage::Inspect, _) => self.inspected_too_long(io),
             (Stage::Handshake, Direction::Inbound) => self.close(io, CloseReason::HandshakeTimeout, true),
+            (Stage::ClientHandshake, _) => {
+                io.cells.outside_handshakes_failed.add(1);
+                self.close(io, CloseReason::HandshakeTimeout, true)
+            }
             (Stage::AppHandshake, _) => self.app_handshake_failed(io, "it did not answer in time; does it speak TLS?"),
             (Stage::Handshake | Stage::Connecting, Direction::Outbound) => self.retreat(io, CloseReason::ConnectTimeout),
             (Stage::Connecting, Direction::Inbound) => self.retreat(io, CloseReason::AppUnreachable),
@@ -379,7 +387,7 @@ impl Connection {
         }
     }
 
-    fn far_leg(&self) -> usize {
+    pub(super) fn far_leg(&self) -> usize {
         match self.direction {
             Direction::Inbound => PLAIN,
             Direction::Outbound => MESH,

@@ -1,13 +1,13 @@
 //! The two byte directions of a connection: plain to mesh is sealed in place, mesh to plain is opened in place; where the app
-//! speaks TLS too, each is opened and sealed again in place; where a route says so, both are passed on as they are.
+//! or client speaks TLS too, each is opened and sealed again in place; where a route says so, both are passed on as they are.
 //!
 //! Invariant: a flow either receives or sends, never both, so its buffer has one user; it receives again only when all it
 //! had was sent, which is the whole back-pressure. Payload is never copied in user space, nor moved but for what came behind a handshake: a receive stops where
 //! every record that has begun still fits the slack behind it.
 //!
 //! Ends: EOF on the plain leg becomes close_notify and FIN on the mesh leg; close_notify becomes FIN on the plain leg; an
-//! EOF without close_notify, or a reset, becomes a reset on the other leg. Only of an app that speaks TLS an EOF between two
-//! records is an end like any other: servers outside of the mesh often leave close_notify out, and Envoy takes it so.
+//! EOF without close_notify, or a reset, becomes a reset on the other leg. Only of an app or client that speaks TLS
+//! an EOF between two records is an end like any other: outside of the mesh close_notify is often left out, and Envoy takes it so.
 
 mod control;
 mod kept;

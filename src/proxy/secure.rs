@@ -1,4 +1,5 @@
-//! The handshake stage of a connection, in either role; behind a gateway a second one follows, with an app that speaks TLS.
+//! The handshake stage of a connection, in either role. At gateways there is a second one on the other leg: before it with a
+//! client, or after it with an app, that speaks TLS.
 //!
 //! Invariant: handshake bytes are copied once into a lease of the connection's own, so a slow peer never holds one of the
 //! shared buffers; what follows the handshake in the same receive stays encrypted and goes to the relay.
@@ -15,7 +16,7 @@ const TOO_LARGE: &str = "a handshake message is larger than 16 KiB";
 /// A handshake with its buffers.
 pub(super) struct Handshaking {
     tls: Handshake,
-    /// With whom: the mesh peer, or the app.
+    /// With whom: the mesh peer, or the app or client outside of the mesh.
     leg: usize,
     /// Bytes received and not yet consumed, at the front of the lease. None until the first byte came.
     input: Option<Lease>,
@@ -40,22 +41,21 @@ impl Handshaking {
 }
 
 impl Connection {
-    /// Starts the server role: waits for the peer's first bytes without owning a buffer.
+    /// Starts the server role with whoever connected, a peer or a client of outside the mesh: with the first bytes where they
+    /// were read to find the route, otherwise by waiting for them without owning a buffer.
     pub(super) fn start_accepting<R: Ring>(&mut self, io: &mut Io<'_, R>, tls: Handshake, timeout: std::time::Duration) -> Next {
-        self.stage = Stage::Handshake;
+        let (stage, leg) = match self.direction {
+            Direction::Inbound => (Stage::Handshake, MESH),
+            Direction::Outbound => (Stage::ClientHandshake, PLAIN),
+        };
+        self.stage = stage;
         self.deadline = Some(io.now + timeout);
         self.step_began = io.now;
-        self.handshaking = Some(Handshaking::new(tls, MESH));
-        self.receive_handshake(io)
-    }
-
-    /// [`Self::start_accepting`] of a connection whose first bytes were read to find its route.
-    pub(super) fn go_on_accepting<R: Ring>(&mut self, io: &mut Io<'_, R>, tls: Handshake, timeout: std::time::Duration) -> Next {
-        let Some((input, filled)) = self.flows[PLAIN].take_kept(io.pool) else { return self.start_accepting(io, tls, timeout) };
-        self.stage = Stage::Handshake;
-        self.deadline = Some(io.now + timeout);
-        self.step_began = io.now;
-        let mut handshaking = Handshaking::new(tls, MESH);
+        let mut handshaking = Handshaking::new(tls, leg);
+        let Some((input, filled)) = self.flows[PLAIN].take_kept(io.pool) else {
+            self.handshaking = Some(handshaking);
+            return self.receive_handshake(io);
+        };
         handshaking.input = Some(input);
         handshaking.filled = filled;
         handshaking.heard = true;
@@ -97,7 +97,7 @@ impl Connection {
                     io.ring.recycle(buffer);
                 }
                 let heard = self.handshaking.as_ref().is_some_and(|handshaking| handshaking.heard);
-                if self.direction == Direction::Inbound && self.handshake_leg() == MESH && !heard {
+                if self.handshake_leg() != self.far_leg() && !heard {
                     return self.close(io, CloseReason::Probe, false);
                 }
                 return self.handshake_broken(io, "the peer closed during the handshake".to_owned());
@@ -240,9 +240,13 @@ impl Connection {
         self.sessions[leg] = Some(Box::new(established.session));
         self.deadline = None;
         if leg == PLAIN {
-            // What is told of a connection's TLS is told of its mesh leg. The app is connected now, as for Envoy.
+            // What is told of a connection's TLS is told of its mesh leg.
+            io.cells.outside_handshakes.add(1);
+            if self.direction == Direction::Outbound {
+                return Next::ClientReady;
+            }
+            // The app is connected now, as for Envoy.
             self.facts.connect = Some(io.now - self.step_began);
-            io.cells.app_handshakes.add(1);
             return Next::AppReady;
         }
         if let Some(facts) = &mut self.facts.access {
@@ -270,33 +274,57 @@ impl Connection {
     }
 
     fn handshake_failed<R: Ring>(&mut self, io: &mut Io<'_, R>, leg: usize, failure: Failure) -> Next {
-        if leg == PLAIN {
-            return self.app_handshake_failed(io, &failure.detail);
-        }
-        self.facts.detail = Some(failure.detail);
-        let reason = close::handshake(failure.kind);
-        match self.direction {
-            // The alert is out already; a clean end lets the peer read it.
-            Direction::Inbound => self.close(io, reason, failure.kind == FailureKind::Protocol),
-            Direction::Outbound => self.retreat(io, reason),
+        match (leg, self.direction) {
+            (PLAIN, Direction::Inbound) => self.app_handshake_failed(io, &failure.detail),
+            (PLAIN, Direction::Outbound) => self.client_handshake_failed(io, &failure.detail),
+            (_, direction) => {
+                self.facts.detail = Some(failure.detail);
+                let reason = close::handshake(failure.kind);
+                match direction {
+                    // The alert is out already; a clean end lets the peer read it.
+                    Direction::Inbound => self.close(io, reason, failure.kind == FailureKind::Protocol),
+                    Direction::Outbound => self.retreat(io, reason),
+                }
+            }
         }
     }
 
     fn handshake_broken<R: Ring>(&mut self, io: &mut Io<'_, R>, detail: String) -> Next {
-        if self.handshake_leg() == PLAIN {
-            return self.app_handshake_failed(io, &detail);
-        }
-        self.facts.detail = Some(detail.into());
-        match self.direction {
-            Direction::Inbound => self.close(io, CloseReason::HandshakeFailed, true),
-            Direction::Outbound => self.retreat(io, CloseReason::HandshakeFailed),
+        match (self.handshake_leg(), self.direction) {
+            (PLAIN, Direction::Inbound) => self.app_handshake_failed(io, &detail),
+            (PLAIN, Direction::Outbound) => self.client_handshake_failed(io, &detail),
+            (_, direction) => {
+                self.facts.detail = Some(detail.into());
+                match direction {
+                    Direction::Inbound => self.close(io, CloseReason::HandshakeFailed, true),
+                    Direction::Outbound => self.retreat(io, CloseReason::HandshakeFailed),
+                }
+            }
         }
     }
 
     /// The mesh peer is allowed, and the app cannot be reached: another endpoint of it may be.
     pub(super) fn app_handshake_failed<R: Ring>(&mut self, io: &mut Io<'_, R>, why: &str) -> Next {
-        self.facts.detail = Some(format!("TLS with the app: {why}").into());
-        io.cells.app_handshakes_failed.add(1);
+        self.tell_of_outsider(why);
+        io.cells.outside_handshakes_failed.add(1);
         self.retreat(io, CloseReason::AppUnreachable)
+    }
+
+    /// Nobody was dialed for that client yet. What alert it gets is out already.
+    fn client_handshake_failed<R: Ring>(&mut self, io: &mut Io<'_, R>, why: &str) -> Next {
+        self.tell_of_outsider(why);
+        io.cells.outside_handshakes_failed.add(1);
+        // A FIN, so that the alert is read.
+        self.told = true;
+        self.close(io, CloseReason::HandshakeFailed, false)
+    }
+
+    /// Says what went wrong in TLS with whoever is outside of the mesh.
+    pub(super) fn tell_of_outsider(&mut self, what: &str) {
+        let who = match self.direction {
+            Direction::Inbound => "app",
+            Direction::Outbound => "client",
+        };
+        self.facts.detail = Some(format!("TLS with the {who}: {what}").into());
     }
 }

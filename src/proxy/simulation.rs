@@ -6,6 +6,7 @@
 //! `RINGFENCE_SEED=7` replays one seed, `RINGFENCE_SEEDS=2000` runs more.
 
 mod denial;
+mod front;
 mod idle;
 mod outside;
 mod routing;
@@ -62,6 +63,8 @@ struct Mesh {
     idle_timeout: Option<Duration>,
     /// Between the two, where a test puts one.
     gateway: Option<Side>,
+    /// What TLS the client's local clients speak, where the sidecar is an ingress gateway.
+    clients_speak: Option<Arc<rustls::ClientConfig>>,
 }
 
 impl Side {
@@ -116,7 +119,7 @@ impl Mesh {
         let network = Network::new(seed, faults);
         let ca = Ca::new("mesh.consul");
         let (client, server) = (Side::telling_apart(&network, attribution), Side::new(&network));
-        let mut mesh = Self { network, ca, client, server, idle_timeout: None, gateway: None };
+        let mut mesh = Self { network, ca, client, server, idle_timeout: None, gateway: None, clients_speak: None };
         mesh.publish_client(&[PUBLIC], true);
         mesh.publish_server(DefaultPolicy::Allow);
         mesh.turns(400);
@@ -141,6 +144,12 @@ impl Mesh {
 
     /// The same, with what a denied client is told.
     fn publish_client_replying(&mut self, endpoints: &[SocketAddr], certified: bool, deny_reply: DenyReply) {
+        let upstream = self.upstream(endpoints, deny_reply);
+        self.publish_upstream(upstream, certified);
+    }
+
+    /// The warehouse, as the client's sidecar dials it.
+    fn upstream(&self, endpoints: &[SocketAddr], deny_reply: DenyReply) -> Upstream {
         let expected = [self.ca.svid("warehouse").id.clone()].into();
         let endpoints = endpoints.iter().map(|&address| Endpoint { address, weight: 1, healthy: true }).collect();
         let target = Target {
@@ -150,7 +159,7 @@ impl Mesh {
             endpoints,
             access: None,
         };
-        let upstream = Upstream {
+        Upstream {
             name: "warehouse".into(),
             bind: Bind::Tcp(LISTEN),
             connect_timeout: Duration::from_secs(5),
@@ -159,11 +168,15 @@ impl Mesh {
             outlier: Outlier::default(),
             idle_timeout: None,
             connect_attempts: None,
+            front: None,
             outside: None,
             original: false,
             deny_reply,
             targets: vec![Arc::new(target)],
-        };
+        }
+    }
+
+    fn publish_upstream(&mut self, upstream: Upstream, certified: bool) {
         let service = Service {
             name: "airflow-worker".into(),
             proxy_id: "airflow-worker-sidecar-proxy".into(),
@@ -204,6 +217,15 @@ impl Mesh {
         }
     }
 
+    /// A client of the client's sidecar.
+    fn connect(&self) -> Box<dyn Line> {
+        let end = self.network.connect(LISTEN).expect("the sidecar listens");
+        match &self.clients_speak {
+            Some(config) => Box::new(front::TlsEnd::new(end, config)),
+            None => Box::new(end),
+        }
+    }
+
     fn turn(&mut self) {
         self.network.advance(Duration::from_millis(1));
         self.client.turn();
@@ -239,9 +261,34 @@ impl Mesh {
     }
 }
 
+/// What a conversation is held over.
+trait Line {
+    /// As [`End::write`].
+    fn write(&mut self, bytes: &[u8]) -> Option<usize>;
+    /// As [`End::read`].
+    fn read(&mut self, room: usize) -> Result<Option<Vec<u8>>, i32>;
+    /// As [`End::shutdown_write`]; to be called until it is done.
+    fn shutdown_write(&mut self) -> bool;
+}
+
+impl Line for End {
+    fn write(&mut self, bytes: &[u8]) -> Option<usize> {
+        Self::write(self, bytes)
+    }
+
+    fn read(&mut self, room: usize) -> Result<Option<Vec<u8>>, i32> {
+        Self::read(self, room)
+    }
+
+    fn shutdown_write(&mut self) -> bool {
+        Self::shutdown_write(self);
+        true
+    }
+}
+
 /// One side of one conversation: what it has still to say and what it heard.
 struct Talker {
-    end: Option<End>,
+    end: Option<Box<dyn Line>>,
     say: Vec<u8>,
     said: usize,
     shut: bool,
@@ -257,11 +304,15 @@ enum Outcome {
 
 impl Talker {
     fn new(end: End, say: Vec<u8>) -> Self {
+        Self::over(Box::new(end), say)
+    }
+
+    fn over(end: Box<dyn Line>, say: Vec<u8>) -> Self {
         Self { end: Some(end), say, said: 0, shut: false, heard: Vec::new(), outcome: None }
     }
 
     fn step(&mut self, random: &mut Random) {
-        let Some(end) = &self.end else { return };
+        let Some(end) = &mut self.end else { return };
         if self.said < self.say.len() {
             let len = 1 + random.below(40_000);
             let upto = (self.said + len).min(self.say.len());
@@ -270,8 +321,7 @@ impl Talker {
                 None => self.outcome = Some(Outcome::Reset),
             }
         } else if !self.shut {
-            end.shutdown_write();
-            self.shut = true;
+            self.shut = end.shutdown_write();
         }
         if self.outcome.is_none() {
             match end.read(1 + random.below(50_000)) {
@@ -315,12 +365,12 @@ fn converse_in(mut mesh: Mesh, seed: u64) -> (usize, Vec<ConnectionRecord>, Vec<
     let count = 1 + random.below(5);
     let mut clients = Vec::new();
     for number in 0..count {
-        let end = mesh.network.connect(LISTEN).expect("the sidecar listens");
+        let end = mesh.connect();
         let len = length(&mut random);
         // The first bytes name the conversation, so that the app's side can be matched.
         let mut say = vec![number as u8];
         say.extend(payload(&mut random, len));
-        clients.push(Talker::new(end, say));
+        clients.push(Talker::over(end, say));
     }
     let mut servers: Vec<Talker> = Vec::new();
     for _ in 0..TURNS_MAX {

@@ -269,6 +269,7 @@ mod tests {
             outlier: Outlier::default(),
             idle_timeout: None,
             connect_attempts: None,
+            front: None,
             outside: None,
             original: false,
             deny_reply: DenyReply::Close,

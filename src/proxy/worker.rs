@@ -291,7 +291,7 @@ impl<R: Ring> Worker<R> {
     /// Steps a connection with everything it may use, and keeps the count of handshakes.
     fn with_io<T>(&mut self, connection: &mut Connection, step: impl FnOnce(&mut Connection, &mut Io<'_, R>) -> T) -> T {
         let now = self.ring.now();
-        let awaited = |stage| matches!(stage, Stage::Inspect | Stage::Handshake);
+        let awaited = |stage| matches!(stage, Stage::Inspect | Stage::Handshake | Stage::ClientHandshake);
         let before = awaited(connection.stage);
         let cells = self.listeners[connection.listener as usize].as_ref().map(|listener| Arc::as_ref(&listener.cells));
         let cells = cells.expect("a listener's place is kept while its connections live");
@@ -328,7 +328,7 @@ fn slot_of(index: usize) -> u32 {
 
 #[cfg(test)]
 impl Worker<crate::ring::sim::Sim> {
-    /// Peers whose handshake is under way.
+    /// Peers and clients whose handshake is under way.
     pub(super) fn handshakes(&self) -> u32 {
         self.handshakes
     }

@@ -90,10 +90,11 @@ pub struct ListenerCells {
     pub handshakes: Cell,
     /// Of those, resumed ones.
     pub handshakes_resumed: Cell,
-    /// TLS handshakes completed with the app, where it speaks TLS itself.
-    pub app_handshakes: Cell,
+    /// TLS handshakes completed with whoever is outside of the mesh: the app behind a gateway (inbound), or clients of one
+    /// (outbound), where they speak TLS themselves.
+    pub outside_handshakes: Cell,
     /// And those that failed.
-    pub app_handshakes_failed: Cell,
+    pub outside_handshakes_failed: Cell,
     /// Connects tried on upstream endpoints or the app.
     pub connect_attempts: Cell,
     /// Of those, failed ones (timeouts included).
@@ -137,8 +138,8 @@ impl ListenerCells {
             bytes_to_mesh: Cell::default(),
             handshakes: Cell::default(),
             handshakes_resumed: Cell::default(),
-            app_handshakes: Cell::default(),
-            app_handshakes_failed: Cell::default(),
+            outside_handshakes: Cell::default(),
+            outside_handshakes_failed: Cell::default(),
             connect_attempts: Cell::default(),
             connect_failures: Cell::default(),
             connect_timeouts: Cell::default(),

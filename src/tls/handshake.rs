@@ -18,6 +18,7 @@ use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedStatus};
 
+use failure::Other;
 pub use failure::{Failure, FailureKind};
 
 use super::record::{Keys, Session};
@@ -59,12 +60,18 @@ enum Peer {
     /// One of these answers us.
     Answerer(Arc<Trust>, Arc<[SpiffeId]>),
     /// A server outside of the mesh: its verifier has said all about it, since its sessions are never resumed.
-    Outside,
+    App,
+    /// A client outside of the mesh, who shows no certificate.
+    Client,
 }
 
 impl Peer {
-    fn is_outside(&self) -> bool {
-        matches!(self, Self::Outside)
+    fn other(&self) -> Other {
+        match self {
+            Self::Caller(_) | Self::Answerer(..) => Other::Peer,
+            Self::App => Other::App,
+            Self::Client => Other::Client,
+        }
     }
 }
 
@@ -102,7 +109,7 @@ pub enum Progress {
 /// A finished handshake.
 #[derive(Debug)]
 pub struct Established {
-    /// The peer's verified identity; none of a server outside of the mesh.
+    /// The peer's verified identity; none of a server or client outside of the mesh.
     pub peer: Option<SpiffeId>,
     /// TLS version number (0x0303, 0x0304).
     pub version: u16,
@@ -170,7 +177,7 @@ impl Handshake {
         let discard = discard.min(self.seen);
         self.kept.drain(..discard);
         self.seen -= discard;
-        let turn = turn.map_err(|error| Failure::from_rustls(&error, self.peer.is_outside()))?;
+        let turn = turn.map_err(|error| Failure::from_rustls(&error, self.peer.other()))?;
         if self.pending.len() - self.pending_at > PENDING_BYTES_MAX {
             return Err(Failure::protocol("our own flight outgrew its bound"));
         }
@@ -217,7 +224,7 @@ impl Handshake {
         self.seen = self.kept.len();
         let first = self.records == 0;
         let _ = self.turn();
-        Failure::not_tls(header, first, self.peer.is_outside())
+        Failure::not_tls(header, first, self.peer.other())
     }
 
     /// Collects the alert that rustls queued when it failed.
@@ -276,13 +283,13 @@ impl Handshake {
             Rustls::Server(connection) => {
                 let (secrets, kernel) = connection
                     .dangerous_into_kernel_connection()
-                    .map_err(|error| Failure::from_rustls(&error, self.peer.is_outside()))?;
+                    .map_err(|error| Failure::from_rustls(&error, self.peer.other()))?;
                 (kernel.protocol_version(), kernel.negotiated_cipher_suite().suite(), Keys::server(secrets, kernel))
             }
             Rustls::Client(connection) => {
                 let (secrets, kernel) = connection
                     .dangerous_into_kernel_connection()
-                    .map_err(|error| Failure::from_rustls(&error, self.peer.is_outside()))?;
+                    .map_err(|error| Failure::from_rustls(&error, self.peer.other()))?;
                 (kernel.protocol_version(), kernel.negotiated_cipher_suite().suite(), Keys::client(secrets, kernel))
             }
         };
@@ -303,15 +310,18 @@ impl Handshake {
     }
 
     fn peer(&self) -> Result<Option<SpiffeId>, Failure> {
+        if matches!(self.peer, Peer::Client) {
+            return Ok(None);
+        }
         let (leaf, intermediates) = self
             .peer_chain()
             .and_then(<[_]>::split_first)
-            .ok_or_else(|| Failure::from_rustls(&rustls::Error::NoCertificatesPresented, false))?;
+            .ok_or_else(|| Failure::from_rustls(&rustls::Error::NoCertificatesPresented, self.peer.other()))?;
         let now = UnixTime::now();
         match &self.peer {
             Peer::Caller(trust) => trust.peer(leaf, intermediates, Role::Server, now).map(Some),
             Peer::Answerer(trust, expected) => trust.expected_peer(leaf, intermediates, expected, now).map(Some),
-            Peer::Outside => Ok(None),
+            Peer::App | Peer::Client => Ok(None),
         }
         .map_err(|error| Failure::from_verify(&error))
     }
@@ -329,8 +339,12 @@ impl Handshake {
         Self::new(Rustls::Client(Box::new(connection)), Peer::Answerer(trust, expected), keeps_tickets)
     }
 
-    pub(super) fn outside(connection: UnbufferedClientConnection) -> Self {
-        Self::new(Rustls::Client(Box::new(connection)), Peer::Outside, false)
+    pub(super) fn with_app(connection: UnbufferedClientConnection) -> Self {
+        Self::new(Rustls::Client(Box::new(connection)), Peer::App, false)
+    }
+
+    pub(super) fn with_client(connection: UnbufferedServerConnection) -> Self {
+        Self::new(Rustls::Server(Box::new(connection)), Peer::Client, false)
     }
 
     fn new(rustls: Rustls, peer: Peer, keeps_tickets: bool) -> Self {

@@ -72,11 +72,17 @@ impl OutsideTls {
         &self.settings
     }
 
+    /// That of the first worker, for clients of tests.
+    #[cfg(test)]
+    pub(crate) fn config(&self) -> Arc<ClientConfig> {
+        Arc::clone(&self.workers[0])
+    }
+
     /// A client-role handshake on that worker; none where it was made for fewer.
     pub fn connect(&self, worker: usize) -> Option<Result<Handshake, TlsError>> {
         let config = Arc::clone(self.workers.get(worker)?);
         let (name, _) = sent_name(&self.settings.sni);
-        Some(UnbufferedClientConnection::new(config, name).map(Handshake::outside).map_err(TlsError::from))
+        Some(UnbufferedClientConnection::new(config, name).map(Handshake::with_app).map_err(TlsError::from))
     }
 }
 
@@ -130,7 +136,7 @@ fn config(settings: &OutsideSettings, trust: &Arc<OutsideTrust>) -> Result<Clien
     Ok(config)
 }
 
-fn certified(shown: &Shown) -> Result<CertifiedKey, TlsError> {
+pub(super) fn certified(shown: &Shown) -> Result<CertifiedKey, TlsError> {
     let key = PrivateKeyDer::from_pem_slice(shown.key_pem.as_bytes()).map_err(|_| TlsError::Key)?;
     let key = Zeroizing::new(key);
     let certified = CertifiedKey::new(shown.chain.clone(), library::sign::any_supported_type(&key)?);

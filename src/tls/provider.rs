@@ -71,8 +71,8 @@ pub enum TlsError {
     /// rustls refused key, chain or roots.
     #[error("TLS configuration refused: {0}")]
     Rustls(#[from] rustls::Error),
-    /// The key that an app outside of the mesh is shown a certificate with.
-    #[error("the key of the client certificate cannot be read: expected PEM")]
+    /// The key of a certificate that somebody outside of the mesh is shown.
+    #[error("the key of the certificate cannot be read: expected PEM")]
     Key,
     /// The roots cannot be used.
     #[error(transparent)]

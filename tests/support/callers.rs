@@ -165,6 +165,7 @@ pub fn snapshot(warm: &[&str]) -> Snapshot {
         outlier: Outlier::default(),
         idle_timeout: None,
         connect_attempts: None,
+        front: None,
         outside: None,
         original: false,
         deny_reply: DenyReply::Close,

@@ -83,7 +83,16 @@ pub(super) fn resources(
     since.keep(|key| seen.contains(key));
     let (static_json, listeners_json) = (bare(&static_clusters), bare(&static_listeners));
     let bootstrap = bootstrap(snapshot, facts, static_json, listeners_json);
-    Resources { bootstrap, bootstrap_at: started, static_clusters, static_listeners, clusters, endpoints, listeners }
+    Resources {
+        bootstrap,
+        bootstrap_at: started,
+        static_clusters,
+        static_listeners,
+        clusters,
+        endpoints,
+        listeners,
+        routes: Vec::new(),
+    }
 }
 
 fn typed(kind: &str, value: Value) -> Value {

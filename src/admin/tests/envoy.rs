@@ -136,7 +136,8 @@ async fn accepted_resources_are_shown_instead_of_made_ones() {
         static_listeners: Vec::new(),
         clusters: vec![held.clone()],
         endpoints: Vec::new(),
-        listeners: vec![never],
+        listeners: vec![never.clone()],
+        routes: vec![never],
     };
     let port = published().await;
     port.resources.send_replace(Some(Arc::new(resources)));
@@ -148,6 +149,9 @@ async fn accepted_resources_are_shown_instead_of_made_ones() {
     assert_eq!(shown[0]["error_state"]["details"], "no such field");
     let refused = &dump["configs"][2]["dynamic_listeners"][0];
     assert_eq!((&refused["name"], refused.get("active_state")), (&json!("b"), None));
+    let routes = &dump["configs"][3];
+    assert_eq!(routes["@type"], "type.googleapis.com/envoy.admin.v3.RoutesConfigDump");
+    assert_eq!(routes["dynamic_route_configs"][0]["error_state"]["version_info"], "3");
     #[cfg(feature = "xds")]
     read_as("envoy.admin.v3.ConfigDump", &dump);
 }
@@ -173,6 +177,7 @@ impl crate::control::dump::Accepted for Slow {
             clusters: Vec::new(),
             endpoints: Vec::new(),
             listeners: Vec::new(),
+            routes: Vec::new(),
         }
     }
 }

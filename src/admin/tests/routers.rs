@@ -36,6 +36,7 @@ fn leads_to(name: &str, sni: &str, ports: &[u16]) -> Arc<Upstream> {
         outlier: Outlier::default(),
         idle_timeout: None,
         connect_attempts: None,
+        front: None,
         outside: None,
         original: false,
         deny_reply: DenyReply::Close,

@@ -14,7 +14,7 @@ use super::cluster::{Cluster, Discovery};
 use super::endpoint::{Assignment, Host, Place};
 use super::held::Held;
 use super::identity::Identities;
-use super::listener::{Ending, Listener, PageRoute, Role, Target as PageTarget, Tuning};
+use super::listener::{Destination, Ending, Listener, PageRoute, Role, Target as PageTarget, Tuning};
 use super::tls_context::{self, Material, Spoken};
 use crate::config;
 use crate::config::envoy::{PageAnswer, PageListener};
@@ -23,7 +23,7 @@ use crate::control::consul::watch::hosts::ADDRESSES_MAX;
 use crate::mesh::router::Router;
 use crate::mesh::{Address, Bind, DenyReply, Endpoint, Identity, PublicListener, Service, Snapshot, Target, Upstream};
 use crate::policy::Intentions;
-use crate::tls::OutsideTls;
+use crate::tls::{FrontSettings, FrontTls, OutsideTls};
 
 /// What is answered for an app that cannot be asked.
 const UNAVAILABLE: u16 = 503;
@@ -91,6 +91,8 @@ struct Front<'a> {
     label: &'a str,
     bind: &'a Bind,
     tuning: Tuning,
+    /// What its clients must speak.
+    tls: Option<&'a FrontSettings>,
 }
 
 impl Builder<'_> {
@@ -106,10 +108,10 @@ impl Builder<'_> {
                     public = Some(keep(next, old.and_then(|old| old.public.as_ref())));
                     intentions = Some(keep((*ending.intentions).clone(), old.map(|old| &old.intentions)));
                 }),
-                Role::Upstream { label, cluster } => {
+                Role::Upstream { label, passage } => {
                     let old = old_upstreams.iter().find(|old| old.bind == listener.bind && *old.name == **label);
-                    let front = Front { label, bind: &listener.bind, tuning: listener.tuning };
-                    let next = self.upstream(cluster, front, Allowed::Mesh, old);
+                    let front = Front { label, bind: &listener.bind, tuning: listener.tuning, tls: passage.front.as_deref() };
+                    let next = self.named(&passage.to).and_then(|to| self.upstream(to, front, Allowed::Mesh, old));
                     next.map(|next| upstreams.push(next))
                 }
                 Role::Pages { .. } | Role::Router(_) => Ok(()),
@@ -142,18 +144,18 @@ impl Builder<'_> {
             return self.around.identities.of(&ending.material);
         }
         let mut upstreams = self.held.listeners.values().filter_map(|listener| match &listener.role {
-            Role::Upstream { cluster, .. } => Some(cluster),
+            Role::Upstream { passage, .. } => Some(&passage.to),
             Role::Public(_) | Role::Pages { .. } | Role::Router(_) => None,
         });
-        upstreams.find_map(|cluster| {
+        upstreams.find_map(|to| {
             let mut leaves = Vec::new();
-            collect(self.held, cluster, 0, &mut leaves).ok()?;
+            collect(self.held, self.held.cluster_of(to)?, 0, &mut leaves).ok()?;
             leaves.iter().find_map(|leaf| self.around.identities.of(&leaf.spoken.mesh()?.material))
         })
     }
 
     fn public_listener(&self, listener: &Listener, ending: &Ending) -> Result<PublicListener, String> {
-        let cluster = self.cluster(&ending.cluster)?;
+        let cluster = self.cluster(self.named(&ending.to)?)?;
         let app = self.app(cluster)?;
         if app.is_empty() {
             return Err(format!("cluster {} has no address for the app", cluster.name));
@@ -196,6 +198,11 @@ impl Builder<'_> {
             Some(Address::Tcp(address)) => Ok(PageAnswer::Backend { address: *address, rewrite }),
             Some(Address::Unix(_)) | None => Err(format!("cluster {name} has no TCP address")),
         }
+    }
+
+    /// The name of the cluster behind a listener or chain.
+    fn named<'b>(&'b self, to: &'b Destination) -> Result<&'b str, String> {
+        self.held.cluster_of(to).ok_or_else(|| format!("the routes {} are not there", to.name()))
     }
 
     fn cluster(&self, name: &str) -> Result<&Cluster, String> {
@@ -275,6 +282,7 @@ impl Builder<'_> {
             outlier: first.outlier,
             idle_timeout: front.tuning.idle_timeout,
             connect_attempts: front.tuning.connect_attempts,
+            front: self.front(front.tls, old)?,
             outside: self.outside(&leaves, old)?,
             original: allowed == Allowed::MeshAtOriginal,
             deny_reply: DenyReply::Close,
@@ -293,6 +301,12 @@ impl Builder<'_> {
         let mut leaves = Vec::new();
         collect(self.held, name, 0, &mut leaves)?;
         Ok(leaves)
+    }
+
+    /// The TLS of clients outside of the mesh.
+    fn front(&self, tls: Option<&FrontSettings>, old: Option<&Arc<Upstream>>) -> Result<Option<Arc<FrontTls>>, String> {
+        let old = old.and_then(|old| old.front.as_ref());
+        tls.map(|settings| tls_context::keep_front(settings, self.around.identities.workers(), old)).transpose()
     }
 
     /// The TLS of an app outside of the mesh, which all its clusters must have in common.
@@ -339,10 +353,13 @@ pub(super) fn names(held: &Held) -> BTreeMap<String, Duration> {
     names
 }
 
-/// The first cluster behind a listener whose members are still asked for.
-pub(super) fn waits_for(held: &Held) -> Option<&str> {
-    let mut named = held.listeners.values().flat_map(|listener| listener.clusters());
-    named.find_map(|cluster| waiting(held, cluster, 0))
+/// The first routes or members of a cluster behind a listener that are still asked for.
+pub(super) fn waits_for(held: &Held) -> Option<String> {
+    let mut named = held.listeners.values().flat_map(|listener| listener.destinations());
+    named.find_map(|to| match held.cluster_of(to) {
+        None => Some(format!("waiting for the routes {}", to.name())),
+        Some(cluster) => waiting(held, cluster, 0).map(|cluster| format!("waiting for the endpoints of cluster {cluster}")),
+    })
 }
 
 fn waiting<'a>(held: &'a Held, name: &'a str, depth: usize) -> Option<&'a str> {

@@ -180,10 +180,13 @@ impl Feeder {
             None => vec![format!("{}: nobody asked for resources of this type", response.type_url)],
         };
         self.send(answer(&response.type_url, &response.nonce, &refused));
-        let wanted = self.held.endpoint_names();
-        self.held.forget_endpoints_except(&wanted);
+        self.held.forget_unnamed();
         self.show();
-        self.subscribe(wanted);
+        if self.requests.is_some() {
+            for request in self.subscription.follow(&self.held) {
+                self.send(request);
+            }
+        }
     }
 
     /// Lets `/config_dump` show what is held now.
@@ -200,14 +203,6 @@ impl Feeder {
         known.retain(|why| !told.iter().any(|of_name| why.starts_with(of_name)));
         known.extend(refused.iter().cloned());
         known.truncate(REFUSED_MAX);
-    }
-
-    fn subscribe(&mut self, wanted: BTreeSet<String>) {
-        if self.requests.is_some()
-            && let Some(request) = self.subscription.follow(wanted)
-        {
-            self.send(request);
-        }
     }
 
     /// A server that takes nothing loses the stream, and gets all of it again on the next one.
@@ -340,7 +335,7 @@ impl Feeder {
         if late {
             return None;
         }
-        build::waits_for(&self.held).map(|cluster| format!("waiting for the endpoints of cluster {cluster}"))
+        build::waits_for(&self.held)
     }
 
     fn problem(&self, waits: Option<String>) -> Option<String> {

@@ -14,11 +14,12 @@ use std::time::SystemTime;
 use envoy_types::pb::envoy::config::cluster::v3::Cluster as ClusterMessage;
 use envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment;
 use envoy_types::pb::envoy::config::listener::v3::Listener as ListenerMessage;
+use envoy_types::pb::envoy::config::route::v3::RouteConfiguration;
 use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Resource};
 
 use super::cluster::{Cluster, Discovery};
 use super::endpoint::Assignment;
-use super::listener::{Listener, Role};
+use super::listener::{self, Destination, Listener, Role};
 use super::refusal::{Refusal, unpack};
 use super::shown::{Came, Shown};
 use crate::control::ControlError;
@@ -35,16 +36,20 @@ pub(super) enum Kind {
     Cluster,
     Endpoints,
     Listener,
+    Routes,
 }
 
 impl Kind {
-    pub(super) const ALL: [Self; 3] = [Self::Cluster, Self::Endpoints, Self::Listener];
+    pub(super) const ALL: [Self; 4] = [Self::Cluster, Self::Endpoints, Self::Listener, Self::Routes];
+    /// Those that are asked for by name, as others name them.
+    pub(super) const BY_NAME: [Self; 2] = [Self::Endpoints, Self::Routes];
 
     pub(super) fn message(self) -> &'static str {
         match self {
             Self::Cluster => "envoy.config.cluster.v3.Cluster",
             Self::Endpoints => "envoy.config.endpoint.v3.ClusterLoadAssignment",
             Self::Listener => "envoy.config.listener.v3.Listener",
+            Self::Routes => "envoy.config.route.v3.RouteConfiguration",
         }
     }
 
@@ -59,6 +64,7 @@ impl Kind {
             Self::Cluster => "cds",
             Self::Endpoints => "eds",
             Self::Listener => "lds",
+            Self::Routes => "rds",
         }
     }
 }
@@ -70,8 +76,26 @@ pub(super) struct Held {
     /// By the name that EDS knows the cluster by.
     pub(super) endpoints: Shelf<Assignment>,
     pub(super) listeners: Shelf<Listener>,
+    pub(super) routes: Shelf<Routed>,
     /// As [`crate::config::envoy::Xds::http_as_tcp`].
     pub(super) http_as_tcp: bool,
+}
+
+/// A route configuration in which every request goes to one cluster.
+#[derive(Debug)]
+pub(super) struct Routed {
+    pub(super) cluster: String,
+}
+
+impl Routed {
+    fn parse(message: &RouteConfiguration) -> Result<Self, Refusal> {
+        let routes = listener::routes_of(message)?;
+        let cluster = listener::passes_to(&routes).ok_or_else(|| {
+            let wanted = "requests are not told apart: expected one route, of prefix /, to one cluster without a rewrite";
+            Refusal::new("virtual_hosts[0].routes", format!("{} of them, by path or with a rewrite", routes.len()), wanted)
+        })?;
+        Ok(Self { cluster: cluster.to_owned() })
+    }
 }
 
 /// The resources of one kind.
@@ -176,6 +200,15 @@ impl<T> Shelf<T> {
         Ok(())
     }
 
+    fn keep_only(&mut self, names: &BTreeSet<String>) {
+        let before = (self.entries.len(), self.refused.len());
+        self.entries.retain(|name, _| names.contains(name));
+        self.refused.retain(|name, _| names.contains(name));
+        if (self.entries.len(), self.refused.len()) != before {
+            self.shown = None;
+        }
+    }
+
     /// What the server has sent, in the order of names.
     fn shown(&mut self) -> Arc<[Shown]> {
         let Self { entries, refused, shown, .. } = self;
@@ -216,12 +249,13 @@ impl Held {
 
     /// Takes what is good of a response; returns what is not, each with its type, name, field, value and what would do.
     pub(super) fn apply(&mut self, kind: Kind, response: &DeltaDiscoveryResponse) -> Vec<String> {
-        let Self { clusters, endpoints, listeners, http_as_tcp } = self;
+        let Self { clusters, endpoints, listeners, routes, http_as_tcp } = self;
         match kind {
             Kind::Cluster => clusters.apply(kind, response, |resource| Cluster::parse(&body::<ClusterMessage>(resource, kind)?)),
             Kind::Endpoints => {
                 endpoints.apply(kind, response, |resource| Assignment::parse(&body::<ClusterLoadAssignment>(resource, kind)?))
             }
+            Kind::Routes => routes.apply(kind, response, |resource| Routed::parse(&body::<RouteConfiguration>(resource, kind)?)),
             Kind::Listener => {
                 let refused = listeners.apply(kind, response, |resource| {
                     let listener = Listener::parse(&body::<ListenerMessage>(resource, kind)?, *http_as_tcp)?;
@@ -236,31 +270,46 @@ impl Held {
         }
     }
 
-    /// The names by which endpoints must be asked for.
-    pub(super) fn endpoint_names(&self) -> BTreeSet<String> {
-        self.clusters
-            .values()
-            .filter_map(|cluster| match &cluster.discovery {
-                Discovery::Eds(name) => Some(name.clone()),
-                _ => None,
-            })
-            .collect()
+    /// The names by which resources of a kind must be asked for. None at all are the names of those that all are asked for.
+    pub(super) fn names(&self, kind: Kind) -> BTreeSet<String> {
+        match kind {
+            Kind::Cluster | Kind::Listener => BTreeSet::new(),
+            Kind::Endpoints => {
+                let of_clusters = self.clusters.values().filter_map(|cluster| match &cluster.discovery {
+                    Discovery::Eds(name) => Some(name.clone()),
+                    _ => None,
+                });
+                of_clusters.collect()
+            }
+            Kind::Routes => {
+                let of_listeners = self.listeners.values().flat_map(|listener| listener.destinations());
+                let of_listeners = of_listeners.filter_map(|destination| match destination {
+                    Destination::Routes(name) => Some(name.clone()),
+                    Destination::Cluster(_) => None,
+                });
+                of_listeners.collect()
+            }
+        }
     }
 
-    /// Drops the endpoints that nobody asks for any more.
-    pub(super) fn forget_endpoints_except(&mut self, names: &BTreeSet<String>) {
-        let Shelf { entries, refused, shown, .. } = &mut self.endpoints;
-        let before = (entries.len(), refused.len());
-        entries.retain(|name, _| names.contains(name));
-        refused.retain(|name, _| names.contains(name));
-        if (entries.len(), refused.len()) != before {
-            *shown = None;
+    /// The cluster behind a listener or chain; none where the routes to it are not here.
+    pub(super) fn cluster_of<'a>(&'a self, destination: &'a Destination) -> Option<&'a str> {
+        match destination {
+            Destination::Cluster(name) => Some(name),
+            Destination::Routes(name) => self.routes.get(name).map(|routed| routed.cluster.as_str()),
         }
+    }
+
+    /// Drops what nobody asks for by name any more.
+    pub(super) fn forget_unnamed(&mut self) {
+        let (endpoints, routes) = (self.names(Kind::Endpoints), self.names(Kind::Routes));
+        self.endpoints.keep_only(&endpoints);
+        self.routes.keep_only(&routes);
     }
 
     /// What the server has sent, by kind in the order of [`Kind::ALL`]. The same `Arc` as before for what did not change.
     pub(super) fn shown(&mut self) -> [Arc<[Shown]>; Kind::ALL.len()] {
-        [self.clusters.shown(), self.endpoints.shown(), self.listeners.shown()]
+        [self.clusters.shown(), self.endpoints.shown(), self.listeners.shown(), self.routes.shown()]
     }
 
     /// What is held of a kind, for a server that starts over.
@@ -269,6 +318,7 @@ impl Held {
             Kind::Cluster => self.clusters.versions().collect(),
             Kind::Endpoints => self.endpoints.versions().collect(),
             Kind::Listener => self.listeners.versions().collect(),
+            Kind::Routes => self.routes.versions().collect(),
         }
     }
 }
@@ -290,7 +340,8 @@ fn body<T: prost::Message + Default>(resource: &Resource, kind: Kind) -> Result<
 
 /// An upstream speaks mutual TLS. Its cluster may still be on its way; it is looked at again when the snapshot is built.
 fn check_target(listener: &Listener, clusters: &Shelf<Cluster>) -> Result<(), Refusal> {
-    let Role::Upstream { cluster: name, .. } = &listener.role else { return Ok(()) };
+    let Role::Upstream { passage, .. } = &listener.role else { return Ok(()) };
+    let Destination::Cluster(name) = &passage.to else { return Ok(()) };
     let Some(cluster) = clusters.get(name) else { return Ok(()) };
     if cluster.spoken.mesh().is_none() && !matches!(cluster.discovery, Discovery::Aggregate(_)) {
         let wanted = "its cluster has no UpstreamTlsContext of the mesh, and nothing leaves for the mesh without";

@@ -18,17 +18,18 @@ use envoy_types::pb::envoy::config::accesslog::v3::AccessLog as WireLog;
 use envoy_types::pb::envoy::config::listener::v3 as pb;
 
 use self::chain::Filters;
-pub(super) use self::http::{Route as PageRoute, Target};
+pub(super) use self::http::{Route as PageRoute, Target, passes_to, routes as routes_of};
 pub(in crate::control) use self::plain::Plain;
 use self::routes::routes;
 use super::access_log;
 use super::endpoint::Host;
 use super::refusal::{Refusal, message_name};
-use super::tls_context::{self, Material};
+use super::tls_context::{self, Downstream, Material};
 use crate::config::envoy::{AccessLog, Logged, PathMatch};
 use crate::mesh::Bind;
 use crate::mesh::router::Match;
 use crate::policy::{DefaultPolicy, Intentions};
+use crate::tls::FrontSettings;
 
 const ORIGINAL_DST: &str = "envoy.filters.listener.original_dst";
 const TLS_INSPECTOR: &str = "envoy.filters.listener.tls_inspector";
@@ -54,8 +55,8 @@ pub(super) struct Listener {
 pub(super) enum Role {
     /// Mutual TLS in.
     Public(Ending),
-    /// Plain in, mutual TLS out. The label is what Consul calls the upstream.
-    Upstream { label: String, cluster: String },
+    /// From local clients, or those of an ingress gateway, out with mutual TLS. The label is what Consul calls the upstream.
+    Upstream { label: String, passage: Passage },
     /// Single paths of a local app, in plain HTTP, for whoever is in one of these networks (everybody where there are none).
     Pages { routes: Vec<PageRoute>, sources: Vec<(IpAddr, u8)> },
     /// Told apart by where they want to go, the server name they ask for, or whether they speak TLS.
@@ -78,7 +79,23 @@ pub(super) struct Ending {
     pub(super) intentions: Arc<Intentions>,
     /// 0 is unlimited.
     pub(super) max_connections: u32,
-    pub(super) cluster: String,
+    pub(super) to: Destination,
+}
+
+/// A way that begins with whoever connects, nobody of the mesh.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Passage {
+    pub(super) to: Destination,
+    /// What TLS clients must speak; they speak in plain if none.
+    pub(super) front: Option<Arc<FrontSettings>>,
+}
+
+/// The cluster behind a chain, as the chain says it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Destination {
+    Cluster(String),
+    /// The one that the route configuration of this name sends everything to.
+    Routes(String),
 }
 
 /// The filter chains of a listener that has several, or conditions on one.
@@ -110,8 +127,8 @@ pub(super) struct Chain {
 pub(super) enum Way {
     /// Mutual TLS ends here.
     End(Ending),
-    /// Plain in; whether TLS is spoken behind it is the cluster's to say.
-    Cluster(String),
+    /// Whether TLS is spoken behind it is the cluster's to say.
+    Pass(Passage),
     /// As it is to the cluster of the name that the ClientHello asks for (`sni_cluster`).
     ServerName,
 }
@@ -167,22 +184,22 @@ impl Listener {
             Role::Router(routes) => {
                 let of_chains = routes.all().map(|chain| match chain.way {
                     Way::End(_) => of(None),
-                    Way::Cluster(_) | Way::ServerName => of(Some(&chain.name)),
+                    Way::Pass(_) | Way::ServerName => of(Some(&chain.name)),
                 });
                 of_chains.chain([of(Some(&self.name))]).collect()
             }
         })
     }
 
-    /// The clusters that it names.
-    pub(super) fn clusters(&self) -> impl Iterator<Item = &str> {
+    /// Where it says that connections go.
+    pub(super) fn destinations(&self) -> impl Iterator<Item = &Destination> {
         let (one, routes) = match &self.role {
-            Role::Public(ending) => (Some(ending.cluster.as_str()), None),
-            Role::Upstream { cluster, .. } => (Some(cluster.as_str()), None),
+            Role::Public(ending) => (Some(&ending.to), None),
+            Role::Upstream { passage, .. } => (Some(&passage.to), None),
             Role::Pages { .. } => (None, None),
             Role::Router(routes) => (None, Some(routes)),
         };
-        let of_routes = routes.into_iter().flat_map(Routes::all).filter_map(|chain| chain.way.cluster());
+        let of_routes = routes.into_iter().flat_map(Routes::all).filter_map(|chain| chain.way.destination());
         one.into_iter().chain(of_routes)
     }
 
@@ -195,7 +212,7 @@ impl Listener {
         };
         let of_routes = routes.into_iter().flat_map(Routes::all).filter_map(|chain| match &chain.way {
             Way::End(ending) => Some(ending),
-            Way::Cluster(_) | Way::ServerName => None,
+            Way::Pass(_) | Way::ServerName => None,
         });
         one.into_iter().chain(of_routes)
     }
@@ -223,12 +240,26 @@ impl Listener {
 }
 
 impl Way {
-    /// The cluster that it names.
-    pub(super) fn cluster(&self) -> Option<&str> {
+    /// Where it says that connections go.
+    fn destination(&self) -> Option<&Destination> {
         match self {
-            Self::End(ending) => Some(&ending.cluster),
-            Self::Cluster(name) => Some(name),
+            Self::End(ending) => Some(&ending.to),
+            Self::Pass(passage) => Some(&passage.to),
             Self::ServerName => None,
+        }
+    }
+
+    /// What stands for it: the name of the cluster, or of the routes to it.
+    pub(super) fn name(&self) -> Option<&str> {
+        self.destination().map(Destination::name)
+    }
+}
+
+impl Destination {
+    /// Of the cluster, or of the routes to it.
+    pub(super) fn name(&self) -> &str {
+        match self {
+            Self::Cluster(name) | Self::Routes(name) => name,
         }
     }
 }
@@ -266,48 +297,61 @@ fn alone(message: &pb::Listener, bind: &Bind, chain: &pb::FilterChain, filters: 
     }
     match way(chain, filters)? {
         Way::End(ending) => Ok(Role::Public(ending)),
-        Way::Cluster(_) if message.traffic_direction == INBOUND => {
-            let wanted = "a way in that is not mutual TLS is not served: expected a DownstreamTlsContext";
+        Way::Pass(_) if message.traffic_direction == INBOUND => {
+            let wanted = "a way in that is not mutual TLS is not served: expected a DownstreamTlsContext that requires a client certificate";
             Err(Refusal::missing("transport_socket", wanted))
         }
-        Way::Cluster(cluster) => Ok(Role::Upstream { label: label(&message.name, bind), cluster }),
+        Way::Pass(passage) => Ok(Role::Upstream { label: label(&message.name, bind), passage }),
         Way::ServerName => Err(Refusal::new("filters", "sni_cluster", "expected it with tls_inspector")),
     }
 }
 
 /// Where a chain leads; what it terminates it must also decide on.
 fn way(chain: &pb::FilterChain, filters: Filters) -> Result<Way, Refusal> {
-    let tls = tls_context::downstream(chain.transport_socket.as_ref())?;
-    match tls {
-        Some(_) if filters.by_server_name => {
-            Err(Refusal::new("filters", "sni_cluster", "TLS is passed on by it: expected no DownstreamTlsContext"))
-        }
-        Some(_) if filters.http && !filters.http_as_tcp => {
-            let wanted = "x-forwarded-client-cert would reach the app as a stranger wrote it: expected tcp_proxy, so set the \
-                          protocol to tcp, or RINGFENCE_HTTP_AS_TCP=1 for this process if the app does not trust that header";
-            Err(Refusal::new("filters", "http_connection_manager behind TLS", wanted))
-        }
-        Some(_) if !filters.rbac => {
-            let wanted = "without it every certificate of the mesh would be let in: expected envoy.filters.network.rbac, or of HTTP envoy.filters.http.rbac, first";
-            Err(Refusal::missing("filters", wanted))
-        }
-        Some(material) => Ok(Way::End(Ending {
-            material,
-            intentions: Arc::new(Intentions::from_filters(filters.rules)),
-            max_connections: filters.max_connections,
-            cluster: filters.cluster,
-        })),
-        None if filters.rbac => {
-            let wanted = "callers are known by their certificates: expected a DownstreamTlsContext with it";
-            Err(Refusal::new("filters", "envoy.filters.network.rbac without TLS", wanted))
-        }
-        None if filters.max_connections != 0 => {
-            let wanted = "without TLS it is the cluster that limits connections: expected circuit_breakers there";
-            Err(Refusal::new("filters", "envoy.filters.network.connection_limit", wanted))
-        }
-        None if filters.by_server_name => Ok(Way::ServerName),
-        None => Ok(Way::Cluster(filters.cluster)),
+    let front = match tls_context::downstream(chain.transport_socket.as_ref())? {
+        Downstream::Mesh(material) => return end(material, filters),
+        Downstream::Front(_) if filters.by_server_name => return Err(terminated_and_passed()),
+        Downstream::Front(settings) => Some(settings),
+        Downstream::Plain => None,
+    };
+    if filters.rbac {
+        let wanted = "callers are known by their certificates: expected a DownstreamTlsContext that requires one with it";
+        return Err(Refusal::new("filters", "envoy.filters.network.rbac without mutual TLS", wanted));
     }
+    if filters.max_connections != 0 {
+        let wanted = "without mutual TLS it is the cluster that limits connections: expected circuit_breakers there";
+        return Err(Refusal::new("filters", "envoy.filters.network.connection_limit", wanted));
+    }
+    if filters.by_server_name {
+        return Ok(Way::ServerName);
+    }
+    Ok(Way::Pass(Passage { to: filters.to()?, front }))
+}
+
+fn terminated_and_passed() -> Refusal {
+    Refusal::new("filters", "sni_cluster", "TLS is passed on by it: expected no DownstreamTlsContext")
+}
+
+/// Mutual TLS that ends here: callers of the mesh come in.
+fn end(material: Arc<Material>, filters: Filters) -> Result<Way, Refusal> {
+    if filters.by_server_name {
+        return Err(terminated_and_passed());
+    }
+    if filters.http && !filters.http_as_tcp {
+        let wanted = "x-forwarded-client-cert would reach the app as a stranger wrote it: expected tcp_proxy, so set the \
+                      protocol to tcp, or RINGFENCE_HTTP_AS_TCP=1 for this process if the app does not trust that header";
+        return Err(Refusal::new("filters", "http_connection_manager behind TLS", wanted));
+    }
+    if !filters.rbac {
+        let wanted = "without it every certificate of the mesh would be let in: expected envoy.filters.network.rbac, or of HTTP envoy.filters.http.rbac, first";
+        return Err(Refusal::missing("filters", wanted));
+    }
+    Ok(Way::End(Ending {
+        to: filters.to()?,
+        material,
+        intentions: Arc::new(Intentions::from_filters(filters.rules)),
+        max_connections: filters.max_connections,
+    }))
 }
 
 /// Filters of listeners are known by their names where they have no type: Consul up to 1.11 sends them so.

@@ -72,7 +72,7 @@ impl fmt::Debug for Everything {
 impl Accepted for Everything {
     fn resources(&self) -> Resources {
         let protos = Protos::load();
-        let [clusters, endpoints, listeners] =
+        let [clusters, endpoints, listeners, routes] =
             Kind::ALL.map(|kind| self.sent[kind as usize].iter().map(|one| one.resource(kind, &protos)).collect());
         Resources {
             bootstrap: Json::clone(&self.bootstrap),
@@ -82,6 +82,7 @@ impl Accepted for Everything {
             clusters,
             endpoints,
             listeners,
+            routes,
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Invariant: the node is sent once a stream, in its first request; each response is answered by its nonce; a new stream begins
 //! with the versions of all that is held. Pure.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use envoy_types::pb::envoy::config::core::v3::{BuildVersion, Node, node};
 use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
@@ -26,27 +26,24 @@ const REASON_BYTES_MAX: usize = 8 * 1024;
 #[derive(Debug)]
 pub(super) struct Subscription {
     node: Node,
-    /// Endpoints that are asked for on this stream.
-    names: BTreeSet<String>,
+    /// What is asked for by name on this stream.
+    names: BTreeMap<Kind, BTreeSet<String>>,
 }
 
 impl Subscription {
     pub(super) fn new(settings: &Xds) -> Self {
-        Self { node: node(settings), names: BTreeSet::new() }
+        Self { node: node(settings), names: BTreeMap::new() }
     }
 
     /// The first requests of a stream.
     pub(super) fn open(&mut self, held: &Held) -> Vec<DeltaDiscoveryRequest> {
-        self.names = held.endpoint_names();
-        let kinds = Kind::ALL.into_iter().filter(|kind| *kind != Kind::Endpoints || !self.names.is_empty());
+        self.names = Kind::BY_NAME.into_iter().map(|kind| (kind, held.names(kind))).collect();
+        let kinds = Kind::ALL.into_iter().filter(|kind| self.names.get(kind).is_none_or(|names| !names.is_empty()));
         let mut requests: Vec<_> = kinds
             .map(|kind| DeltaDiscoveryRequest {
                 type_url: type_url(kind.message()),
-                resource_names_subscribe: match kind {
-                    Kind::Endpoints => self.names.iter().cloned().collect(),
-                    // None at all is the wildcard.
-                    Kind::Cluster | Kind::Listener => Vec::new(),
-                },
+                // None at all is the wildcard.
+                resource_names_subscribe: self.names.get(&kind).into_iter().flatten().cloned().collect(),
                 initial_resource_versions: held.versions(kind),
                 ..DeltaDiscoveryRequest::default()
             })
@@ -57,19 +54,20 @@ impl Subscription {
         requests
     }
 
-    /// Asks for the endpoints of new clusters and lets go of those of old ones.
-    pub(super) fn follow(&mut self, wanted: BTreeSet<String>) -> Option<DeltaDiscoveryRequest> {
-        if wanted == self.names {
-            return None;
-        }
-        let request = DeltaDiscoveryRequest {
-            type_url: type_url(Kind::Endpoints.message()),
-            resource_names_subscribe: wanted.difference(&self.names).cloned().collect(),
-            resource_names_unsubscribe: self.names.difference(&wanted).cloned().collect(),
-            ..DeltaDiscoveryRequest::default()
+    /// Asks for the endpoints of new clusters and the routes of new listeners, and lets go of those of old ones.
+    pub(super) fn follow(&mut self, held: &Held) -> Vec<DeltaDiscoveryRequest> {
+        let follow = |kind| {
+            let (wanted, names) = (held.names(kind), self.names.entry(kind).or_default());
+            let request = (wanted != *names).then(|| DeltaDiscoveryRequest {
+                type_url: type_url(kind.message()),
+                resource_names_subscribe: wanted.difference(names).cloned().collect(),
+                resource_names_unsubscribe: names.difference(&wanted).cloned().collect(),
+                ..DeltaDiscoveryRequest::default()
+            });
+            *names = wanted;
+            request
         };
-        self.names = wanted;
-        Some(request)
+        Kind::BY_NAME.into_iter().filter_map(follow).collect()
     }
 }
 

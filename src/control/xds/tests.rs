@@ -296,7 +296,7 @@ fn an_aggregate_is_its_members_in_order_and_endpoints_on_their_way_keep_the_old(
             "@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
             "stat_prefix": "upstream.db", "cluster": "db"}}]}]});
     assert_eq!(bench.send(Kind::Listener, &[listener]), Vec::<String>::new());
-    assert_eq!(build::waits_for(&bench.held), Some("one"));
+    assert_eq!(build::waits_for(&bench.held).as_deref(), Some("waiting for the endpoints of cluster one"));
     assert_eq!(build::names(&bench.held).keys().collect::<Vec<_>>(), ["gateway.example"]);
     bench.hosts.insert("gateway.example".into(), vec!["192.0.2.7".parse().expect("an address")]);
     let early = bench.build();
@@ -405,10 +405,8 @@ fn a_log_is_known_for_the_listeners_that_have_it() {
     assert_eq!(only(&bench), [None], "what all have needs no list");
 }
 
-#[test]
-fn a_stream_begins_with_the_node_and_what_is_held() {
-    let mut bench = Bench::new("airflow-worker");
-    let settings = Xds {
+fn settings() -> Xds {
+    Xds {
         node_id: "id".into(),
         node_cluster: "web".into(),
         node_metadata: json!({"namespace": "default"}).as_object().expect("an object").clone(),
@@ -418,8 +416,13 @@ fn a_stream_begins_with_the_node_and_what_is_held() {
         static_clusters: Vec::new(),
         http_as_tcp: false,
         bootstrap: Json::Null,
-    };
-    let mut subscription = Subscription::new(&settings);
+    }
+}
+
+#[test]
+fn a_stream_begins_with_the_node_and_what_is_held() {
+    let mut bench = Bench::new("airflow-worker");
+    let mut subscription = Subscription::new(&settings());
     let first = subscription.open(&bench.held);
     let kinds: Vec<_> = first.iter().map(|request| Kind::of_url(&request.type_url).expect("known")).collect();
     assert_eq!(kinds, [Kind::Cluster, Kind::Listener]);
@@ -428,9 +431,10 @@ fn a_stream_begins_with_the_node_and_what_is_held() {
     assert!(node.metadata.as_ref().expect("metadata").fields.contains_key("namespace") && first[1].node.is_none());
 
     bench.send_all(&Bench::fixture("sidecar"));
-    let asked = subscription.follow(bench.held.endpoint_names()).expect("endpoints are asked for");
-    assert_eq!(asked.resource_names_subscribe.len(), 4, "{asked:?}");
-    assert!(subscription.follow(bench.held.endpoint_names()).is_none());
+    let asked = subscription.follow(&bench.held);
+    assert_eq!(asked.len(), 1, "endpoints are asked for: {asked:?}");
+    assert_eq!(asked[0].resource_names_subscribe.len(), 4, "{asked:?}");
+    assert!(subscription.follow(&bench.held).is_empty());
 
     let again = subscription.open(&bench.held);
     assert_eq!(again.len(), 3);
@@ -443,5 +447,6 @@ fn a_stream_begins_with_the_node_and_what_is_held() {
     assert!(answer("t", "7", &[]).error_detail.is_none());
 }
 
+mod ingress;
 mod routes;
 mod shown;

@@ -4,6 +4,7 @@
 //! for. Whether it is valid now and chains to its roots is looked at when it is put in use (`identity`), because the first
 //! changes by itself and the second in the middle of a root rotation. Secrets are wiped when dropped and never shown.
 
+mod front;
 mod outside;
 
 use std::sync::Arc;
@@ -16,11 +17,12 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 use zeroize::Zeroizing;
 
+pub(super) use self::front::keep as keep_front;
 pub(super) use self::outside::keep as keep_outside;
 use super::refusal::{Refusal, message_name, unpack};
 use crate::identity::SpiffeId;
 use crate::tls::verify::{self, CHAIN_CERTIFICATES_MAX};
-use crate::tls::{OutsideSettings, Suites, TlsParams};
+use crate::tls::{FrontSettings, OutsideSettings, Suites, TlsParams};
 
 const UPSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext";
 const DOWNSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext";
@@ -72,6 +74,16 @@ impl Spoken {
     }
 }
 
+/// What clients of a filter chain must speak.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Downstream {
+    Plain,
+    /// Mutual TLS of the mesh.
+    Mesh(Arc<Material>),
+    /// TLS in which they show no certificate: they are nobody of the mesh.
+    Front(Arc<FrontSettings>),
+}
+
 /// TLS of a cluster of the mesh.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Upstream {
@@ -99,17 +111,17 @@ pub(super) fn upstream(socket: Option<&core::TransportSocket>) -> Result<Spoken,
     Ok(Spoken::Mesh(Upstream { material: Arc::new(material), sni: context.sni.as_str().into(), expected }))
 }
 
-/// The context in a filter chain's transport socket; `None` where it has none.
+/// The context in a filter chain's transport socket.
 #[expect(deprecated, reason = "Consul up to 1.10 sends match_subject_alt_names")]
-pub(super) fn downstream(socket: Option<&core::TransportSocket>) -> Result<Option<Arc<Material>>, Refusal> {
-    let Some(any) = typed(socket)? else { return Ok(None) };
+pub(super) fn downstream(socket: Option<&core::TransportSocket>) -> Result<Downstream, Refusal> {
+    let Some(any) = typed(socket)? else { return Ok(Downstream::Plain) };
     let context: pb::DownstreamTlsContext = unpack(any, DOWNSTREAM, "transport_socket.typed_config")?;
-    if !context.require_client_certificate.as_ref().is_some_and(|required| required.value) {
-        let wanted = "a listener that asks for no client certificate has nobody to decide on: expected true";
-        return Err(Refusal::new("transport_socket.typed_config.require_client_certificate", "false", wanted));
-    }
     let place = "transport_socket.typed_config.common_tls_context";
     let common = common(context.common_tls_context.as_ref()).map_err(|why| why.under(place))?;
+    if !context.require_client_certificate.as_ref().is_some_and(|required| required.value) {
+        let settings = front::settings(common).map_err(|why| why.under(place))?;
+        return Ok(Downstream::Front(Arc::new(settings)));
+    }
     let validation = validation(common).map_err(|why| why.under(place))?;
     if !validation.match_subject_alt_names.is_empty() || !validation.match_typed_subject_alt_names.is_empty() {
         let wanted = "callers are decided on by the RBAC filter, expected no matchers";
@@ -120,7 +132,7 @@ pub(super) fn downstream(socket: Option<&core::TransportSocket>) -> Result<Optio
         Callers::Ours(pem) => vec![Roots { trust_domain: leaf.trust_domain().to_owned(), pem, callers: true }],
         Callers::Named(roots) => roots,
     };
-    material(common, ours).map(|material| Some(Arc::new(material))).map_err(|why| why.under(place))
+    material(common, ours).map(|material| Downstream::Mesh(Arc::new(material))).map_err(|why| why.under(place))
 }
 
 fn typed(socket: Option<&core::TransportSocket>) -> Result<Option<&envoy_types::pb::google::protobuf::Any>, Refusal> {

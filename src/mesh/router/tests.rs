@@ -15,6 +15,7 @@ fn cluster(name: &str) -> Way {
         outlier: Outlier::default(),
         idle_timeout: None,
         connect_attempts: None,
+        front: None,
         outside: None,
         original: false,
         deny_reply: DenyReply::Close,

@@ -1,5 +1,5 @@
 //! From a leg that speaks TLS: receive into one region, open each record where it lies, send the payloads from between headers
-//! and tags; to an app that speaks TLS too they are sealed again first (`reseal`).
+//! and tags; where the other leg speaks TLS too they are sealed again first (`reseal`).
 
 use super::{ALERT_RECORD_OVERFLOW, Hold, State, other, side, with_spans};
 use crate::buffer::{Class, HEADROOM_BYTES, RECORD_ROOM_BYTES, SLACK_BYTES};
@@ -58,7 +58,7 @@ impl Connection {
         }
         match completion.outcome() {
             Ok(0) if from == MESH => self.close(io, CloseReason::Truncated, true),
-            Ok(0) if flow.has_kept() => self.app_broke_off(io, "it closed within a record"),
+            Ok(0) if flow.has_kept() => self.outsider_broke_off(io, "it closed within a record"),
             Ok(0) => {
                 flow.ended = true;
                 self.open_continue(io, from)
@@ -143,11 +143,11 @@ impl Connection {
             self.facts.detail = Some(what.into());
             return self.refuse(io, alert, CloseReason::ProtocolError);
         }
-        self.app_broke_off(io, what)
+        self.outsider_broke_off(io, what)
     }
 
-    fn app_broke_off<R: Ring>(&mut self, io: &mut Io<'_, R>, what: &str) -> Next {
-        self.facts.detail = Some(format!("TLS with the app: {what}").into());
+    fn outsider_broke_off<R: Ring>(&mut self, io: &mut Io<'_, R>, what: &str) -> Next {
+        self.tell_of_outsider(what);
         self.close(io, CloseReason::LocalReset, true)
     }
 
@@ -156,7 +156,7 @@ impl Connection {
             self.facts.detail = Some(format!("the peer sent alert {code}").into());
             return self.close(io, close::alert(code).unwrap_or(CloseReason::PeerReset), true);
         }
-        self.app_broke_off(io, &format!("it sent alert {code}"))
+        self.outsider_broke_off(io, &format!("it sent alert {code}"))
     }
 
     pub(super) fn send_parts<R: Ring>(&mut self, io: &mut Io<'_, R>, from: usize) -> Next {

@@ -7,14 +7,14 @@ use crate::mesh::router::{Match, Router, RouterSettings, Way};
 use crate::tls::fixtures::key_pem;
 use crate::tls::{OutsideSettings, OutsideTls, Shown, Suites};
 
-const TLS13: TlsParams = TlsParams { tls12: false, ..TlsParams::DEFAULT };
+pub(super) const TLS13: TlsParams = TlsParams { tls12: false, ..TlsParams::DEFAULT };
 
-fn tls12(suite: &str) -> TlsParams {
+pub(super) fn tls12(suite: &str) -> TlsParams {
     TlsParams { tls13: false, suites: Suites::named([suite]), ..TlsParams::DEFAULT }
 }
 
 /// Records of each are framed differently.
-fn frames() -> [TlsParams; 3] {
+pub(super) fn frames() -> [TlsParams; 3] {
     [TLS13, tls12("ECDHE-ECDSA-AES128-GCM-SHA256"), tls12("ECDHE-ECDSA-CHACHA20-POLY1305")]
 }
 
@@ -33,7 +33,7 @@ impl Mesh {
     }
 
     /// What is shown to the app and asked of it.
-    fn shown(&self, params: &TlsParams) -> OutsideSettings {
+    pub(super) fn shown(&self, params: &TlsParams) -> OutsideSettings {
         let svid = self.ca.svid("warehouse");
         OutsideSettings {
             roots: vec![self.ca.certificate().clone()],

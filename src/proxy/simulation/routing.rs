@@ -33,6 +33,7 @@ pub(super) fn cluster(name: &str, endpoints: &[SocketAddr]) -> Arc<Upstream> {
         outlier: Outlier::default(),
         idle_timeout: None,
         connect_attempts: None,
+        front: None,
         outside: None,
         original: false,
         deny_reply: DenyReply::Close,

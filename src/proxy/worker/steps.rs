@@ -11,12 +11,14 @@ use super::super::secure::Handshaking;
 use super::super::timer::Owner;
 use super::super::upstream::Choice;
 use super::{Order, Worker, own_side};
+use crate::config::HANDSHAKE_TIMEOUT;
 use crate::mesh::{Address, Service};
 use crate::policy::Authorized;
 use crate::ring::Ring;
 use crate::telemetry::cells::Direction;
 use crate::telemetry::close::CloseReason;
 use crate::telemetry::record::{Decision, Event};
+use crate::tls::{Handshake, TlsError};
 
 /// What a denied peer is told (RFC 8446 `access_denied`).
 const ALERT_ACCESS_DENIED: u8 = 49;
@@ -45,17 +47,22 @@ impl<R: Ring> Worker<R> {
         if service.intentions.is_unknown() {
             return self.hold(connection);
         }
-        if self.handshakes >= self.plane.handshakes_max {
-            return self.end(connection, CloseReason::Limit, "too many handshakes at once");
-        }
         *own_side(Direction::Inbound, &mut connection.facts) = Some(identity.svid.id.clone());
         let Role::Public { public, .. } = &self.listener(connection).role else {
             return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
         };
         let timeout = public.handshake_timeout;
         let accepted = identity.tls.get(self.index).map(crate::tls::WorkerTls::accept);
-        match accepted {
-            Some(Ok(tls)) => self.with_io(connection, |connection, io| connection.go_on_accepting(io, tls, timeout)),
+        self.accept(connection, accepted, timeout)
+    }
+
+    /// Begins the handshake that a peer, or a client outside of the mesh, is to make.
+    fn accept(&mut self, connection: &mut Connection, tls: Option<Result<Handshake, TlsError>>, timeout: Duration) -> Next {
+        if self.handshakes >= self.plane.handshakes_max {
+            return self.end(connection, CloseReason::Limit, "too many handshakes at once");
+        }
+        match tls {
+            Some(Ok(tls)) => self.with_io(connection, |connection, io| connection.start_accepting(io, tls, timeout)),
             Some(Err(error)) => self.end(connection, CloseReason::HandshakeFailed, &error.to_string()),
             None => self.end(connection, CloseReason::NoIdentity, "no TLS configuration for this worker"),
         }
@@ -78,7 +85,17 @@ impl<R: Ring> Worker<R> {
             return next;
         }
         connection.identity = Some(identity);
-        self.dial_next_endpoint(connection, CloseReason::NoEndpoint)
+        let Role::Upstream(balancer) = &self.listener(connection).role else {
+            return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
+        };
+        match &balancer.upstream().front {
+            // Nobody is dialed for a client before TLS stands with it.
+            Some(front) => {
+                let tls = front.accept(self.index);
+                self.accept(connection, tls, HANDSHAKE_TIMEOUT)
+            }
+            None => self.dial_next_endpoint(connection, CloseReason::NoEndpoint),
+        }
     }
 
     /// On the ways where bytes go as they are.
@@ -122,6 +139,7 @@ impl<R: Ring> Worker<R> {
                 Next::Authorise => self.authorise(&mut connection),
                 Next::Inspected { tls } => self.route_inspected(&mut connection, tls),
                 Next::AppReady => self.app_ready(&mut connection),
+                Next::ClientReady => self.dial_next_endpoint(&mut connection, CloseReason::NoEndpoint),
                 Next::AppFailed => self.dial_next_app(&mut connection),
                 Next::EndpointFailed(reason) => self.endpoint_failed(&mut connection, reason),
                 Next::EndpointReady => self.endpoint_ready(&mut connection),

@@ -69,9 +69,9 @@ pub struct Totals {
     /// Of those, resumed ones.
     pub handshakes_resumed: u64,
     /// TLS handshakes completed with the app, where it speaks TLS itself.
-    pub app_handshakes: u64,
+    pub outside_handshakes: u64,
     /// And those that failed.
-    pub app_handshakes_failed: u64,
+    pub outside_handshakes_failed: u64,
     /// Connects tried.
     pub connect_attempts: u64,
     /// Of those, failed ones.
@@ -108,8 +108,8 @@ impl Totals {
             (&mut self.bytes_to_mesh, other.bytes_to_mesh),
             (&mut self.handshakes, other.handshakes),
             (&mut self.handshakes_resumed, other.handshakes_resumed),
-            (&mut self.app_handshakes, other.app_handshakes),
-            (&mut self.app_handshakes_failed, other.app_handshakes_failed),
+            (&mut self.outside_handshakes, other.outside_handshakes),
+            (&mut self.outside_handshakes_failed, other.outside_handshakes_failed),
             (&mut self.connect_attempts, other.connect_attempts),
             (&mut self.connect_failures, other.connect_failures),
             (&mut self.connect_timeouts, other.connect_timeouts),
@@ -131,8 +131,8 @@ impl Totals {
         add(&mut self.bytes_to_mesh, &cells.bytes_to_mesh);
         add(&mut self.handshakes, &cells.handshakes);
         add(&mut self.handshakes_resumed, &cells.handshakes_resumed);
-        add(&mut self.app_handshakes, &cells.app_handshakes);
-        add(&mut self.app_handshakes_failed, &cells.app_handshakes_failed);
+        add(&mut self.outside_handshakes, &cells.outside_handshakes);
+        add(&mut self.outside_handshakes_failed, &cells.outside_handshakes_failed);
         add(&mut self.connect_attempts, &cells.connect_attempts);
         add(&mut self.connect_failures, &cells.connect_failures);
         add(&mut self.connect_timeouts, &cells.connect_timeouts);

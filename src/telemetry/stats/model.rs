@@ -248,7 +248,7 @@ async fn of_service(made: &mut Made, owner: usize, service: &Service, facts: &Fa
     if let Some(public) = &service.public {
         let counted = sums.first(facts, &Key::inbound(&service.name));
         let totals = counted.totals();
-        let tls = service.identity.as_deref().map(|identity| (identity, &totals));
+        let tls = service.identity.as_deref().map_or(EndsHere::Nothing, |identity| EndsHere::Mesh(identity, &totals));
         listener(made, owner, &public.bind, &totals, counted.shares(), counted.span().length, tls);
         sums.tcps.entry("public_listener".to_owned()).or_default().take(&totals, Direction::Inbound);
         sums.came_in(&totals, public.max_inbound_connections > 0);
@@ -259,7 +259,8 @@ async fn of_service(made: &mut Made, owner: usize, service: &Service, facts: &Fa
     for upstream in &service.upstreams {
         let counted = sums.first(facts, &Key::outbound(&service.name, &upstream.name));
         let totals = counted.totals();
-        listener(made, owner, &upstream.bind, &totals, counted.shares(), counted.span().length, None);
+        let tls = if upstream.front.is_some() { EndsHere::Front(&totals) } else { EndsHere::Nothing };
+        listener(made, owner, &upstream.bind, &totals, counted.shares(), counted.span().length, tls);
         sums.tcps.entry(stat_prefix(upstream, service)).or_default().take(&totals, Direction::Outbound);
         if let Some(name) = cluster_name(upstream) {
             let cluster = sums.clusters.entry(name).or_default();
@@ -282,24 +283,25 @@ impl Breath {
     }
 }
 
-/// `tls` is whose TLS ends here, and what was counted of that.
-fn listener(
-    made: &mut Made,
-    owner: usize,
-    bind: &Bind,
-    totals: &Totals,
-    shares: &[Share],
-    length: Histogram,
-    tls: Option<(&Identity, &Totals)>,
-) {
+/// What TLS ends at a listener, and what was counted of it.
+enum EndsHere<'a> {
+    Nothing,
+    Mesh(&'a Identity, &'a Totals),
+    /// Of clients outside of the mesh.
+    Front(&'a Totals),
+}
+
+fn listener(made: &mut Made, owner: usize, bind: &Bind, totals: &Totals, shares: &[Share], length: Histogram, tls: EndsHere<'_>) {
     let mut scope = Scope::new(made, owner, &format!("listener.{}", address(bind)));
     scopes::listener(&mut scope, totals, length);
     for (worker, share) in shares.iter().enumerate() {
         scope.counter(&format!("worker_{worker}.downstream_cx_total"), share.connections);
         scope.gauge(&format!("worker_{worker}.downstream_cx_active"), share.active, true);
     }
-    if let Some((identity, totals)) = tls {
-        scopes::ssl(&mut scope, totals, identity);
+    match tls {
+        EndsHere::Nothing => {}
+        EndsHere::Mesh(identity, totals) => scopes::ssl(&mut scope, totals, identity),
+        EndsHere::Front(totals) => scopes::outside_tls(&mut scope, totals),
     }
 }
 

@@ -34,6 +34,17 @@ pub enum FailureKind {
     Alert(u8),
 }
 
+/// Whom a handshake is with: what helps differs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Other {
+    /// A peer of the mesh.
+    Peer,
+    /// An app outside of it, behind a gateway.
+    App,
+    /// A client outside of it, in front of a gateway.
+    Client,
+}
+
 impl Failure {
     pub(super) fn protocol(detail: &str) -> Self {
         Self::new(FailureKind::Protocol, detail.to_owned())
@@ -44,8 +55,7 @@ impl Failure {
         Self::new(kind, error.to_string())
     }
 
-    /// `outside` is whether the peer is a server outside of the mesh.
-    pub(super) fn from_rustls(error: &Error, outside: bool) -> Self {
+    pub(super) fn from_rustls(error: &Error, other: Other) -> Self {
         match error {
             Error::AlertReceived(description) => Self::alert(u8::from(*description)),
             Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => match inner.downcast_ref::<VerifyError>() {
@@ -54,7 +64,7 @@ impl Failure {
             },
             Error::InvalidCertificate(reason) => Self::new(
                 FailureKind::Certificate,
-                format!("the peer's certificate is refused: {reason}{}", remedy(reason, outside)),
+                format!("the peer's certificate is refused: {reason}{}", remedy(reason, other)),
             ),
             Error::NoCertificatesPresented => Self::new(
                 FailureKind::Certificate,
@@ -66,10 +76,15 @@ impl Failure {
     }
 
     /// The five bytes where a record header should be. `first` tells whether anything of TLS came before.
-    pub(super) fn not_tls(header: [u8; 5], first: bool, outside: bool) -> Self {
+    pub(super) fn not_tls(header: [u8; 5], first: bool, other: Other) -> Self {
         let detail = match &header {
             _ if !first => format!("the peer sent a malformed record header {header:02x?} within the handshake"),
-            _ if outside => format!("its first bytes {header:02x?} are not TLS: leave CAFile out if the app speaks in plain"),
+            _ if other == Other::App => {
+                format!("its first bytes {header:02x?} are not TLS: leave CAFile out if the app speaks in plain")
+            }
+            _ if other == Other::Client => {
+                format!("its first bytes {header:02x?} are not TLS, which this listener asks for: see TLS of the ingress gateway")
+            }
             b"GET /" | b"HEAD " | b"POST " | b"PUT /" | b"DELET" | b"OPTIO" | b"PATCH" | b"CONNE" | b"PRI *" | b"HTTP/" => {
                 "the peer speaks plain HTTP to a mutual-TLS port: it must dial its own sidecar, not ours".to_owned()
             }
@@ -99,9 +114,11 @@ impl Failure {
     }
 }
 
-fn remedy(reason: &CertificateError, outside: bool) -> &'static str {
+fn remedy(reason: &CertificateError, other: Other) -> &'static str {
     match reason {
-        CertificateError::UnknownIssuer if outside => "; none of the certificates that the app is known by issued it: see CAFile",
+        CertificateError::UnknownIssuer if other == Other::App => {
+            "; none of the certificates that the app is known by issued it: see CAFile"
+        }
         CertificateError::UnknownIssuer => "; none of our roots issued it: another mesh, or a root not yet known here",
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
             "; check both clocks and the rotation of the peer's leaf"

@@ -10,7 +10,7 @@ use super::{Allowed, Builder, Front, keep_service, same_parts};
 use crate::config;
 use crate::control::build::{keep, keep_text};
 use crate::control::xds::cluster::{Cluster, Discovery};
-use crate::control::xds::listener::{self, Chain, Ending, Listener, Routes, Tuning};
+use crate::control::xds::listener::{self, Chain, Destination, Ending, Listener, Passage, Routes, Tuning};
 use crate::control::xds::tls_context::{Material, Spoken};
 use crate::mesh::router::{Match, Original, Route, Router, RouterSettings, ServerName, Way};
 use crate::mesh::{Address, Balance, DenyReply, Outlier, PublicListener, Service, Target, Upstream};
@@ -38,7 +38,7 @@ impl Builder<'_> {
             proxy_id: keep_text(old.map(|old| &old.settings().proxy_id), self.around.proxy_id),
             bind: listener.bind.clone(),
             transparent: routes.transparent,
-            permissive: ends_tls && routes.all().any(|chain| matches!(chain.way, listener::Way::Cluster(_))),
+            permissive: ends_tls && routes.all().any(|chain| matches!(chain.way, listener::Way::Pass(_))),
             inspect_timeout: routes.inspect_timeout,
             silent_is_raw: routes.silent_is_raw,
             routes: next,
@@ -69,7 +69,8 @@ impl Builder<'_> {
             let matches = Match { server_names: vec![name], ..Match::default() };
             let named = routes.all().any(|chain| chain.name == cluster);
             let name = if named { format!("{cluster} by its name") } else { cluster.clone() };
-            self.route(listener, routes, &Chain { name, matches, way: listener::Way::Cluster(cluster), tuning }, old)
+            let way = listener::Way::Pass(Passage { to: Destination::Cluster(cluster), front: None });
+            self.route(listener, routes, &Chain { name, matches, way, tuning }, old)
         };
         names.into_iter().map(route).collect()
     }
@@ -78,7 +79,7 @@ impl Builder<'_> {
         let old = old.and_then(|old| old.routes().find(|old| *old.name == *chain.name));
         let way = match &chain.way {
             listener::Way::End(ending) => self.end(listener, chain, ending, old),
-            listener::Way::Cluster(name) => self.plain(listener, routes, chain, name, old).unwrap_or_else(|why| {
+            listener::Way::Pass(passage) => self.pass(listener, routes, chain, passage, old).unwrap_or_else(|why| {
                 self.note(listener, chain, &why);
                 Way::Forward(nowhere(listener, chain))
             }),
@@ -90,21 +91,22 @@ impl Builder<'_> {
         }
     }
 
-    /// A way without TLS from the client, as its cluster says.
-    fn plain(
+    /// A way that begins with no caller of the mesh, as its cluster says.
+    fn pass(
         &self,
         listener: &Listener,
         routes: &Routes,
         chain: &Chain,
-        name: &str,
+        passage: &Passage,
         old: Option<&Arc<Route>>,
     ) -> Result<Way, String> {
+        let name = self.named(&passage.to)?;
         let cluster = self.cluster(name)?;
         match &cluster.discovery {
             Discovery::OriginalDestination if !routes.transparent => {
                 return Err(format!("cluster {name} leads to original destinations, and nothing is redirected here"));
             }
-            Discovery::OriginalDestination if cluster.spoken == Spoken::Plain => {
+            Discovery::OriginalDestination if cluster.spoken == Spoken::Plain && passage.front.is_none() => {
                 let Cluster { connect_timeout, max_connections, .. } = *cluster;
                 let idle_timeout = chain.tuning.idle_timeout;
                 return Ok(Way::Original(Original { connect_timeout, max_connections, idle_timeout }));
@@ -127,7 +129,7 @@ impl Builder<'_> {
                 let service = self.route_service(&tls.material, Arc::new(Intentions::unknown()), None, old);
                 Ok(Way::Originate { service, upstream })
             }
-            None if routes.outbound => {
+            None if routes.outbound || passage.front.is_some() => {
                 Err(format!("cluster {name} has no UpstreamTlsContext of the mesh, and nothing leaves without"))
             }
             None => self.upstream(name, front, Allowed::AsItCame, old_upstream).map(Way::Forward),
@@ -144,7 +146,7 @@ impl Builder<'_> {
             (Vec::new(), Some(nowhere(listener, chain)))
         });
         let (app, upstream) = behind;
-        let connect_timeout = self.held.clusters.get(&ending.cluster).map(|cluster| cluster.connect_timeout);
+        let connect_timeout = self.named(&ending.to).and_then(|name| self.cluster(name)).map(|cluster| cluster.connect_timeout);
         let public = PublicListener {
             bind: listener.bind.clone(),
             app,
@@ -165,11 +167,12 @@ impl Builder<'_> {
         ending: &Ending,
         old: Option<&Arc<Upstream>>,
     ) -> Result<(Vec<Address>, Option<Arc<Upstream>>), String> {
-        let cluster = self.cluster(&ending.cluster)?;
+        let name = self.named(&ending.to)?;
+        let cluster = self.cluster(name)?;
         if matches!(cluster.discovery, Discovery::Static(_)) && cluster.spoken == Spoken::Plain {
             return Ok((self.app(cluster)?, None));
         }
-        let upstream = self.upstream(&ending.cluster, front(listener, chain), Allowed::App, old)?;
+        let upstream = self.upstream(name, front(listener, chain), Allowed::App, old)?;
         Ok((Vec::new(), Some(upstream)))
     }
 
@@ -200,12 +203,16 @@ impl Builder<'_> {
 }
 
 fn front<'a>(listener: &'a Listener, chain: &'a Chain) -> Front<'a> {
-    Front { label: &chain.name, bind: &listener.bind, tuning: chain.tuning }
+    let tls = match &chain.way {
+        listener::Way::Pass(passage) => passage.front.as_deref(),
+        listener::Way::End(_) | listener::Way::ServerName => None,
+    };
+    Front { label: &chain.name, bind: &listener.bind, tuning: chain.tuning, tls }
 }
 
 /// A cluster without an endpoint: whoever gets there is reset at once.
 fn nowhere(listener: &Listener, chain: &Chain) -> Arc<Upstream> {
-    let id = chain.way.cluster().unwrap_or(&chain.name).into();
+    let id = chain.way.name().unwrap_or(&chain.name).into();
     let nobody = Target { id, sni: "".into(), expected: [].into(), endpoints: [].into(), access: None };
     Arc::new(Upstream {
         name: chain.name.as_str().into(),
@@ -216,6 +223,7 @@ fn nowhere(listener: &Listener, chain: &Chain) -> Arc<Upstream> {
         outlier: Outlier::default(),
         idle_timeout: None,
         connect_attempts: None,
+        front: None,
         outside: None,
         original: false,
         deny_reply: DenyReply::Close,

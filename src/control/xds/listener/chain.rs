@@ -11,8 +11,8 @@ use envoy_types::pb::envoy::extensions::filters::network::rbac::v3::Rbac;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_proxy;
 use envoy_types::pb::google::protobuf::Any;
 
-use super::http::{CONNECTION_MANAGER, Http, Route};
-use super::{Tuning, access_logs};
+use super::http::{self, CONNECTION_MANAGER, Http, Route, Routing};
+use super::{Destination, Tuning, access_logs};
 use crate::config::envoy::AccessLog;
 use crate::control::xds::cluster::duration;
 use crate::control::xds::rbac;
@@ -38,7 +38,8 @@ pub(super) struct Filters {
     pub(super) max_connections: u32,
     /// The cluster is that of the server name.
     pub(super) by_server_name: bool,
-    pub(super) cluster: String,
+    /// Where all goes; none where `paths` or the server name says it.
+    pub(super) to: Option<Destination>,
     pub(super) tuning: Tuning,
     /// It ends in an `http_connection_manager`.
     pub(super) http: bool,
@@ -47,6 +48,13 @@ pub(super) struct Filters {
     /// The paths of an `http_connection_manager` that tells them apart; then there is no cluster.
     pub(super) paths: Vec<Route>,
     pub(super) access_logs: Vec<AccessLog>,
+}
+
+impl Filters {
+    /// Where all goes.
+    pub(super) fn to(&self) -> Result<Destination, Refusal> {
+        self.to.clone().ok_or_else(|| Refusal::missing("filters.tcp_proxy.cluster", "expected a cluster's name"))
+    }
 }
 
 /// Whether it takes every connection.
@@ -163,7 +171,7 @@ pub(super) fn filters(chain: &pb::FilterChain, http_as_tcp: bool) -> Result<Filt
     if !ended {
         return Err(Refusal::missing("filters", "expected tcp_proxy or an http_connection_manager as the last filter"));
     }
-    if !found.by_server_name && found.cluster.is_empty() && found.paths.is_empty() {
+    if !found.by_server_name && found.to.is_none() && found.paths.is_empty() {
         return Err(Refusal::missing("filters.tcp_proxy.cluster", "expected a cluster's name"));
     }
     Ok(found)
@@ -189,7 +197,7 @@ fn take(found: &mut Filters, any: &Any, name: &str) -> Result<(), Refusal> {
         TCP_PROXY => {
             let filter: tcp_proxy::TcpProxy = unpack(any, TCP_PROXY, field)?;
             found.access_logs = access_logs(&filter.access_log).map_err(|why| why.under(field))?;
-            found.cluster = target(&filter).map_err(|why| why.under(field))?;
+            found.to = target(&filter).map_err(|why| why.under(field))?;
             found.tuning = tuning(&filter).map_err(|why| why.under(field))?;
         }
         SNI_CLUSTER => found.by_server_name = true,
@@ -198,9 +206,12 @@ fn take(found: &mut Filters, any: &Any, name: &str) -> Result<(), Refusal> {
             found.rbac |= http.rules.is_some();
             found.rules.extend(http.rules.iter().flatten().cloned());
             found.access_logs = access_logs(&http.access_log).map_err(|why| why.under(field))?;
-            match http.passes_to() {
-                Some(cluster) => cluster.clone_into(&mut found.cluster),
-                None => found.paths.clone_from(&http.routes),
+            match http.routes {
+                Routing::Discovered(name) => found.to = Some(Destination::Routes(name)),
+                Routing::Inline(routes) => match http::passes_to(&routes) {
+                    Some(cluster) => found.to = Some(Destination::Cluster(cluster.to_owned())),
+                    None => found.paths = routes,
+                },
             }
             found.http = true;
         }
@@ -219,7 +230,7 @@ fn tuning(filter: &tcp_proxy::TcpProxy) -> Result<Tuning, Refusal> {
     Ok(Tuning { idle_timeout: idle_timeout.filter(|timeout| timeout.as_millis() > 0), connect_attempts })
 }
 
-fn target(filter: &tcp_proxy::TcpProxy) -> Result<String, Refusal> {
+fn target(filter: &tcp_proxy::TcpProxy) -> Result<Option<Destination>, Refusal> {
     use tcp_proxy::tcp_proxy::ClusterSpecifier;
     if filter.tunneling_config.is_some() {
         return Err(Refusal::new("tunneling_config", "present", "TCP is not tunnelled in HTTP: expected none"));
@@ -227,12 +238,13 @@ fn target(filter: &tcp_proxy::TcpProxy) -> Result<String, Refusal> {
     if filter.metadata_match.is_some() {
         return Err(Refusal::new("metadata_match", "present", "every healthy member of a cluster is used: expected none"));
     }
-    match &filter.cluster_specifier {
-        Some(ClusterSpecifier::Cluster(name)) => Ok(name.clone()),
+    let name = match &filter.cluster_specifier {
+        Some(ClusterSpecifier::Cluster(name)) => name,
         Some(ClusterSpecifier::WeightedClusters(weighted)) => match weighted.clusters.as_slice() {
-            [one] => Ok(one.name.clone()),
-            many => Err(Refusal::new("weighted_clusters.clusters", format!("{} clusters", many.len()), "expected one")),
+            [one] => &one.name,
+            many => return Err(Refusal::new("weighted_clusters.clusters", format!("{} clusters", many.len()), "expected one")),
         },
-        None => Ok(String::new()),
-    }
+        None => return Ok(None),
+    };
+    Ok((!name.is_empty()).then(|| Destination::Cluster(name.clone())))
 }

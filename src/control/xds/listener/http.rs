@@ -2,16 +2,19 @@
 //! of a local app are a listener for pages.
 //!
 //! Invariant: what is read here needs nobody to look at a request in the mesh: routes by anything but the path, filters that do
-//! something, and routes that come by RDS are refused by their names. What Envoy does to headers is not done, so whoever lets
+//! something, are refused by their names. Routes that come by RDS must all lead to one cluster. What Envoy does to headers is not done, so whoever lets
 //! peers in by it is refused (`listener`): an app may trust `x-forwarded-client-cert`, which Envoy writes. Only where the operator
 //! says that it does not ([`Xds::http_as_tcp`](crate::config::envoy::Xds::http_as_tcp)) such a way in is served, and what its RBAC
 //! says of callers holds.
 
 use envoy_types::pb::envoy::config::accesslog::v3::AccessLog;
+use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::config::route::v3 as route;
 use envoy_types::pb::envoy::extensions::filters::http::rbac::v3::Rbac as HttpRbac;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as pb;
-use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::CodecType;
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::{
+    CodecType, RouteSpecifier,
+};
 use envoy_types::pb::envoy::extensions::filters::network::rbac::v3::Rbac;
 use envoy_types::pb::google::protobuf::Any;
 
@@ -37,10 +40,17 @@ const ROUTES_WANTED: &str =
 
 /// What a connection manager asks for.
 pub(super) struct Http {
-    pub(super) routes: Vec<Route>,
+    pub(super) routes: Routing,
     pub(super) access_log: Vec<AccessLog>,
     /// What RBAC filters say of callers; none if there is no such filter.
     pub(super) rules: Option<Vec<Rules>>,
+}
+
+/// Where its routes are.
+pub(super) enum Routing {
+    Inline(Vec<Route>),
+    /// In the route configuration of this name, by RDS.
+    Discovered(String),
 }
 
 /// One route.
@@ -85,21 +95,36 @@ impl Http {
             }
         }
         let routes = match &manager.route_specifier {
-            Some(pb::http_connection_manager::RouteSpecifier::RouteConfig(config)) => routes(config).map_err(under)?,
-            Some(_) => return Err(Refusal::new(format!("{field}.route_specifier"), "rds or scoped_routes", ROUTES_WANTED)),
+            Some(RouteSpecifier::RouteConfig(config)) => {
+                Routing::Inline(routes(config).map_err(|why| under(why.under("route_config")))?)
+            }
+            Some(RouteSpecifier::Rds(rds)) => Routing::Discovered(discovered(rds).map_err(|why| under(why.under("rds")))?),
+            Some(_) => return Err(Refusal::new(format!("{field}.route_specifier"), "scoped_routes", ROUTES_WANTED)),
             None => return Err(Refusal::missing(format!("{field}.route_config"), ROUTES_WANTED)),
         };
         Ok(Self { routes, access_log: manager.access_log, rules })
     }
+}
 
-    /// The one cluster that every request goes to, as it came.
-    pub(super) fn passes_to(&self) -> Option<&str> {
-        match self.routes.as_slice() {
-            [Route { path: PathMatch::Prefix(prefix), to: Target::Cluster { name, rewrite: None } }] if prefix == "/" => {
-                Some(name)
-            }
-            _ => None,
-        }
+/// The one cluster that every request goes to, as it came.
+pub(in crate::control::xds) fn passes_to(routes: &[Route]) -> Option<&str> {
+    match routes {
+        [Route { path: PathMatch::Prefix(prefix), to: Target::Cluster { name, rewrite: None } }] if prefix == "/" => Some(name),
+        _ => None,
+    }
+}
+
+/// The name of a route configuration that comes on the stream that all else comes on.
+fn discovered(rds: &pb::Rds) -> Result<String, Refusal> {
+    use core::config_source::ConfigSourceSpecifier;
+    match rds.config_source.as_ref().and_then(|source| source.config_source_specifier.as_ref()) {
+        Some(ConfigSourceSpecifier::Ads(_)) if !rds.route_config_name.is_empty() => Ok(rds.route_config_name.clone()),
+        Some(ConfigSourceSpecifier::Ads(_)) => Err(Refusal::missing("route_config_name", "expected the name of routes")),
+        _ => Err(Refusal::new(
+            "config_source",
+            "another than ads",
+            "routes come on the stream that all else comes on: expected ads",
+        )),
     }
 }
 
@@ -114,12 +139,13 @@ fn rbac_of(any: &Any) -> Result<Option<Rules>, Refusal> {
     rbac::rules(&Rbac { rules, matcher, ..Rbac::default() }).map_err(|why| why.under("typed_config"))
 }
 
-fn routes(config: &route::RouteConfiguration) -> Result<Vec<Route>, Refusal> {
+/// The routes of a configuration, which must need nobody to look at more than the path.
+pub(in crate::control::xds) fn routes(config: &route::RouteConfiguration) -> Result<Vec<Route>, Refusal> {
     let [host] = config.virtual_hosts.as_slice() else {
         let found = format!("{} of them", config.virtual_hosts.len());
-        return Err(Refusal::new("route_config.virtual_hosts", found, ROUTES_WANTED));
+        return Err(Refusal::new("virtual_hosts", found, ROUTES_WANTED));
     };
-    let place = "route_config.virtual_hosts[0]";
+    let place = "virtual_hosts[0]";
     if host.domains != ["*"] {
         return Err(Refusal::new(format!("{place}.domains"), host.domains.join(","), ROUTES_WANTED));
     }
@@ -133,7 +159,7 @@ fn routes(config: &route::RouteConfiguration) -> Result<Vec<Route>, Refusal> {
         return Err(Refusal::new(place, "more than domains and routes", ROUTES_WANTED));
     }
     if config.vhds.is_some() || !config.typed_per_filter_config.is_empty() {
-        return Err(Refusal::new("route_config", "vhds or typed_per_filter_config", ROUTES_WANTED));
+        return Err(Refusal::new("vhds", "vhds or typed_per_filter_config", ROUTES_WANTED));
     }
     let all = host.routes.iter().enumerate();
     all.map(|(index, one)| one_route(one).map_err(|why| why.under(&format!("{place}.routes[{index}]")))).collect()

@@ -4,7 +4,7 @@
 
 use envoy_types::pb::envoy::config::listener::v3 as pb;
 
-use super::{Tuning, access_logs, bind, chain};
+use super::{Destination, Tuning, access_logs, bind, chain};
 use crate::config::envoy::AccessLog;
 use crate::control::xds::refusal::Refusal;
 use crate::mesh::Bind;
@@ -40,7 +40,7 @@ impl Plain {
             }
             None => Ok(Self {
                 bind: bind(message)?,
-                cluster: filters.cluster,
+                cluster: filters.to.as_ref().map_or("", Destination::name).to_owned(),
                 max_connections: (filters.max_connections > 0).then_some(filters.max_connections),
                 tuning: filters.tuning,
                 access_logs: access_logs(&message.access_log)?.into_iter().chain(filters.access_logs).collect(),

@@ -48,7 +48,7 @@ pub(super) fn routes(
         }
         let tuning = filters.tuning;
         let way = way(chain, filters).map_err(under)?;
-        Ok(Chain { name: way.cluster().unwrap_or_default().to_owned(), matches, way, tuning })
+        Ok(Chain { name: way.name().unwrap_or_default().to_owned(), matches, way, tuning })
     };
     let chains = message.filter_chains.iter().enumerate();
     let chains = chains.map(|(index, chain)| read(chain, format!("filter_chains[{index}]")));
@@ -73,14 +73,19 @@ pub(super) fn routes(
 fn check_ways(message: &pb::Listener, chains: &[Chain], fallback: Option<&Chain>) -> Result<(), Refusal> {
     let all = || chains.iter().chain(fallback);
     let ends = all().any(|chain| matches!(chain.way, Way::End(_)));
-    if message.traffic_direction == INBOUND && !ends && all().any(|chain| matches!(chain.way, Way::Cluster(_))) {
+    if message.traffic_direction == INBOUND && !ends && all().any(|chain| matches!(chain.way, Way::Pass(_))) {
         let wanted = "a way in that is not mutual TLS is served only beside one that is: expected a DownstreamTlsContext";
         return Err(Refusal::missing("filter_chains.transport_socket", wanted));
     }
     let mut seen = HashSet::new();
     for (index, chain) in chains.iter().enumerate() {
         let place = format!("filter_chains[{index}]");
-        if matches!(chain.way, Way::End(_)) && chain.matches.tls == Some(false) {
+        let ends_tls = match &chain.way {
+            Way::End(_) => true,
+            Way::Pass(passage) => passage.front.is_some(),
+            Way::ServerName => false,
+        };
+        if ends_tls && chain.matches.tls == Some(false) {
             return Err(Refusal::new(
                 format!("{place}.filter_chain_match.transport_protocol"),
                 "raw_buffer",

@@ -27,7 +27,7 @@ fn to(address: &str, tls: bool) -> Seen<'_> {
     Seen { destination: Some(address.parse().expect("an address")), tls, ..Seen::default() }
 }
 
-fn proxy(cluster: &str) -> Json {
+pub(super) fn proxy(cluster: &str) -> Json {
     json!({"name": "envoy.filters.network.tcp_proxy", "typed_config": {
         "@type": format!("{HTTP}.network.tcp_proxy.v3.TcpProxy"), "stat_prefix": "x", "cluster": cluster}})
 }
@@ -45,7 +45,7 @@ fn ending(cluster: &str) -> Json {
                 "validation_context": {"trusted_ca": {}}}}}})
 }
 
-fn listener(name: &str, direction: &str, filters: &[&str], chains: Json) -> Json {
+pub(super) fn listener(name: &str, direction: &str, filters: &[&str], chains: Json) -> Json {
     let filters: Vec<Json> = filters.iter().map(|name| json!({"name": format!("envoy.filters.listener.{name}")})).collect();
     json!({"name": name, "address": {"socket_address": {"address": "127.0.0.1", "port_value": 15001}},
         "traffic_direction": direction, "listener_filters": filters, "filter_chains": chains})
@@ -354,13 +354,13 @@ fn matches_that_are_not_looked_at_are_refused_by_their_names() {
 }
 
 /// A connection manager with these routes and HTTP filters.
-fn manager(routes: Json, filters: Json) -> Json {
+pub(super) fn manager(routes: Json, filters: Json) -> Json {
     json!({"name": "envoy.filters.network.http_connection_manager", "typed_config": {
         "@type": format!("{HTTP}.network.http_connection_manager.v3.HttpConnectionManager"), "stat_prefix": "x",
         "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]}, "http_filters": filters}})
 }
 
-fn all_to(cluster: &str) -> Json {
+pub(super) fn all_to(cluster: &str) -> Json {
     json!([{"match": {"prefix": "/"}, "route": {"cluster": cluster}}])
 }
 

@@ -65,7 +65,7 @@ pub(super) fn settings(context: &pb::UpstreamTlsContext, common: &pb::CommonTlsC
     Ok(settings)
 }
 
-fn certificate(common: &pb::CommonTlsContext) -> Result<Option<Shown>, Refusal> {
+pub(super) fn certificate(common: &pb::CommonTlsContext) -> Result<Option<Shown>, Refusal> {
     let certificate = match common.tls_certificates.as_slice() {
         [] => return Ok(None),
         [certificate] => certificate,

@@ -81,6 +81,8 @@ pub(super) fn flags(record: &ConnectionRecord) -> &'static [Flag] {
     let by_upstream = |flags: &'static [Flag]| if mesh_side(record) == Side::Upstream { flags } else { &[] };
     match record.reason {
         CloseReason::ConnectFailed | CloseReason::ConnectTimeout | CloseReason::AppUnreachable => &[UF, URX],
+        // Of a client that never got its TLS to stand, nobody upstream knows.
+        CloseReason::HandshakeFailed if record.attempts == 0 => &[],
         CloseReason::HandshakeFailed | CloseReason::IdentityMismatch => by_upstream(&[UF, URX]),
         // In TLS 1.3 the other side decides when the handshake is over for us.
         CloseReason::DeniedByPeer if was_connected(record) => &[UF],
@@ -167,7 +169,9 @@ pub(super) fn failure(record: &ConnectionRecord, side: Side) -> Option<String> {
         CloseReason::ConnectFailed | CloseReason::AppUnreachable => false,
         _ => return None,
     };
-    let failed = if of_tls { mesh_side(record) } else { Side::Upstream };
+    // As in `flags`: before anybody is dialed there is TLS with whoever connected only.
+    let downstream = mesh_side(record) == Side::Downstream || record.attempts == 0;
+    let failed = if of_tls && downstream { Side::Downstream } else { Side::Upstream };
     if side != failed {
         return None;
     }

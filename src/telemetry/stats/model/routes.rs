@@ -4,7 +4,7 @@
 //! ends before; Envoy counts all of them at the listener, so that one has the sum. Prefixes are Consul's, as far as a route
 //! tells them: of chains by server name at a mesh gateway all have one.
 
-use super::{Facts, Made, Sums, listener};
+use super::{EndsHere, Facts, Made, Sums, listener};
 use crate::mesh::router::{Route, Router, RouterSettings, Way};
 use crate::mesh::{Service, Snapshot};
 use crate::telemetry::hub::{Key, Share, Totals};
@@ -51,7 +51,12 @@ pub(super) fn tell(made: &mut Made, owner: usize, router: &Router, facts: &Facts
             }
         }
     }
-    let tls = identity.map(|identity| (identity, &ended));
+    let fronts = router.routes().filter_map(|route| route.upstream()).any(|upstream| upstream.front.is_some());
+    let tls = match identity {
+        Some(identity) => EndsHere::Mesh(identity, &ended),
+        None if fronts => EndsHere::Front(&totals),
+        None => EndsHere::Nothing,
+    };
     listener(made, owner, &settings.bind, &totals, &shares, span.length, tls);
 }
 

@@ -288,6 +288,12 @@ pub(super) fn ssl(scope: &mut Scope<'_>, totals: &Totals, identity: &Identity) {
     }
 }
 
+/// TLS with whoever is outside of the mesh: the app behind a gateway, or clients before one.
+pub(super) fn outside_tls(scope: &mut Scope<'_>, totals: &Totals) {
+    scope.counter("ssl.handshake", totals.outside_handshakes);
+    scope.counter("ssl.connection_error", totals.outside_handshakes_failed);
+}
+
 /// What is behind one or more listeners.
 #[derive(Debug, Default)]
 pub(super) struct Cluster {
@@ -377,8 +383,7 @@ impl Cluster {
             }
         }
         if self.outside {
-            scope.counter("ssl.handshake", totals.app_handshakes);
-            scope.counter("ssl.connection_error", totals.app_handshakes_failed);
+            outside_tls(scope, totals);
         }
     }
 

@@ -25,6 +25,7 @@ fn upstream(name: &str, port: u16, sni: &str) -> Arc<Upstream> {
         outlier: Outlier::default(),
         idle_timeout: None,
         connect_attempts: None,
+        front: None,
         outside: None,
         original: false,
         deny_reply: DenyReply::Close,

@@ -1,0 +1,156 @@
+//! Ingress gateways: listeners whose clients speak TLS and show nothing, and routes that come by RDS.
+
+use super::routes::{all_to, listener, manager, proxy};
+use super::*;
+use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
+
+/// What Consul's ingress gateways end TLS with; `require` is whether clients must show a certificate.
+fn socket(require: bool) -> Json {
+    json!({"name": "tls", "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+        "common_tls_context": {"tls_params": {}, "tls_certificates": [{"certificate_chain": {}, "private_key": {}}],
+            "validation_context": {"trusted_ca": {}}},
+        "require_client_certificate": require}})
+}
+
+/// A bench with the clusters of an ingress gateway, and the name of one.
+fn gateway() -> (Bench, String) {
+    let mut bench = Bench::new("ingress-gateway");
+    let capture = Bench::fixture("ingress");
+    bench.send_all(&capture);
+    (bench, capture["clusters"][0]["name"].as_str().expect("a name").to_owned())
+}
+
+const NAME: &str = "db:127.0.0.1:15001";
+
+fn upstream_of(service: &Service) -> Arc<crate::mesh::Upstream> {
+    let found = service.upstreams.iter().find(|upstream| upstream.bind.to_string() == "127.0.0.1:15001");
+    Arc::clone(found.expect("served"))
+}
+
+#[test]
+fn clients_of_an_ingress_gateway_are_met_with_tls() {
+    let (mut bench, cluster) = gateway();
+    let out = |socket: Json, timeout: &str| {
+        let mut proxy = proxy(&cluster);
+        proxy["typed_config"]["idle_timeout"] = timeout.into();
+        listener(NAME, "OUTBOUND", &[], json!([{"filters": [proxy], "transport_socket": socket}]))
+    };
+    assert_eq!(bench.send(Kind::Listener, &[out(socket(false), "5s")]), Vec::<String>::new());
+    let first = upstream_of(&bench.build());
+    let front = first.front.as_ref().expect("TLS");
+    assert_eq!(front.settings().certificate.chain[0], bench.svid.chain[0]);
+    assert!(!first.targets.is_empty() && first.outside.is_none());
+    assert_eq!(bench.send(Kind::Listener, &[out(socket(false), "7s")]), Vec::<String>::new());
+    let second = upstream_of(&bench.build());
+    assert!(!Arc::ptr_eq(&first, &second), "a change");
+    assert!(Arc::ptr_eq(front, second.front.as_ref().expect("TLS")), "of something else");
+    // The gateway's leaf is another.
+    bench.svid = bench.ca.svid("ingress-gateway");
+    assert_eq!(bench.send(Kind::Listener, &[out(socket(false), "7s")]), Vec::<String>::new());
+    assert!(!Arc::ptr_eq(front, upstream_of(&bench.build()).front.as_ref().expect("TLS")));
+
+    let mut told = |socket: Json| bench.send(Kind::Listener, &[out(socket, "7s")]).join("; ");
+    let requiring = told(socket(true));
+    assert!(requiring.contains("every certificate of the mesh would be let in"), "{requiring}");
+    let mut bare = socket(false);
+    bare["typed_config"]["common_tls_context"]["tls_certificates"] = json!([]);
+    let bare = told(bare);
+    assert!(bare.contains("tls_certificates: absent; expected one with its key"), "{bare}");
+    let mut by_name = socket(false);
+    by_name["typed_config"]["common_tls_context"]["tls_certificate_sds_secret_configs"] = json!([{"name": "wildcard"}]);
+    let by_name = told(by_name);
+    assert!(by_name.contains("tls_certificate_sds_secret_configs: present"), "{by_name}");
+    let mut way_in = out(socket(false), "7s");
+    way_in["traffic_direction"] = "INBOUND".into();
+    let way_in = bench.send(Kind::Listener, &[way_in]).join("; ");
+    assert!(way_in.contains("a way in that is not mutual TLS is not served"), "{way_in}");
+    assert!(upstream_of(&bench.build()).front.is_some(), "what was good stays");
+}
+
+#[test]
+fn each_server_name_has_its_own_certificate() {
+    let (mut bench, cluster) = gateway();
+    let other = bench.ca.svid("other");
+    let mut second = socket(false);
+    second["typed_config"]["common_tls_context"]["tls_certificates"][0] =
+        json!({"certificate_chain!": chain_pem(&other.chain), "private_key!": key_pem(&other.key)});
+    let chain = |name: &str, socket: Json| json!({"filter_chain_match": {"server_names": [name]}, "filters": [proxy(&cluster)], "transport_socket": socket});
+    let chains = json!([chain("a.example.com", socket(false)), chain("b.example.com", second)]);
+    assert_eq!(bench.send(Kind::Listener, &[listener(NAME, "OUTBOUND", &["tls_inspector"], chains)]), Vec::<String>::new());
+    let router = bench.router();
+    let shown = |name: &str| {
+        let at = router.route(&Seen { server_name: Some(name), tls: true, ..Seen::default() }).expect("taken");
+        let route = router.routes().nth(at).expect("there");
+        let Way::Originate { upstream, .. } = &route.way else { panic!("{route:?} does not lead into the mesh") };
+        upstream.front.as_ref().expect("TLS").settings().certificate.chain[0].clone()
+    };
+    assert_eq!((shown("a.example.com"), shown("b.example.com")), (bench.svid.chain[0].clone(), other.chain[0].clone()));
+
+    // TLS of clients ends for the mesh alone.
+    let plain = json!({"name": "plain", "type": "STATIC", "load_assignment": {"cluster_name": "plain", "endpoints": []}});
+    assert_eq!(bench.send(Kind::Cluster, &[plain]), Vec::<String>::new());
+    let chain = json!({"filter_chain_match": {"server_names": ["c.example.com"]}, "filters": [proxy("plain")],
+        "transport_socket": socket(false)});
+    assert_eq!(bench.send(Kind::Listener, &[listener(NAME, "UNSPECIFIED", &["tls_inspector"], json!([chain]))]), [""; 0]);
+    bench.build();
+    assert!(bench.notes[0].contains("no UpstreamTlsContext of the mesh, and nothing leaves without"), "{:?}", bench.notes);
+}
+
+/// A listener for HTTP whose routes are at `name`.
+fn by_rds(name: &str) -> Json {
+    let mut manager = manager(json!([]), json!([{"name": "envoy.filters.http.router"}]));
+    let config = manager["typed_config"].as_object_mut().expect("an object");
+    config.shift_remove("route_config");
+    config
+        .insert("rds".to_owned(), json!({"route_config_name": name, "config_source": {"ads": {}, "resource_api_version": "V3"}}));
+    listener(NAME, "OUTBOUND", &[], json!([{"filters": [manager]}]))
+}
+
+fn asked(requests: &[DeltaDiscoveryRequest]) -> Vec<(&[String], &[String])> {
+    requests
+        .iter()
+        .filter(|request| request.type_url.ends_with("RouteConfiguration"))
+        .map(|request| (request.resource_names_subscribe.as_slice(), request.resource_names_unsubscribe.as_slice()))
+        .collect()
+}
+
+#[test]
+fn routes_that_come_by_name_lead_to_one_cluster() {
+    let (mut bench, cluster) = gateway();
+    let mut subscription = Subscription::new(&settings());
+    subscription.open(&bench.held);
+    assert_eq!(bench.send(Kind::Listener, &[by_rds("8080")]), Vec::<String>::new());
+    let requests = subscription.follow(&bench.held);
+    assert_eq!(asked(&requests), [(&["8080".to_owned()][..], &[][..])]);
+    assert_eq!(build::waits_for(&bench.held).as_deref(), Some("waiting for the routes 8080"));
+    bench.build();
+    assert_eq!(bench.notes, ["listener db:127.0.0.1:15001: the routes 8080 are not there"]);
+
+    let routes = |domain: &str, routes: Json| json!({"name": "8080", "virtual_hosts": [{"name": "db", "domains": [domain], "routes": routes}], "validate_clusters": true});
+    assert_eq!(bench.send(Kind::Routes, &[routes("*", all_to(&cluster))]), Vec::<String>::new());
+    assert_eq!(build::waits_for(&bench.held), None);
+    assert_eq!(upstream_of(&bench.build()).targets[0].cluster(), cluster);
+    // On the next stream it is told that they are here.
+    let again = subscription.open(&bench.held);
+    let last = again.last().expect("requests");
+    assert_eq!((last.resource_names_subscribe.as_slice(), last.initial_resource_versions.len()), (&["8080".to_owned()][..], 1));
+
+    let mut told = |domain: &str, list: Json| bench.send(Kind::Routes, &[routes(domain, list)]).join("; ");
+    let by_host = told("web.ingress.*", all_to(&cluster));
+    assert!(by_host.contains("RouteConfiguration 8080: virtual_hosts[0].domains: web.ingress.*;"), "{by_host}");
+    let by_path = told("*", json!([{"match": {"path": "/a"}, "route": {"cluster": cluster}}]));
+    assert!(by_path.contains("virtual_hosts[0].routes: 1 of them, by path or with a rewrite"), "{by_path}");
+    assert_eq!(upstream_of(&bench.build()).targets[0].cluster(), cluster, "what was good stays");
+
+    // Other routes, and then nobody asks for any.
+    assert_eq!(bench.send(Kind::Listener, &[by_rds("9090")]), Vec::<String>::new());
+    bench.held.forget_unnamed();
+    assert!(bench.held.versions(Kind::Routes).is_empty());
+    let requests = subscription.follow(&bench.held);
+    assert_eq!(asked(&requests), [(&["9090".to_owned()][..], &["8080".to_owned()][..])]);
+    let mut elsewhere = by_rds("9090");
+    elsewhere["filter_chains"][0]["filters"][0]["typed_config"]["rds"]["config_source"] = json!({"self": {}});
+    let elsewhere = bench.send(Kind::Listener, &[elsewhere]).join("; ");
+    assert!(elsewhere.contains("rds.config_source: another than ads"), "{elsewhere}");
+}
