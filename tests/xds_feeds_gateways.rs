@@ -25,7 +25,7 @@ use support::namespace::{Outside, call, entered};
 use support::traffic::{End, Live, read_to_end, round_trip};
 use support::{Echo, PATIENCE, ports, wait_for, wait_until};
 use tls_app::{Pki, TlsApp};
-use xds::{CLUSTER, ENDPOINTS, LISTENER, XdsServer};
+use xds::{CLUSTER, ENDPOINTS, LISTENER, ROUTES, XdsServer};
 use xds_proxy::{Proxy, material};
 
 const TRUST_DOMAIN: &str = "11111111-2222-3333-4444-555555555555.consul";
@@ -231,6 +231,67 @@ fn an_app_that_speaks_tls_behind_a_terminating_gateway_is_known_by_its_ca_and_na
     let told = gateway.server.wait_answered(from, CLUSTER).expect("a nack");
     assert!(told.contains("trusted_ca.filename: ") && told.contains("missing.pem; No such file"), "{told}");
     [web, gateway].into_iter().for_each(Proxy::stop);
+}
+
+#[test]
+fn clients_of_an_ingress_gateway_speak_tls_and_go_where_its_routes_say() {
+    let (ca, app, folder) = (Ca::new(TRUST_DOMAIN), Echo::start(), support::scratch());
+    let (front, public) = (ports::free_address(), ports::free_address());
+    let roots = folder.path().join("ca.pem");
+    std::fs::write(&roots, pem(&ca)).expect("a file");
+    let of_db = material(&ca, &ca.leaf("db"));
+    let db = db(&resources::public_listener(public, &of_db, resources::allow(&["ingress"])), public, app.address);
+    let own = || material(&ca, &ca.leaf("ingress"));
+    let gateway = web(&own(), &[(DB, ca.id("db").as_str(), front)], public);
+    let name = resources::upstream_name(DB, front);
+    wait_echo(front);
+    let set = |routes: Option<&str>| {
+        let from = gateway.server.seen().len();
+        gateway.server.set(LISTENER, &name, &resources::tls_front_listener(DB, front, &own(), DB, routes));
+        assert_eq!(gateway.server.wait_answered(from, LISTENER), None);
+    };
+    let call = |version: &str, size: usize| tls_app::call(front, &roots, version, size);
+    // Whoever came in plain before is carried on.
+    let mut live = Live::open(front);
+    set(None);
+    wait_until("TLS is asked for", PATIENCE, || round_trip(front, b"plain").is_err());
+    live.ping().expect("the connection of before");
+    for (version, told) in [("TLSv1_2", "TLSv1.2"), ("TLSv1_3", "TLSv1.3")] {
+        for size in [1, 300_000, 2_000_000] {
+            assert_eq!(call(version, size).as_deref(), Ok(told));
+        }
+    }
+    let before = app.accepted();
+    let distrustful = folder.path().join("other.pem");
+    std::fs::write(&distrustful, pem(&Ca::new(PEER_DOMAIN))).expect("a file");
+    let refused = tls_app::call(front, &distrustful, "TLSv1_3", 1).expect_err("another CA");
+    assert!(refused.contains("CERTIFICATE_VERIFY_FAILED"), "{refused}");
+    assert_eq!(app.accepted(), before, "dialed for nobody");
+    let client = support::http::Client::new(gateway.sidecar.admin_address(), None);
+    wait_for("both are counted", PATIENCE, || {
+        let stats = client.get("/stats?filter=^listener.*ssl").body;
+        let counted = |name: &str, least: u64| {
+            let found = stats.lines().find_map(|line| line.split_once(&format!("ssl.{name}: "))?.1.parse::<u64>().ok());
+            found.is_some_and(|count| count >= least)
+        };
+        if counted("handshake", 6) && counted("connection_error", 2) { Ok(()) } else { Err(stats) }
+    });
+
+    // For HTTP the cluster is where the routes say; they are asked for by their name.
+    set(Some("8443"));
+    call("TLSv1_3", 1_000).expect("what was there serves until they come");
+    gateway.server.set(ROUTES, "8443", &resources::routes("8443", "*", DB));
+    wait_for("nothing is missing", PATIENCE, || gateway.sidecar.status().services[0].problem.clone().map_or(Ok(()), Err));
+    call("TLSv1_3", 1_000).expect("an echo by the routes");
+    let from = gateway.server.seen().len();
+    gateway.server.set(ROUTES, "8443", &resources::routes("8443", "db.example.com", DB));
+    let told = gateway.server.wait_answered(from, ROUTES).expect("a nack");
+    assert!(told.contains("RouteConfiguration 8443: virtual_hosts[0].domains: db.example.com;"), "{told}");
+    call("TLSv1_3", 1_000).expect("what was good stays");
+    let dump = client.get("/config_dump?resource=dynamic_route_configs").body;
+    assert!(dump.contains("\"route_config\"") && dump.contains("db.example.com; http_connection_manager"), "{dump}");
+    live.ping().expect("the connection of before");
+    [gateway, db].into_iter().for_each(Proxy::stop);
 }
 
 #[test]

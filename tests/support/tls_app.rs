@@ -34,6 +34,33 @@ while True:
     threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 "#;
 
+const CLIENT: &str = r#"
+import socket, ssl, sys
+port, version, ca, size = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+context = ssl.create_default_context(cafile=ca)
+context.check_hostname = False
+context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+say = bytes(at * 7 % 251 for at in range(size))
+with context.wrap_socket(socket.create_connection(("127.0.0.1", port), timeout=20), server_hostname="gateway.example.com") as stream:
+    for at in range(0, size, 1 << 16):
+        piece, heard = say[at:at + (1 << 16)], b""
+        stream.sendall(piece)
+        while len(heard) < len(piece) and (more := stream.recv(1 << 16)):
+            heard += more
+        assert heard == piece, f"{len(heard)} of {len(piece)} bytes came back after {at}, or others"
+    print(stream.version())
+"#;
+
+/// A client outside of the mesh, Python's `ssl` too, that trusts `ca`: says so many bytes in this version of TLS and wants them
+/// back. What it complained of, if it did.
+pub fn call(at: SocketAddr, ca: &Path, version: &str, size: usize) -> Result<String, String> {
+    let mut command = Command::new(tool_on_path("python3"));
+    let arguments = [at.port().to_string(), version.to_owned(), ca.display().to_string(), size.to_string()];
+    let done = command.arg("-c").arg(CLIENT).args(arguments).stdin(Stdio::null()).output().expect("python3 starts");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    if done.status.success() { Ok(text(&done.stdout)) } else { Err(text(&done.stderr)) }
+}
+
 /// The certificates of both sides, as files.
 pub struct Pki {
     folder: tempfile::TempDir,

@@ -33,9 +33,10 @@ use crate::support::{PATIENCE, ports, wait_for};
 
 pub const CLUSTER: &str = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
 pub const ENDPOINTS: &str = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment";
+pub const ROUTES: &str = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration";
 pub const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
 /// The order in which Consul sends.
-const ORDER: [&str; 3] = [CLUSTER, ENDPOINTS, LISTENER];
+const ORDER: [&str; 4] = [CLUSTER, ENDPOINTS, LISTENER, ROUTES];
 
 /// What the proxy did, in order.
 #[derive(Debug, Clone)]

@@ -16,6 +16,8 @@ use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::config::endpoint::v3 as endpoint;
 use envoy_types::pb::envoy::config::listener::v3 as listener;
 use envoy_types::pb::envoy::config::rbac::v3 as rbac;
+use envoy_types::pb::envoy::config::route::v3 as route;
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as http;
 use envoy_types::pb::envoy::extensions::filters::network::rbac::v3::Rbac;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_proxy;
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
@@ -99,6 +101,15 @@ fn socket(name: &str, context: &impl Message) -> Option<core::TransportSocket> {
     Some(core::TransportSocket { name: "tls".into(), config_type })
 }
 
+/// The stream that all comes on.
+fn ads() -> core::ConfigSource {
+    core::ConfigSource {
+        config_source_specifier: Some(core::config_source::ConfigSourceSpecifier::Ads(core::AggregatedConfigSource {})),
+        resource_api_version: core::ApiVersion::V3 as i32,
+        ..Default::default()
+    }
+}
+
 fn address(at: SocketAddr) -> Option<core::Address> {
     let socket = core::SocketAddress {
         address: at.ip().to_string(),
@@ -142,15 +153,10 @@ pub fn target_cluster(name: &str, material: &Material, expected: &str) -> cluste
         sni: name.into(),
         ..Default::default()
     };
-    let source = core::ConfigSource {
-        config_source_specifier: Some(core::config_source::ConfigSourceSpecifier::Ads(core::AggregatedConfigSource {})),
-        resource_api_version: core::ApiVersion::V3 as i32,
-        ..Default::default()
-    };
     cluster::Cluster {
         name: name.into(),
         cluster_discovery_type: of_type(cluster::cluster::DiscoveryType::Eds),
-        eds_cluster_config: Some(cluster::cluster::EdsClusterConfig { eds_config: Some(source), ..Default::default() }),
+        eds_cluster_config: Some(cluster::cluster::EdsClusterConfig { eds_config: Some(ads()), ..Default::default() }),
         transport_socket: socket("UpstreamTlsContext", &context),
         ..Default::default()
     }
@@ -263,6 +269,56 @@ pub fn upstream_listener(label: &str, bind: SocketAddr, cluster: &str) -> listen
         traffic_direction: core::TrafficDirection::Outbound as i32,
         ..Default::default()
     }
+}
+
+/// The listener of an ingress gateway whose clients speak TLS; with `routes` it is for HTTP, and they say where to.
+pub fn tls_front_listener(
+    label: &str,
+    bind: SocketAddr,
+    material: &Material,
+    cluster: &str,
+    routes: Option<&str>,
+) -> listener::Listener {
+    let context = tls::DownstreamTlsContext {
+        common_tls_context: common(material, &[]),
+        require_client_certificate: Some(BoolValue { value: false }),
+        ..Default::default()
+    };
+    let mut listener = upstream_listener(label, bind, cluster);
+    listener.filter_chains[0].transport_socket = socket("DownstreamTlsContext", &context);
+    if let Some(name) = routes {
+        let rds = http::Rds { config_source: Some(ads()), route_config_name: name.to_owned() };
+        let router = http::HttpFilter { name: "envoy.filters.http.router".into(), ..Default::default() };
+        let manager = http::HttpConnectionManager {
+            stat_prefix: "ingress_upstream_".into(),
+            route_specifier: Some(http::http_connection_manager::RouteSpecifier::Rds(rds)),
+            http_filters: vec![router],
+            ..Default::default()
+        };
+        let config = "http_connection_manager.v3.HttpConnectionManager";
+        listener.filter_chains[0].filters = vec![filter("envoy.filters.network.http_connection_manager", config, &manager)];
+    }
+    listener
+}
+
+/// Routes in which all requests for `domain` go to one cluster.
+pub fn routes(name: &str, domain: &str, cluster: &str) -> route::RouteConfiguration {
+    let to = route::RouteAction {
+        cluster_specifier: Some(route::route_action::ClusterSpecifier::Cluster(cluster.to_owned())),
+        ..Default::default()
+    };
+    let all = route::RouteMatch {
+        path_specifier: Some(route::route_match::PathSpecifier::Prefix("/".to_owned())),
+        ..Default::default()
+    };
+    let one = route::Route { r#match: Some(all), action: Some(route::route::Action::Route(to)), ..Default::default() };
+    let host = route::VirtualHost {
+        name: cluster.to_owned(),
+        domains: vec![domain.to_owned()],
+        routes: vec![one],
+        ..Default::default()
+    };
+    route::RouteConfiguration { name: name.to_owned(), virtual_hosts: vec![host], ..Default::default() }
 }
 
 /// A listener filter as Consul 1.10 sends it: without a type.

@@ -100,7 +100,7 @@ impl Builder<'_> {
         let (mut public, mut intentions) = (None, None);
         let mut upstreams: Vec<Arc<Upstream>> = Vec::new();
         let old_upstreams = old.map_or(&[][..], |old| &old.upstreams);
-        let identity = self.identity().map(Arc::clone);
+        let identity = self.identity().or_else(|| self.identity_of(old?)).map(Arc::clone);
         for listener in self.held.listeners.values() {
             let built = match &listener.role {
                 Role::Public(_) if public.is_some() => Err("a second public listener".to_owned()),
@@ -112,7 +112,10 @@ impl Builder<'_> {
                     let old = old_upstreams.iter().find(|old| old.bind == listener.bind && *old.name == **label);
                     let front = Front { label, bind: &listener.bind, tuning: listener.tuning, tls: passage.front.as_deref() };
                     let next = self.named(&passage.to).and_then(|to| self.upstream(to, front, Allowed::Mesh, old));
-                    next.map(|next| upstreams.push(next))
+                    // As Envoy: what was there serves on until its successor's routes have come.
+                    let warming = old.filter(|_| self.held.cluster_of(&passage.to).is_none()).map(Arc::clone);
+                    upstreams.extend(next.as_ref().ok().cloned().or(warming));
+                    next.map(|_| ())
                 }
                 Role::Pages { .. } | Role::Router(_) => Ok(()),
             };
@@ -152,6 +155,14 @@ impl Builder<'_> {
             collect(self.held, self.held.cluster_of(to)?, 0, &mut leaves).ok()?;
             leaves.iter().find_map(|leaf| self.around.identities.of(&leaf.spoken.mesh()?.material))
         })
+    }
+
+    /// What it showed before, while that is in use: until the routes of its listeners come, they name no cluster that tells it.
+    fn identity_of(&self, old: &Service) -> Option<&Arc<Identity>> {
+        let shown = old.identity.as_ref()?;
+        let waits = self.held.listeners.values().flat_map(|listener| listener.destinations());
+        let waits = waits.into_iter().any(|to| self.held.cluster_of(to).is_none());
+        self.around.identities.in_use().find(|identity| waits && Arc::ptr_eq(identity, shown))
     }
 
     fn public_listener(&self, listener: &Listener, ending: &Ending) -> Result<PublicListener, String> {

@@ -126,6 +126,7 @@ fn routes_that_come_by_name_lead_to_one_cluster() {
     assert_eq!(build::waits_for(&bench.held).as_deref(), Some("waiting for the routes 8080"));
     bench.build();
     assert_eq!(bench.notes, ["listener db:127.0.0.1:15001: the routes 8080 are not there"]);
+    assert!(!bench.published.services[0].upstreams.iter().any(|upstream| upstream.bind.to_string() == "127.0.0.1:15001"));
 
     let routes = |domain: &str, routes: Json| json!({"name": "8080", "virtual_hosts": [{"name": "db", "domains": [domain], "routes": routes}], "validate_clusters": true});
     assert_eq!(bench.send(Kind::Routes, &[routes("*", all_to(&cluster))]), Vec::<String>::new());
@@ -145,6 +146,7 @@ fn routes_that_come_by_name_lead_to_one_cluster() {
 
     // Other routes, and then nobody asks for any.
     assert_eq!(bench.send(Kind::Listener, &[by_rds("9090")]), Vec::<String>::new());
+    assert_eq!(upstream_of(&bench.build()).targets[0].cluster(), cluster, "until the new ones come");
     bench.held.forget_unnamed();
     assert!(bench.held.versions(Kind::Routes).is_empty());
     let requests = subscription.follow(&bench.held);
