@@ -1,8 +1,8 @@
 //! TLS that clients outside of the mesh are met with, as an ingress gateway speaks it: they are shown a certificate and show
 //! none.
 //!
-//! Invariant: whoever completes such a handshake is nobody in particular: it gives no identity, and decides nothing. Sessions are
-//! resumed by nobody.
+//! Invariant: whoever completes such a handshake is nobody in particular: it gives no identity, and decides nothing. So a session
+//! that is resumed skips no decision; its ticket opens only under the settings that sealed it.
 //!
 //! Must not know policy or sockets. Fails with a [`TlsError`] at build time.
 
@@ -11,13 +11,14 @@ use std::sync::Arc;
 
 use rustls::ServerConfig;
 use rustls::crypto::CryptoProvider;
-use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection};
+use rustls::server::UnbufferedServerConnection;
 use rustls::sign::SingleCertAndKey;
 
 use super::backend::provider as library;
 use super::handshake::Handshake;
 use super::outside::{Shown, certified};
-use super::provider::{TlsError, TlsParams, versions};
+use super::provider::{TlsError, TlsParams, keep_to_tickets, versions};
+use super::resume::TicketKey;
 
 /// What clients outside of the mesh are shown.
 #[derive(Clone, PartialEq, Eq)]
@@ -39,7 +40,9 @@ pub struct FrontTls {
 impl FrontTls {
     /// Configurations for each of `workers`.
     pub fn new(settings: FrontSettings, workers: usize) -> Result<Self, TlsError> {
-        let workers = (0..workers).map(|_| config(&settings).map(Arc::new)).collect::<Result<_, _>>()?;
+        // Without randomness there are no tickets either; rustls then says what is wrong with the first handshake.
+        let tickets = TicketKey::random();
+        let workers = (0..workers).map(|_| config(&settings, tickets.as_ref()).map(Arc::new)).collect::<Result<_, _>>()?;
         Ok(Self { settings, workers })
     }
 
@@ -78,7 +81,7 @@ impl fmt::Debug for FrontSettings {
     }
 }
 
-fn config(settings: &FrontSettings) -> Result<ServerConfig, TlsError> {
+fn config(settings: &FrontSettings, tickets: Option<&TicketKey>) -> Result<ServerConfig, TlsError> {
     let versions = versions(&settings.params)?;
     let suites = settings.params.suites.with_tls13();
     let provider = Arc::new(CryptoProvider { cipher_suites: suites, ..library::default_provider() });
@@ -86,9 +89,7 @@ fn config(settings: &FrontSettings) -> Result<ServerConfig, TlsError> {
         .with_protocol_versions(&versions)?
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(certified(&settings.certificate)?)));
-    config.enable_secret_extraction = true;
-    config.session_storage = Arc::new(NoServerSessionStorage {});
-    config.send_tls13_tickets = 0;
+    keep_to_tickets(&mut config, tickets);
     config.alpn_protocols.clone_from(&settings.protocols);
     Ok(config)
 }

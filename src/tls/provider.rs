@@ -117,14 +117,7 @@ impl WorkerTls {
             .with_protocol_versions(&versions)?
             .with_client_cert_verifier(Arc::new(CallerVerifier { trust: Arc::clone(&trust) }))
             .with_cert_resolver(resolver.clone());
-        server.enable_secret_extraction = true;
-        server.session_storage = Arc::new(NoServerSessionStorage {});
-        server.send_tls13_tickets = 0;
-        if let Some(tickets) = tickets.and_then(TicketKey::tickets) {
-            server.ticketer = Arc::new(tickets);
-            // A ticket serves one connection, and each connection brings the next.
-            server.send_tls13_tickets = 1;
-        }
+        keep_to_tickets(&mut server, tickets);
 
         let mut client = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&versions)?
@@ -203,6 +196,18 @@ pub(super) fn sent_name(sni: &str) -> (ServerName<'static>, bool) {
     match ServerName::try_from(sni) {
         Ok(name @ ServerName::DnsName(_)) => (name.to_owned(), true),
         _ => (ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0; 4]))), false),
+    }
+}
+
+/// What every server configuration here has: secrets for the record layer, and sessions in tickets of this key or none.
+pub(super) fn keep_to_tickets(server: &mut ServerConfig, tickets: Option<&TicketKey>) {
+    server.enable_secret_extraction = true;
+    server.session_storage = Arc::new(NoServerSessionStorage {});
+    server.send_tls13_tickets = 0;
+    if let Some(tickets) = tickets.and_then(TicketKey::tickets) {
+        server.ticketer = Arc::new(tickets);
+        // A ticket serves one connection, and each connection brings the next.
+        server.send_tls13_tickets = 1;
     }
 }
 

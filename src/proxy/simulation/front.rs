@@ -3,7 +3,8 @@
 
 use std::io::{Read as _, Write as _};
 
-use rustls::{ClientConfig, ClientConnection};
+use rustls::client::Resumption;
+use rustls::{ClientConfig, ClientConnection, HandshakeKind};
 
 use super::outside::{TLS13, frames};
 use super::*;
@@ -203,6 +204,30 @@ fn another_certificate_is_shown_to_the_next_and_cuts_nobody() {
     assert_ne!(shown(&client), shown(&next));
     drop((client, server, next, also));
     mesh.finish();
+}
+
+#[test]
+fn a_client_that_comes_back_resumes_until_the_certificate_is_another() {
+    for front in frames() {
+        let mut mesh = Mesh::behind_tls(1, Faults::NONE, &front, &TLS13);
+        let mut config = ClientConfig::clone(mesh.clients_speak.as_ref().expect("clients speak TLS"));
+        config.resumption = Resumption::in_memory_sessions(8);
+        mesh.clients_speak = Some(Arc::new(config));
+        let app = mesh.network.listen(APP);
+        let mut kinds = Vec::new();
+        for round in 0..4 {
+            if round == 2 {
+                mesh.publish_front(&front, &TLS13);
+                mesh.turns(50);
+            }
+            let (mut client, server) = open(&mut mesh, app);
+            exchange(&mut mesh, &mut client, &server, b"again", b"and again");
+            kinds.push(client.tls.handshake_kind());
+        }
+        let (full, resumed) = (Some(HandshakeKind::Full), Some(HandshakeKind::Resumed));
+        assert_eq!(kinds, [full, resumed, full, resumed], "{front:?}");
+        mesh.finish();
+    }
 }
 
 #[test]
