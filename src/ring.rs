@@ -21,7 +21,7 @@ pub use probe::{Probe, probe};
 use crate::buffer::{Lease, Span};
 use crate::sys::SocketOwner;
 
-/// Entries of the buffer ring that idle sockets receive into.
+/// Entries of the buffer ring that idle sockets receive into. The kernel gets them as they are needed.
 pub const SHARED_BUFFERS: u16 = 256;
 
 /// A socket as its ring knows it. Plain and copyable: ownership lies with the state machine that opened or accepted it,

@@ -19,6 +19,8 @@ use crate::sys::handover::{self, Inherited, Successor};
 
 /// How often readiness, ended threads and the drain's progress are looked at.
 const TICK: Duration = Duration::from_millis(50);
+/// How long after it is ready the first answers of all watches are here: then what they alone needed goes as well.
+const SETTLED: Duration = Duration::from_secs(5);
 
 /// Runs one sidecar until a signal or the admin port ends it.
 pub fn run(settings: config::Sidecar) -> Result<(), AppError> {
@@ -82,6 +84,8 @@ struct Supervision {
     shelf: Shelf,
     /// READY=1 was sent.
     ready: bool,
+    /// When what only the start needed goes for the last time.
+    settles: Option<Instant>,
     /// Listeners were closed on the admin port's demand: that they are missing is no fault.
     listeners_drained: bool,
     /// When the admin port's demand to close listeners is due, and whether only the inbound ones.
@@ -109,6 +113,7 @@ impl Supervision {
             drain_time: if shelf.is_sure() { plane.restart_drain_time } else { plane.drain_time },
             shelf,
             ready: false,
+            settles: None,
             listeners_drained: false,
             close_listeners: None,
             drain_deadline: None,
@@ -271,6 +276,9 @@ impl Supervision {
     }
 
     fn tick(&mut self, sidecar: &mut Sidecar) -> Result<Next, AppError> {
+        if self.settles.take_if(|due| *due <= Instant::now()).is_some() {
+            process::settle();
+        }
         self.watch_successor(sidecar);
         sidecar.take_over_if_released();
         if !sidecar.has_predecessor() {
@@ -313,6 +321,7 @@ impl Supervision {
             sidecar.set_live();
             sidecar.settle();
             process::settle();
+            self.settles = Some(Instant::now() + SETTLED);
             notify::ready(&text);
             tracing::info!("ready: {text}");
         } else if text != self.told {

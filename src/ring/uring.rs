@@ -25,7 +25,7 @@ use scratch::Scratch;
 use shared::SharedBuffers;
 use socket2::SockAddr;
 
-use super::{Completion, Local, Op, Push, Remote, Ring, RingError, Socket, Token, probe};
+use super::{Completion, Errno, Local, Op, Push, Remote, Ring, RingError, Socket, Token, probe};
 use crate::buffer::{HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES, Span};
 use crate::sys::handover::Place;
 use crate::sys::{self, EventFd, SocketDiag, SocketOwner, StreamOptions};
@@ -388,6 +388,9 @@ impl Ring for Uring {
         if completion.token.op() == Some(Op::Wake) {
             self.arm_wake();
         }
+        if completion.outcome() == Err(Errno(libc::ENOBUFS)) {
+            self.shared.grow();
+        }
         Some(completion)
     }
 
@@ -475,6 +478,41 @@ mod tests {
         ring.turn(Some(Duration::ZERO)).expect("turn");
         let error = client.read(&mut [0; 1]).expect_err("reset");
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[test]
+    fn shared_buffers_come_as_they_are_needed() {
+        const SOCKETS: u32 = 70;
+        let mut pool = Pool::new(64 << 20).expect("pool");
+        let (mut ring, _wake) = uring(&mut pool);
+        let pairs: Vec<_> = (0..SOCKETS).map(|_| pair()).collect();
+        let receive = |ring: &mut Uring, slot: u32| {
+            ring.receive_shared(pairs[slot as usize].1, 16_384, false, Token::new(Op::Receive, 0, slot, 1));
+        };
+        for (slot, (client, _)) in (0..).zip(&pairs) {
+            let mut client: &TcpStream = client;
+            client.write_all(b"x").expect("write");
+            receive(&mut ring, slot);
+        }
+        let (mut held, mut empty) = (Vec::new(), 0);
+        while held.len() < SOCKETS as usize {
+            ring.turn(Some(Duration::from_millis(100))).expect("turn");
+            while let Some(completion) = ring.next() {
+                match (completion.outcome(), completion.buffer) {
+                    (Ok(1), Some(buffer)) => held.push(buffer),
+                    (Err(Errno(libc::ENOBUFS)), None) => {
+                        empty += 1;
+                        receive(&mut ring, completion.token.slot());
+                    }
+                    (Err(Errno(libc::EAGAIN)), _) => receive(&mut ring, completion.token.slot()),
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        assert!(empty > 0, "the first step was enough for all");
+        held.sort_unstable();
+        held.dedup();
+        assert_eq!(held.len(), SOCKETS as usize, "a buffer was handed out twice");
     }
 
     #[test]

@@ -18,6 +18,8 @@ pub(super) struct SharedBuffers {
     entries: NonNull<types::BufRingEntry>,
     pub(super) leases: Vec<Lease>,
     addresses: Vec<u64>,
+    /// How many were ever handed to the kernel.
+    provided: u16,
     tail: u16,
 }
 
@@ -25,6 +27,9 @@ pub(super) struct SharedBuffers {
 // ring is enabled.
 unsafe impl Send for SharedBuffers {}
 
+/// So many are handed to the kernel at first, and as many more each time that all of them are out. It hands them out in turn, so
+/// each of them becomes real memory with the first messages, however few come at once.
+const STEP: u16 = 64;
 const ENTRIES_BYTES: usize = SHARED_BUFFERS as usize * size_of::<types::BufRingEntry>();
 
 impl SharedBuffers {
@@ -45,7 +50,7 @@ impl SharedBuffers {
             source: io::Error::last_os_error(),
             remedy: "Give the service more memory.",
         })?;
-        let mut shared = Self { entries: entries.cast(), leases: Vec::new(), addresses: Vec::new(), tail: 0 };
+        let mut shared = Self { entries: entries.cast(), leases: Vec::new(), addresses: Vec::new(), provided: 0, tail: 0 };
         // SAFETY: the memory holds SHARED_BUFFERS entries and lives until this struct is dropped, after the ring.
         unsafe { ring.submitter().register_buf_ring_with_flags(entries.as_ptr() as u64, SHARED_BUFFERS, GROUP, 0) }
             .map_err(call("io_uring_register(PBUF_RING)", "The kernel must be 5.19 or later, and locked memory must suffice."))?;
@@ -57,13 +62,21 @@ impl SharedBuffers {
                 ))
             })?;
             shared.addresses.push(pool.span(&lease, HEADROOM_BYTES, RECORD_ROOM_BYTES - HEADROOM_BYTES).start.as_ptr() as u64);
-            // Its first page becomes real now: every one of them is used within the first messages, and this is no time of
-            // theirs.
-            pool.bytes(&lease)[HEADROOM_BYTES] = 0;
+            if buffer < STEP {
+                // Its first page becomes real now: this is no time of messages.
+                pool.bytes(&lease)[HEADROOM_BYTES] = 0;
+            }
             shared.leases.push(lease);
-            shared.provide(buffer);
         }
+        shared.grow();
         Ok(shared)
+    }
+
+    /// Hands more of them to the kernel, while there are any that it never had.
+    pub(super) fn grow(&mut self) {
+        let more = self.provided..self.provided.saturating_add(STEP).min(SHARED_BUFFERS);
+        self.provided = more.end;
+        more.for_each(|buffer| self.provide(buffer));
     }
 
     pub(super) fn provide(&mut self, buffer: u16) {

@@ -12,7 +12,7 @@ use std::fmt::Write;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
-use regex::Regex;
+use regex::bytes::{Regex, RegexBuilder};
 
 use crate::config::envoy::{StatTag, StatTagValue};
 
@@ -232,7 +232,9 @@ impl Tagger {
 
 impl Extractor {
     fn regex(name: &str, regex: &str) -> Result<Self, TagError> {
-        let compiled = regex::RegexBuilder::new(regex).size_limit(REGEX_BYTES_MAX).build().map_err(|error| TagError::Regex {
+        let compile = |unicode| RegexBuilder::new(regex).unicode(unicode).size_limit(REGEX_BYTES_MAX).build();
+        // On bytes, as Envoy has it; by characters `[^.]` alone is a dozen states. What can be said of characters only is.
+        let compiled = compile(false).or_else(|_| compile(true)).map_err(|error| TagError::Regex {
             name: name.to_owned(),
             regex: regex.to_owned(),
             why: error.to_string(),
@@ -248,11 +250,13 @@ impl Extractor {
         match &self.source {
             Source::Fixed(value) => Some((value, 0..0)),
             Source::Regex(regex) => {
-                let found = regex.captures(name)?;
+                let found = regex.captures(name.as_bytes())?;
                 // A first group that took no part cuts nothing; a regex without groups gives no tag, as in Envoy.
                 let outer = found.get(1)?;
-                let value = if found.len() > 2 { found.get(2).map_or("", |inner| inner.as_str()) } else { outer.as_str() };
-                Some((value, outer.range()))
+                let inner = if found.len() > 2 { found.get(2) } else { Some(outer) };
+                // A group may end within a character.
+                let value = inner.map_or(Some(""), |inner| name.get(inner.range()))?;
+                name.get(outer.range()).map(|_| (value, outer.range()))
             }
         }
     }
