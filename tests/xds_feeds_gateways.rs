@@ -4,6 +4,8 @@
 
 #[path = "support/xds_resources.rs"]
 mod resources;
+#[path = "support/sds.rs"]
+mod sds;
 mod support;
 #[path = "support/tls_app.rs"]
 mod tls_app;
@@ -21,6 +23,7 @@ use prost::Message as _;
 use ringfence::tls::fixtures::{Ca, chain_pem};
 
 use resources::Material;
+use sds::SdsServer;
 use support::namespace::{Outside, call, entered};
 use support::traffic::{End, Live, read_to_end, round_trip};
 use support::{Echo, PATIENCE, ports, wait_for, wait_until};
@@ -279,6 +282,8 @@ fn clients_of_an_ingress_gateway_speak_tls_and_go_where_its_routes_say() {
 
     // For HTTP the cluster is where the routes say; they are asked for by their name.
     set(Some("8443"));
+    let waits = || gateway.sidecar.status().services[0].problem.clone().unwrap_or_default();
+    wait_until("it waits for its routes", PATIENCE, || waits().contains("its newest waits for the routes 8443"));
     call("TLSv1_3", 1_000).expect("what was there serves until they come");
     gateway.server.set(ROUTES, "8443", &resources::routes("8443", "*", DB));
     wait_for("nothing is missing", PATIENCE, || gateway.sidecar.status().services[0].problem.clone().map_or(Ok(()), Err));
@@ -291,6 +296,60 @@ fn clients_of_an_ingress_gateway_speak_tls_and_go_where_its_routes_say() {
     let dump = client.get("/config_dump?resource=dynamic_route_configs").body;
     assert!(dump.contains("\"route_config\"") && dump.contains("db.example.com; http_connection_manager"), "{dump}");
     live.ping().expect("the connection of before");
+    [gateway, db].into_iter().for_each(Proxy::stop);
+}
+
+#[test]
+fn an_ingress_gateways_certificate_comes_by_its_name() {
+    let (ca, outside, app, folder) = (Ca::new(TRUST_DOMAIN), Ca::new(PEER_DOMAIN), Echo::start(), support::scratch());
+    let (front, public, secrets) = (ports::free_address(), ports::free_address(), SdsServer::start());
+    let roots = folder.path().join("ca.pem");
+    std::fs::write(&roots, pem(&outside)).expect("a file");
+    let of_db = material(&ca, &ca.leaf("db"));
+    let db = db(&resources::public_listener(public, &of_db, resources::allow(&["ingress"])), public, app.address);
+    let (server, own) = (XdsServer::start(), material(&ca, &ca.leaf("ingress")));
+    let listener = resources::sds_front_listener(DB, front, DB, "sds", "wildcard");
+    server.set_all(vec![
+        (CLUSTER, DB.to_owned(), resources::target_cluster(DB, &own, ca.id("db").as_str()).encode_to_vec()),
+        (ENDPOINTS, DB.to_owned(), resources::assignment(DB, &[(public, HealthStatus::Healthy)]).encode_to_vec()),
+        (LISTENER, resources::upstream_name(DB, front), listener.encode_to_vec()),
+    ]);
+    let gateway = Proxy::with_servers("ingress", server, "", &[("sds", secrets.address)]);
+    let problem = || gateway.sidecar.status().services.first().and_then(|service| service.problem.clone()).unwrap_or_default();
+    wait_until("the secret is waited for", PATIENCE, || problem().contains("waiting for the secret wildcard of cluster sds"));
+    assert!(support::traffic::connect(front).is_err(), "nothing to show, and nobody is met");
+    let outer = |service: &str| material(&outside, &outside.leaf(service));
+    secrets.set(&outer("gateway"));
+    let call = |size| tls_app::call(front, &roots, "TLSv1_3", size);
+    wait_for("an echo", PATIENCE, || call(300_000));
+    gateway.wait_ready();
+    let client = support::http::Client::new(gateway.sidecar.admin_address(), None);
+    let name = || {
+        let certs: serde_json::Value = serde_json::from_str(&client.get("/certs").body).expect("JSON");
+        let list = certs["certificates"].as_array().expect("a list");
+        let shown = list.iter().find(|one| one["ca_cert"].as_array().is_some_and(Vec::is_empty)).expect("what clients are shown");
+        shown["cert_chain"][0]["subject_alt_names"][0]["uri"].as_str().expect("a name").to_owned()
+    };
+    assert_eq!(name(), outside.id("gateway").as_str());
+
+    // What cannot be used is refused and takes nothing away; the next that can is shown.
+    secrets.set(&Material { key_pem: of_db.key_pem, ..outer("gateway") });
+    let refused = || secrets.asked().iter().find_map(|asked| asked.error.clone());
+    wait_until("a refusal", PATIENCE, || refused().is_some());
+    let why = refused().unwrap_or_default();
+    assert!(why.contains("Secret wildcard: tls_certificate.private_key: of another certificate"), "{why}");
+    assert!(!format!("{:?}", secrets.asked()).contains("PRIVATE KEY"));
+    wait_until("it is told", PATIENCE, || problem().contains("secrets of cluster sds: "));
+    call(1).expect("the one before");
+    secrets.set(&outer("gateway-two"));
+    wait_until("another certificate", PATIENCE, || name() == outside.id("gateway-two").as_str());
+    call(1).expect("the next one");
+    wait_until("nothing is wrong", PATIENCE, || problem().is_empty());
+    let asked = secrets.asked();
+    assert_eq!(asked[0].node.as_deref(), Some("ingress-sidecar-proxy"), "the node comes first");
+    assert!(asked.iter().all(|one| one.names == ["wildcard"]) && asked[1..].iter().all(|one| one.node.is_none()), "{asked:?}");
+    let versions: Vec<&str> = asked.iter().map(|one| one.version.as_str()).collect();
+    assert_eq!(versions, ["", "1", "1", "3"], "a refused version is not taken for one that holds");
     [gateway, db].into_iter().for_each(Proxy::stop);
 }
 

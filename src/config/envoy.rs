@@ -31,6 +31,8 @@ pub struct Xds {
     pub static_listeners: Vec<Vec<u8>>,
     /// Clusters of the bootstrap that traffic may go to: each an encoded `envoy.config.cluster.v3.Cluster`.
     pub static_clusters: Vec<Vec<u8>>,
+    /// Static clusters that a gRPC server can be behind, by name: some may be where secrets come from.
+    pub grpc_servers: std::collections::BTreeMap<String, GrpcServer>,
     /// HTTP services are served as bytes: their apps do not trust `x-forwarded-client-cert`, which nobody writes then.
     pub http_as_tcp: bool,
     /// The bootstrap as `/config_dump` may show it: canonical proto JSON without secrets.

@@ -1,6 +1,7 @@
 //! Consul's delta ADS stream as a second feeder of [`Snapshot`].
 //!
-//! One stream carries clusters, their endpoints and listeners. Each resource is understood at L4 (`cluster`, `endpoint`,
+//! One stream carries clusters, their endpoints, listeners and their routes; certificates for clients of ingress gateways come on
+//! streams of their own (`secrets`). Each resource is understood at L4 (`cluster`, `endpoint`,
 //! `listener`, `tls_context`, `rbac`) into values that `build` makes a snapshot of; what cannot be served is refused with its
 //! type, name, field and value, and the last good state stays (`held`).
 //!
@@ -23,6 +24,7 @@ pub mod proto_json;
 mod rbac;
 mod refusal;
 mod resolver;
+mod secrets;
 mod shown;
 mod stream;
 mod subscription;

@@ -110,7 +110,7 @@ pub enum Way {
         /// [`Upstream::outside`] says so.
         app: Option<Arc<Upstream>>,
     },
-    /// Plain in, mutual TLS out, as an upstream's own listener does.
+    /// Mutual TLS out, whatever clients speak, as an upstream's own listener does.
     Originate {
         /// Whose identity is shown.
         service: Arc<Service>,

@@ -264,9 +264,7 @@ impl Connection {
                 self.close(io, CloseReason::NoIdentity, true)
             }
             (Stage::Inspect, _) => self.inspected_too_long(io),
-            (Stage::Handshake, Direction::Inbound) => self.close(io, CloseReason::HandshakeTimeout, true),
-            (Stage::ClientHandshake, _) => {
-                io.cells.outside_handshakes_failed.add(1);
+            (Stage::Handshake, Direction::Inbound) | (Stage::ClientHandshake, _) => {
                 self.close(io, CloseReason::HandshakeTimeout, true)
             }
             (Stage::AppHandshake, _) => self.app_handshake_failed(io, "it did not answer in time; does it speak TLS?"),

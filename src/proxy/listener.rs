@@ -32,7 +32,7 @@ pub(super) enum Role {
         /// The endpoints to choose from, instead of `public.app`.
         app: Option<Balancer>,
     },
-    /// Plain in, an upstream behind.
+    /// Plain in, or TLS of clients outside of the mesh, an upstream behind.
     Upstream(Balancer),
     /// Told apart, then handed on to one of its routes.
     Router(Routing),

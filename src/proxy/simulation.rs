@@ -176,15 +176,19 @@ impl Mesh {
         }
     }
 
-    fn publish_upstream(&mut self, upstream: Upstream, certified: bool) {
-        let service = Service {
+    fn caller(&self, upstreams: Vec<Arc<Upstream>>, certified: bool) -> Service {
+        Service {
             name: "airflow-worker".into(),
             proxy_id: "airflow-worker-sidecar-proxy".into(),
             identity: certified.then(|| self.identity("airflow-worker")),
             intentions: Arc::new(Intentions::unknown()),
             public: None,
-            upstreams: vec![Arc::new(upstream)],
-        };
+            upstreams,
+        }
+    }
+
+    fn publish_upstream(&mut self, upstream: Upstream, certified: bool) {
+        let service = self.caller(vec![Arc::new(upstream)], certified);
         self.client.publisher.publish(Snapshot { services: vec![Arc::new(service)], ..Snapshot::default() });
     }
 

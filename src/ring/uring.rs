@@ -473,7 +473,7 @@ mod tests {
         ring.turn(Some(Duration::from_millis(10))).expect("turn");
         ring.cancel(server, Token::new(Op::Cancel, 1, 2, 1));
         let completion = wait_for(&mut ring, Op::Receive);
-        assert_eq!(completion.outcome(), Err(super::super::Errno(libc::ECANCELED)));
+        assert_eq!(completion.outcome(), Err(Errno(libc::ECANCELED)));
         ring.close(server, true);
         ring.turn(Some(Duration::ZERO)).expect("turn");
         let error = client.read(&mut [0; 1]).expect_err("reset");
@@ -531,6 +531,6 @@ mod tests {
         let (mut ring, _wake) = uring(&mut pool);
         ring.turn(Some(Duration::ZERO)).expect("turn");
         ring.push(opcode::Nop::new().build(), Token::new(Op::Connect, 0, 0, 0));
-        assert_eq!(wait_for(&mut ring, Op::Connect).outcome(), Err(super::super::Errno(libc::EACCES)));
+        assert_eq!(wait_for(&mut ring, Op::Connect).outcome(), Err(Errno(libc::EACCES)));
     }
 }

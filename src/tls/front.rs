@@ -25,7 +25,8 @@ use super::resume::TicketKey;
 pub struct FrontSettings {
     /// The certificate of the gateway.
     pub certificate: Shown,
-    /// Application protocols that are spoken behind it, first choice first; whatever the client wants if there are none.
+    /// Application protocols that are spoken behind it, first choice first. A client that offers others only is turned away; if
+    /// there are none, none is agreed on.
     pub protocols: Vec<Vec<u8>>,
     /// Versions and suites.
     pub params: TlsParams,

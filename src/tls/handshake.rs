@@ -310,20 +310,24 @@ impl Handshake {
     }
 
     fn peer(&self) -> Result<Option<SpiffeId>, Failure> {
-        if matches!(self.peer, Peer::Client) {
-            return Ok(None);
-        }
-        let (leaf, intermediates) = self
-            .peer_chain()
-            .and_then(<[_]>::split_first)
-            .ok_or_else(|| Failure::from_rustls(&rustls::Error::NoCertificatesPresented, self.peer.other()))?;
+        let shown = || {
+            let chain = self.peer_chain().and_then(<[_]>::split_first);
+            chain.ok_or_else(|| Failure::from_rustls(&rustls::Error::NoCertificatesPresented, self.peer.other()))
+        };
         let now = UnixTime::now();
-        match &self.peer {
-            Peer::Caller(trust) => trust.peer(leaf, intermediates, Role::Server, now).map(Some),
-            Peer::Answerer(trust, expected) => trust.expected_peer(leaf, intermediates, expected, now).map(Some),
-            Peer::App | Peer::Client => Ok(None),
-        }
-        .map_err(|error| Failure::from_verify(&error))
+        let verified = match &self.peer {
+            Peer::Caller(trust) => {
+                let (leaf, intermediates) = shown()?;
+                trust.peer(leaf, intermediates, Role::Server, now)
+            }
+            Peer::Answerer(trust, expected) => {
+                let (leaf, intermediates) = shown()?;
+                trust.expected_peer(leaf, intermediates, expected, now)
+            }
+            Peer::App => return shown().map(|_| None),
+            Peer::Client => return Ok(None),
+        };
+        verified.map(Some).map_err(|error| Failure::from_verify(&error))
     }
 
     pub(super) fn server(connection: UnbufferedServerConnection, trust: Arc<Trust>) -> Self {

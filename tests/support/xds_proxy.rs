@@ -29,19 +29,25 @@ pub struct Proxy {
 
 impl Proxy {
     pub fn start(service: &str, server: XdsServer, token: &str) -> Self {
-        let address = config::envoy::GrpcAddress::Tcp(server.address.ip().to_string(), server.address.port());
+        Self::with_servers(service, server, token, &[])
+    }
+
+    /// With other gRPC servers in static clusters of these names.
+    pub fn with_servers(service: &str, server: XdsServer, token: &str, others: &[(&str, SocketAddr)]) -> Self {
+        let grpc = |address: SocketAddr| config::envoy::GrpcServer {
+            addresses: vec![config::envoy::GrpcAddress::Tcp(address.ip().to_string(), address.port())],
+            tls: None,
+            connect_timeout: Duration::from_secs(1),
+        };
         let xds = config::envoy::Xds {
             node_id: format!("{service}-sidecar-proxy"),
             node_cluster: service.to_owned(),
             node_metadata: serde_json::Map::new(),
-            server: Some(config::envoy::GrpcServer {
-                addresses: vec![address],
-                tls: None,
-                connect_timeout: Duration::from_secs(1),
-            }),
+            server: Some(grpc(server.address)),
             initial_metadata: vec![("x-consul-token".to_owned(), Zeroizing::new(token.to_owned()))],
             static_listeners: Vec::new(),
             static_clusters: Vec::new(),
+            grpc_servers: others.iter().map(|(name, address)| ((*name).to_owned(), grpc(*address))).collect(),
             http_as_tcp: false,
             bootstrap: serde_json::Value::Null,
         };

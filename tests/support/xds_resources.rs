@@ -39,7 +39,7 @@ fn any(name: &str, message: &impl Message) -> Any {
     Any { type_url: format!("{API}.{name}"), value: message.encode_to_vec() }
 }
 
-fn inline(text: &str) -> Option<core::DataSource> {
+pub fn inline(text: &str) -> Option<core::DataSource> {
     let specifier = core::data_source::Specifier::InlineString(text.to_owned());
     Some(core::DataSource { specifier: Some(specifier), ..Default::default() })
 }
@@ -298,6 +298,34 @@ pub fn tls_front_listener(
         let config = "http_connection_manager.v3.HttpConnectionManager";
         listener.filter_chains[0].filters = vec![filter("envoy.filters.network.http_connection_manager", config, &manager)];
     }
+    listener
+}
+
+/// The same with its certificate by name, from the SDS server of `cluster`, as Consul 1.11 and later write `TLS.SDS`.
+pub fn sds_front_listener(label: &str, bind: SocketAddr, to: &str, cluster: &str, secret: &str) -> listener::Listener {
+    let grpc = core::grpc_service::EnvoyGrpc { cluster_name: cluster.to_owned(), ..Default::default() };
+    let service =
+        core::GrpcService { target_specifier: Some(core::grpc_service::TargetSpecifier::EnvoyGrpc(grpc)), ..Default::default() };
+    let api = core::ApiConfigSource {
+        api_type: core::api_config_source::ApiType::Grpc as i32,
+        transport_api_version: core::ApiVersion::V3 as i32,
+        grpc_services: vec![service],
+        ..Default::default()
+    };
+    let source = core::ConfigSource {
+        config_source_specifier: Some(core::config_source::ConfigSourceSpecifier::ApiConfigSource(api)),
+        resource_api_version: core::ApiVersion::V3 as i32,
+        ..Default::default()
+    };
+    let config = tls::SdsSecretConfig { name: secret.to_owned(), sds_config: Some(source) };
+    let common = tls::CommonTlsContext { tls_certificate_sds_secret_configs: vec![config], ..Default::default() };
+    let context = tls::DownstreamTlsContext {
+        common_tls_context: Some(common),
+        require_client_certificate: Some(BoolValue { value: false }),
+        ..Default::default()
+    };
+    let mut listener = upstream_listener(label, bind, to);
+    listener.filter_chains[0].transport_socket = socket("DownstreamTlsContext", &context);
     listener
 }
 

@@ -143,6 +143,12 @@ impl Reader<'_> {
         own.extend(self.json["dynamic_resources"].pointer(SERVER_NAME).and_then(Json::as_str).map(str::to_owned));
         let traffic = clusters.iter().enumerate().filter(|(_, cluster)| !own.contains(&cluster.name));
         let indexes: Vec<usize> = traffic.map(|(index, _)| index).collect();
+        let grpc_servers = indexes.iter().filter_map(|index| {
+            let (cluster, place) = (&clusters[*index], format!("static_resources.clusters[{index}]"));
+            // What is none is an app: nobody has asked for its secrets.
+            Some((cluster.name.clone(), grpc_server(cluster, &place).ok()?))
+        });
+        let grpc_servers = grpc_servers.collect();
         let static_clusters = self.encoded("clusters", CLUSTER, &indexes)?;
         let static_listeners = self.encoded("listeners", LISTENER, &listeners)?;
         Ok(Bootstrap {
@@ -154,6 +160,7 @@ impl Reader<'_> {
                 initial_metadata,
                 static_listeners,
                 static_clusters,
+                grpc_servers,
                 http_as_tcp: false,
                 bootstrap,
             },
@@ -220,14 +227,14 @@ impl Reader<'_> {
         let metadata = service.initial_metadata.iter();
         // Consul writes an empty token where there is none.
         let metadata = metadata.filter(|one| !one.value.0.is_empty()).map(|one| (one.key.clone(), one.value.0.clone()));
-        Ok((Some(server(cluster, &place)?), metadata.collect()))
+        Ok((Some(grpc_server(cluster, &place)?), metadata.collect()))
     }
 }
 
 /// Where `ads_config` names its cluster, inside `dynamic_resources`.
 const SERVER_NAME: &str = "/ads_config/grpc_services/0/envoy_grpc/cluster_name";
 
-fn server(cluster: &shape::Cluster, place: &str) -> Result<GrpcServer, BootstrapError> {
+fn grpc_server(cluster: &shape::Cluster, place: &str) -> Result<GrpcServer, BootstrapError> {
     if !matches!(cluster.kind.as_str(), "" | "STATIC" | "STRICT_DNS" | "LOGICAL_DNS") {
         let why = format!("{} cannot be looked up before the stream is there: STATIC, STRICT_DNS or LOGICAL_DNS", cluster.kind);
         return Err(BootstrapError::at(&format!("{place}.type"), why));

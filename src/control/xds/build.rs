@@ -15,7 +15,7 @@ use super::endpoint::{Assignment, Host, Place};
 use super::held::Held;
 use super::identity::Identities;
 use super::listener::{Destination, Ending, Listener, PageRoute, Role, Target as PageTarget, Tuning};
-use super::tls_context::{self, Material, Spoken};
+use super::tls_context::{self, Front as ClientTls, Material, Spoken};
 use crate::config;
 use crate::config::envoy::{PageAnswer, PageListener};
 use crate::control::build::{keep, keep_text};
@@ -23,7 +23,7 @@ use crate::control::consul::watch::hosts::ADDRESSES_MAX;
 use crate::mesh::router::Router;
 use crate::mesh::{Address, Bind, DenyReply, Endpoint, Identity, PublicListener, Service, Snapshot, Target, Upstream};
 use crate::policy::Intentions;
-use crate::tls::{FrontSettings, FrontTls, OutsideTls};
+use crate::tls::{FrontTls, OutsideTls};
 
 /// What is answered for an app that cannot be asked.
 const UNAVAILABLE: u16 = 503;
@@ -52,7 +52,10 @@ pub(super) struct Built {
 
 /// The service and the routers that the resources describe. `old` is what was published last.
 pub(super) fn mesh(held: &Held, around: &Surroundings<'_>, old: &Snapshot) -> Built {
-    let mut builder = Builder { held, around, notes: Vec::new() };
+    let warming = held.warming.iter().filter_map(|(name, newest)| Some((name, held.waits(newest)?)));
+    let warming =
+        warming.map(|(name, what)| format!("listener {name}: its newest waits for the {what}, the one before it serves"));
+    let mut builder = Builder { held, around, notes: warming.collect() };
     let service = builder.service(old.services.first());
     let (mut routers, mut pages) = (Vec::new(), Vec::new());
     for listener in held.listeners.values() {
@@ -92,7 +95,7 @@ struct Front<'a> {
     bind: &'a Bind,
     tuning: Tuning,
     /// What its clients must speak.
-    tls: Option<&'a FrontSettings>,
+    tls: Option<&'a ClientTls>,
 }
 
 impl Builder<'_> {
@@ -100,7 +103,7 @@ impl Builder<'_> {
         let (mut public, mut intentions) = (None, None);
         let mut upstreams: Vec<Arc<Upstream>> = Vec::new();
         let old_upstreams = old.map_or(&[][..], |old| &old.upstreams);
-        let identity = self.identity().or_else(|| self.identity_of(old?)).map(Arc::clone);
+        let identity = self.identity().map(Arc::clone);
         for listener in self.held.listeners.values() {
             let built = match &listener.role {
                 Role::Public(_) if public.is_some() => Err("a second public listener".to_owned()),
@@ -112,10 +115,7 @@ impl Builder<'_> {
                     let old = old_upstreams.iter().find(|old| old.bind == listener.bind && *old.name == **label);
                     let front = Front { label, bind: &listener.bind, tuning: listener.tuning, tls: passage.front.as_deref() };
                     let next = self.named(&passage.to).and_then(|to| self.upstream(to, front, Allowed::Mesh, old));
-                    // As Envoy: what was there serves on until its successor's routes have come.
-                    let warming = old.filter(|_| self.held.cluster_of(&passage.to).is_none()).map(Arc::clone);
-                    upstreams.extend(next.as_ref().ok().cloned().or(warming));
-                    next.map(|_| ())
+                    next.map(|next| upstreams.push(next))
                 }
                 Role::Pages { .. } | Role::Router(_) => Ok(()),
             };
@@ -155,14 +155,6 @@ impl Builder<'_> {
             collect(self.held, self.held.cluster_of(to)?, 0, &mut leaves).ok()?;
             leaves.iter().find_map(|leaf| self.around.identities.of(&leaf.spoken.mesh()?.material))
         })
-    }
-
-    /// What it showed before, while that is in use: until the routes of its listeners come, they name no cluster that tells it.
-    fn identity_of(&self, old: &Service) -> Option<&Arc<Identity>> {
-        let shown = old.identity.as_ref()?;
-        let waits = self.held.listeners.values().flat_map(|listener| listener.destinations());
-        let waits = waits.into_iter().any(|to| self.held.cluster_of(to).is_none());
-        self.around.identities.in_use().find(|identity| waits && Arc::ptr_eq(identity, shown))
     }
 
     fn public_listener(&self, listener: &Listener, ending: &Ending) -> Result<PublicListener, String> {
@@ -315,9 +307,14 @@ impl Builder<'_> {
     }
 
     /// The TLS of clients outside of the mesh.
-    fn front(&self, tls: Option<&FrontSettings>, old: Option<&Arc<Upstream>>) -> Result<Option<Arc<FrontTls>>, String> {
+    fn front(&self, tls: Option<&ClientTls>, old: Option<&Arc<Upstream>>) -> Result<Option<Arc<FrontTls>>, String> {
+        let Some(tls) = tls else { return Ok(None) };
+        let settings = tls.settings(&self.held.secrets).ok_or_else(|| match tls.secret() {
+            Some(name) => format!("the secret {name} is not there"),
+            None => "it has no certificate".to_owned(),
+        })?;
         let old = old.and_then(|old| old.front.as_ref());
-        tls.map(|settings| tls_context::keep_front(settings, self.around.identities.workers(), old)).transpose()
+        tls_context::keep_front(settings, self.around.identities.workers(), old).map(Some)
     }
 
     /// The TLS of an app outside of the mesh, which all its clusters must have in common.
@@ -364,12 +361,14 @@ pub(super) fn names(held: &Held) -> BTreeMap<String, Duration> {
     names
 }
 
-/// The first routes or members of a cluster behind a listener that are still asked for.
+/// The first routes, secret or members of a cluster behind a listener that are still asked for.
 pub(super) fn waits_for(held: &Held) -> Option<String> {
-    let mut named = held.listeners.values().flat_map(|listener| listener.destinations());
-    named.find_map(|to| match held.cluster_of(to) {
-        None => Some(format!("waiting for the routes {}", to.name())),
-        Some(cluster) => waiting(held, cluster, 0).map(|cluster| format!("waiting for the endpoints of cluster {cluster}")),
+    held.listeners.values().find_map(|listener| {
+        let members = |to| waiting(held, held.cluster_of(to)?, 0);
+        let members = || listener.destinations().find_map(members);
+        let what = held.waits(listener).filter(|_| !held.has_refused_routes(listener));
+        what.map(|what| format!("waiting for the {what}"))
+            .or_else(|| members().map(|cluster| format!("waiting for the endpoints of cluster {cluster}")))
     })
 }
 

@@ -15,6 +15,7 @@ use super::held::{Held, Kind};
 use super::identity::Identities;
 use super::listener::{Listener, Role};
 use super::resolver::{Answer, Resolver};
+use super::secrets::{Certificate, Secrets};
 use super::shown::Everything;
 use super::stream::{Event, Opener};
 use super::subscription::{Subscription, answer};
@@ -43,6 +44,8 @@ pub(super) struct Feeder {
     hosts: Hosts,
     resolver: Resolver,
     answers: mpsc::Receiver<Answer>,
+    secrets: Secrets,
+    certificates: mpsc::Receiver<Certificate>,
     publisher: Publisher<Snapshot>,
     status: watch::Sender<Status>,
     /// What `/config_dump` shows, and the bootstrap in it.
@@ -73,9 +76,15 @@ impl Feeder {
         resources: dump::Sender,
     ) -> Result<Self, ControlError> {
         let mut held = Held::from_bootstrap(&settings.static_clusters, &settings.static_listeners, settings.http_as_tcp)?;
+        if let (None, Some(name)) = (&settings.server, held.names(Kind::Routes).first()) {
+            let why =
+                format!("a listener of the bootstrap has its routes by RDS ({name}), and no ads_config says where they are");
+            return Err(ControlError::Config(why));
+        }
         // Without a server there is nothing to wait for.
         held.listeners.answered = settings.server.is_none();
         let (resolver, answers) = Resolver::new();
+        let (secrets, certificates) = Secrets::new(&settings);
         let subscription = Subscription::new(&settings);
         metrics::gauge!("ringfence_xds_connected").set(0.0);
         let bootstrap = (Arc::new(settings.bootstrap.take()), SystemTime::now());
@@ -87,6 +96,8 @@ impl Feeder {
             hosts: Hosts::new(),
             resolver,
             answers,
+            secrets,
+            certificates,
             publisher,
             status,
             resources,
@@ -122,6 +133,10 @@ impl Feeder {
                 },
                 Some(event) = events.recv() => self.take(event),
                 Some((host, answer)) = self.answers.recv() => self.resolved(host, answer),
+                Some((name, certificate)) = self.certificates.recv() => {
+                    tracing::info!(secret = %name, "a certificate for clients came by SDS");
+                    self.held.take_secret(name, certificate);
+                }
                 _ = tick.tick() => {}
             }
             self.settle();
@@ -181,6 +196,10 @@ impl Feeder {
         };
         self.send(answer(&response.type_url, &response.nonce, &refused));
         self.held.forget_unnamed();
+        for kind in Kind::BY_NAME {
+            let told: Vec<String> = self.held.names(kind).iter().map(|name| format!("{} {name}: ", kind.message())).collect();
+            self.refused[kind as usize].retain(|why| told.iter().any(|of_name| why.starts_with(of_name)));
+        }
         self.show();
         if self.requests.is_some() {
             for request in self.subscription.follow(&self.held) {
@@ -226,6 +245,7 @@ impl Feeder {
         let names = build::names(&self.held);
         self.hosts.retain(|name, _| names.contains_key(name));
         self.resolver.follow(&names);
+        self.secrets.follow(&self.held.secret_names());
         self.identities.offer(build::materials(&self.held), SystemTime::now());
         self.publish();
         self.report();
@@ -342,6 +362,7 @@ impl Feeder {
         let mut found: Vec<String> = self.trouble.iter().cloned().collect();
         found.extend(self.refused.iter().flatten().map(|why| format!("refused: {why}")));
         found.extend(self.identities.refused().map(|why| format!("the newest certificate is not in use: {why}")));
+        found.extend(self.secrets.troubles());
         found.extend(self.notes.iter().map(|note| format!("not served: {note}")));
         if self.identities.in_use().any(|identity| identity.svid.not_after <= SystemTime::now()) {
             found.push("the certificate has expired: peers refuse new connections; check Consul's servers".to_owned());

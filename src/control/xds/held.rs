@@ -21,9 +21,11 @@ use super::cluster::{Cluster, Discovery};
 use super::endpoint::Assignment;
 use super::listener::{self, Destination, Listener, Role};
 use super::refusal::{Refusal, unpack};
-use super::shown::{Came, Shown};
+use super::shown::{Came, Shown as ShownResource};
+use super::tls_context::SecretName;
 use crate::control::ControlError;
 use crate::control::dump::Refused;
+use crate::tls::Shown;
 
 /// Resources of one kind; more is a mistake at the other end.
 const RESOURCES_MAX: usize = 20_000;
@@ -76,7 +78,12 @@ pub(super) struct Held {
     /// By the name that EDS knows the cluster by.
     pub(super) endpoints: Shelf<Assignment>,
     pub(super) listeners: Shelf<Listener>,
+    /// By name, newest listeners that wait for their routes or secrets: what was there before serves until these have come, as in
+    /// Envoy. A way in is none of them: whom its newest denies is denied now.
+    pub(super) warming: BTreeMap<String, Arc<Listener>>,
     pub(super) routes: Shelf<Routed>,
+    /// What SDS servers have sent.
+    pub(super) secrets: BTreeMap<SecretName, Shown>,
     /// As [`crate::config::envoy::Xds::http_as_tcp`].
     pub(super) http_as_tcp: bool,
 }
@@ -107,7 +114,7 @@ pub(super) struct Shelf<T> {
     /// By name, the newest update where that was refused, whether or not there is an older one in force.
     refused: BTreeMap<String, Arc<Refused>>,
     /// What of both is shown, until it changes.
-    shown: Option<Arc<[Shown]>>,
+    shown: Option<Arc<[ShownResource]>>,
 }
 
 #[derive(Debug)]
@@ -210,16 +217,16 @@ impl<T> Shelf<T> {
     }
 
     /// What the server has sent, in the order of names.
-    fn shown(&mut self) -> Arc<[Shown]> {
+    fn shown(&mut self) -> Arc<[ShownResource]> {
         let Self { entries, refused, shown, .. } = self;
         let make = || {
             let told = |name: &String| refused.get(name).map(Arc::clone);
             let held = entries.iter().filter_map(|(name, entry)| {
                 let came = Arc::clone(entry.came.as_ref()?);
-                Some(Shown { name: name.clone(), came: Some(came), refused: told(name) })
+                Some(ShownResource { name: name.clone(), came: Some(came), refused: told(name) })
             });
             let never = refused.keys().filter(|name| entries.get(*name).is_none_or(|entry| entry.came.is_none()));
-            let never = never.map(|name| Shown { name: name.clone(), came: None, refused: told(name) });
+            let never = never.map(|name| ShownResource { name: name.clone(), came: None, refused: told(name) });
             held.chain(never).collect()
         };
         Arc::clone(shown.get_or_insert_with(make))
@@ -249,8 +256,9 @@ impl Held {
 
     /// Takes what is good of a response; returns what is not, each with its type, name, field, value and what would do.
     pub(super) fn apply(&mut self, kind: Kind, response: &DeltaDiscoveryResponse) -> Vec<String> {
-        let Self { clusters, endpoints, listeners, routes, http_as_tcp } = self;
-        match kind {
+        let before = self.in_force(kind, response);
+        let Self { clusters, endpoints, listeners, routes, http_as_tcp, .. } = self;
+        let refused = match kind {
             Kind::Cluster => clusters.apply(kind, response, |resource| Cluster::parse(&body::<ClusterMessage>(resource, kind)?)),
             Kind::Endpoints => {
                 endpoints.apply(kind, response, |resource| Assignment::parse(&body::<ClusterLoadAssignment>(resource, kind)?))
@@ -267,7 +275,65 @@ impl Held {
                 }
                 refused
             }
+        };
+        before.into_iter().for_each(|(name, before)| self.warm(name, before));
+        self.promote();
+        refused
+    }
+
+    /// A certificate came by its name.
+    pub(super) fn take_secret(&mut self, name: SecretName, certificate: Shown) {
+        self.secrets.insert(name, certificate);
+        self.promote();
+    }
+
+    /// The listeners in force of which a response brings newer ones.
+    fn in_force(&self, kind: Kind, response: &DeltaDiscoveryResponse) -> Vec<(String, Arc<Listener>)> {
+        let named = response.resources.iter().filter(|_| kind == Kind::Listener);
+        named.filter_map(|one| Some((one.name.clone(), Arc::clone(self.listeners.get(&one.name)?)))).collect()
+    }
+
+    /// Leaves `before` in force where the newest of its name has to wait.
+    fn warm(&mut self, name: String, before: Arc<Listener>) {
+        self.warming.remove(&name);
+        let Some(entry) = self.listeners.entries.get(&name) else { return };
+        let newest = Arc::clone(&entry.value);
+        let lets_in = [&before, &newest].iter().any(|listener| listener.endings().next().is_some());
+        if entry.outdated || lets_in || self.waits(&newest).is_none() {
+            return;
         }
+        if let Some(entry) = self.listeners.entries.get_mut(&name) {
+            entry.value = before;
+        }
+        self.warming.insert(name, newest);
+    }
+
+    /// Puts those in force that need not wait any more.
+    fn promote(&mut self) {
+        let mut warming = std::mem::take(&mut self.warming);
+        warming.retain(|name, newest| {
+            let waits = self.waits(newest).is_some();
+            match self.listeners.entries.get_mut(name) {
+                Some(entry) if !waits => {
+                    entry.value = Arc::clone(newest);
+                    false
+                }
+                there => there.is_some(),
+            }
+        });
+        self.warming = warming;
+    }
+
+    /// The routes or the secret that a listener cannot be served without.
+    pub(super) fn waits(&self, listener: &Listener) -> Option<String> {
+        let routes = listener.destinations().find(|to| self.cluster_of(to).is_none());
+        let secret = || listener.secrets().find(|name| !self.secrets.contains_key(name));
+        routes.map(|to| format!("routes {}", to.name())).or_else(|| secret().map(|name| format!("secret {name}")))
+    }
+
+    /// Whether the newest routes of a name were refused: they are not waited for.
+    pub(super) fn has_refused_routes(&self, listener: &Listener) -> bool {
+        listener.destinations().any(|to| matches!(to, Destination::Routes(name) if self.routes.refused.contains_key(name)))
     }
 
     /// The names by which resources of a kind must be asked for. None at all are the names of those that all are asked for.
@@ -282,7 +348,7 @@ impl Held {
                 of_clusters.collect()
             }
             Kind::Routes => {
-                let of_listeners = self.listeners.values().flat_map(|listener| listener.destinations());
+                let of_listeners = self.newest().flat_map(|listener| listener.destinations());
                 let of_listeners = of_listeners.filter_map(|destination| match destination {
                     Destination::Routes(name) => Some(name.clone()),
                     Destination::Cluster(_) => None,
@@ -300,15 +366,27 @@ impl Held {
         }
     }
 
+    /// The secrets that must be asked for.
+    pub(super) fn secret_names(&self) -> BTreeSet<SecretName> {
+        self.newest().flat_map(|listener| listener.secrets()).cloned().collect()
+    }
+
+    /// Every listener in force, and those that are to be.
+    fn newest(&self) -> impl Iterator<Item = &Arc<Listener>> {
+        self.listeners.values().chain(self.warming.values())
+    }
+
     /// Drops what nobody asks for by name any more.
     pub(super) fn forget_unnamed(&mut self) {
+        let secrets = self.secret_names();
+        self.secrets.retain(|name, _| secrets.contains(name));
         let (endpoints, routes) = (self.names(Kind::Endpoints), self.names(Kind::Routes));
         self.endpoints.keep_only(&endpoints);
         self.routes.keep_only(&routes);
     }
 
     /// What the server has sent, by kind in the order of [`Kind::ALL`]. The same `Arc` as before for what did not change.
-    pub(super) fn shown(&mut self) -> [Arc<[Shown]>; Kind::ALL.len()] {
+    pub(super) fn shown(&mut self) -> [Arc<[ShownResource]>; Kind::ALL.len()] {
         [self.clusters.shown(), self.endpoints.shown(), self.listeners.shown(), self.routes.shown()]
     }
 

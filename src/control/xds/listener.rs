@@ -24,17 +24,18 @@ use self::routes::routes;
 use super::access_log;
 use super::endpoint::Host;
 use super::refusal::{Refusal, message_name};
-use super::tls_context::{self, Downstream, Material};
+use super::tls_context::{Downstream, Front, Material, SecretName};
 use crate::config::envoy::{AccessLog, Logged, PathMatch};
 use crate::mesh::Bind;
 use crate::mesh::router::Match;
 use crate::policy::{DefaultPolicy, Intentions};
-use crate::tls::FrontSettings;
 
 const ORIGINAL_DST: &str = "envoy.filters.listener.original_dst";
 const TLS_INSPECTOR: &str = "envoy.filters.listener.tls_inspector";
 const ORIGINAL_DST_TYPE: &str = "envoy.extensions.filters.listener.original_dst.v3.OriginalDst";
 const TLS_INSPECTOR_TYPE: &str = "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector";
+/// Consul's protocols that have requests.
+const PROTOCOLS: [&str; 3] = ["http", "http2", "grpc"];
 /// Values of `TrafficDirection`.
 const INBOUND: i32 = 1;
 const OUTBOUND: i32 = 2;
@@ -87,7 +88,7 @@ pub(super) struct Ending {
 pub(super) struct Passage {
     pub(super) to: Destination,
     /// What TLS clients must speak; they speak in plain if none.
-    pub(super) front: Option<Arc<FrontSettings>>,
+    pub(super) front: Option<Arc<Front>>,
 }
 
 /// The cluster behind a chain, as the chain says it.
@@ -168,7 +169,7 @@ impl Listener {
                     if filters.paths.is_empty() { alone(message, &bind, chain, filters) } else { pages(message, chain, filters) };
                 role.map_err(|why| why.under(place))?
             }
-            None => Role::Router(routes(message, &inspection, &mut access_logs, http_as_tcp)?),
+            None => Role::Router(routes(message, &bind, &inspection, &mut access_logs, http_as_tcp)?),
         };
         Ok(Self { name: message.name.clone(), bind, role, tuning, access_logs })
     }
@@ -203,7 +204,21 @@ impl Listener {
         one.into_iter().chain(of_routes)
     }
 
-    /// Everywhere that TLS ends.
+    /// The secrets that its clients' TLS needs.
+    pub(super) fn secrets(&self) -> impl Iterator<Item = &SecretName> {
+        let (one, routes) = match &self.role {
+            Role::Upstream { passage, .. } => (Some(passage), None),
+            Role::Router(routes) => (None, Some(routes)),
+            Role::Public(_) | Role::Pages { .. } => (None, None),
+        };
+        let of_routes = routes.into_iter().flat_map(Routes::all).filter_map(|chain| match &chain.way {
+            Way::Pass(passage) => Some(passage),
+            Way::End(_) | Way::ServerName => None,
+        });
+        one.into_iter().chain(of_routes).filter_map(|passage| passage.front.as_ref()?.secret())
+    }
+
+    /// Everywhere that mutual TLS ends.
     pub(super) fn endings(&self) -> impl Iterator<Item = &Ending> {
         let (one, routes) = match &self.role {
             Role::Public(ending) => (Some(ending), None),
@@ -295,25 +310,43 @@ fn alone(message: &pb::Listener, bind: &Bind, chain: &pb::FilterChain, filters: 
         let wanted = "whoever is let in is decided by RBAC: expected no condition";
         return Err(Refusal::new("filter_chain_match", "present", wanted));
     }
-    match way(chain, filters)? {
+    match way(filters, bind)? {
         Way::End(ending) => Ok(Role::Public(ending)),
         Way::Pass(_) if message.traffic_direction == INBOUND => {
             let wanted = "a way in that is not mutual TLS is not served: expected a DownstreamTlsContext that requires a client certificate";
             Err(Refusal::missing("transport_socket", wanted))
         }
-        Way::Pass(passage) => Ok(Role::Upstream { label: label(&message.name, bind), passage }),
+        Way::Pass(passage) => {
+            let label = label(&message.name, bind);
+            // Consul calls every listener for HTTP after the protocol; its routes have the name of the port, as in Envoy's stats.
+            let label = match &passage.to {
+                Destination::Routes(routes) if PROTOCOLS.contains(&label.as_str()) => format!("ingress_upstream_{routes}"),
+                _ => label,
+            };
+            Ok(Role::Upstream { label, passage })
+        }
         Way::ServerName => Err(Refusal::new("filters", "sni_cluster", "expected it with tls_inspector")),
     }
 }
 
 /// Where a chain leads; what it terminates it must also decide on.
-fn way(chain: &pb::FilterChain, filters: Filters) -> Result<Way, Refusal> {
-    let front = match tls_context::downstream(chain.transport_socket.as_ref())? {
-        Downstream::Mesh(material) => return end(material, filters),
-        Downstream::Front(_) if filters.by_server_name => return Err(terminated_and_passed()),
-        Downstream::Front(settings) => Some(settings),
+fn way(filters: Filters, bind: &Bind) -> Result<Way, Refusal> {
+    if filters.by_server_name && filters.downstream != Downstream::Plain {
+        return Err(Refusal::new("filters", "sni_cluster", "TLS is passed on by it: expected no DownstreamTlsContext"));
+    }
+    let front = match &filters.downstream {
+        Downstream::Mesh(material) => return end(Arc::clone(material), filters),
+        Downstream::Front(front) => Some(Arc::clone(front)),
         Downstream::Plain => None,
     };
+    // Whoever is on this host is the caller itself. Envoy would take the header from others.
+    let of_this_host = match bind {
+        Bind::Tcp(address) => address.ip().is_loopback(),
+        Bind::Unix { .. } => true,
+    };
+    if !of_this_host {
+        filters.check_http("for clients of other hosts")?;
+    }
     if filters.rbac {
         let wanted = "callers are known by their certificates: expected a DownstreamTlsContext that requires one with it";
         return Err(Refusal::new("filters", "envoy.filters.network.rbac without mutual TLS", wanted));
@@ -322,36 +355,22 @@ fn way(chain: &pb::FilterChain, filters: Filters) -> Result<Way, Refusal> {
         let wanted = "without mutual TLS it is the cluster that limits connections: expected circuit_breakers there";
         return Err(Refusal::new("filters", "envoy.filters.network.connection_limit", wanted));
     }
-    if filters.by_server_name {
-        return Ok(Way::ServerName);
+    match filters.to {
+        Some(to) => Ok(Way::Pass(Passage { to, front })),
+        None => Ok(Way::ServerName),
     }
-    Ok(Way::Pass(Passage { to: filters.to()?, front }))
-}
-
-fn terminated_and_passed() -> Refusal {
-    Refusal::new("filters", "sni_cluster", "TLS is passed on by it: expected no DownstreamTlsContext")
 }
 
 /// Mutual TLS that ends here: callers of the mesh come in.
 fn end(material: Arc<Material>, filters: Filters) -> Result<Way, Refusal> {
-    if filters.by_server_name {
-        return Err(terminated_and_passed());
-    }
-    if filters.http && !filters.http_as_tcp {
-        let wanted = "x-forwarded-client-cert would reach the app as a stranger wrote it: expected tcp_proxy, so set the \
-                      protocol to tcp, or RINGFENCE_HTTP_AS_TCP=1 for this process if the app does not trust that header";
-        return Err(Refusal::new("filters", "http_connection_manager behind TLS", wanted));
-    }
+    filters.check_http("behind TLS")?;
     if !filters.rbac {
         let wanted = "without it every certificate of the mesh would be let in: expected envoy.filters.network.rbac, or of HTTP envoy.filters.http.rbac, first";
         return Err(Refusal::missing("filters", wanted));
     }
-    Ok(Way::End(Ending {
-        to: filters.to()?,
-        material,
-        intentions: Arc::new(Intentions::from_filters(filters.rules)),
-        max_connections: filters.max_connections,
-    }))
+    let intentions = Arc::new(Intentions::from_filters(filters.rules));
+    let to = filters.to.ok_or_else(|| Refusal::missing("filters.tcp_proxy.cluster", "expected a cluster's name"))?;
+    Ok(Way::End(Ending { to, material, intentions, max_connections: filters.max_connections }))
 }
 
 /// Filters of listeners are known by their names where they have no type: Consul up to 1.11 sends them so.

@@ -11,7 +11,7 @@ use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, Delt
 use tokio::sync::mpsc;
 use tonic::codegen::tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::{Ascii, MetadataKey, MetadataMap, MetadataValue};
-use tonic::transport::Endpoint;
+use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 use super::connector::Connector;
@@ -20,7 +20,7 @@ use crate::control::ControlError;
 use crate::control::backoff::Backoff;
 
 /// One response with every resource in it; ten thousand endpoints are about 1 MiB.
-const RESPONSE_BYTES_MAX: usize = 64 << 20;
+pub(super) const RESPONSE_BYTES_MAX: usize = 64 << 20;
 /// Requests that may wait to be sent. A server that takes none loses the stream.
 pub(super) const REQUESTS_MAX: usize = 256;
 /// Between two pings of an idle stream.
@@ -89,14 +89,9 @@ impl Opener {
 
     /// One stream from its beginning to its end; returns why it ended.
     async fn one(&self, events: &mpsc::Sender<Event>, answered: &mut bool) -> String {
-        let endpoint = Endpoint::from_static(AUTHORITY)
-            .connect_timeout(self.connect_timeout)
-            .http2_keep_alive_interval(PING_INTERVAL)
-            .keep_alive_timeout(PING_TIMEOUT)
-            .keep_alive_while_idle(true);
-        let channel = match endpoint.connect_with_connector(self.connector.clone()).await {
+        let channel = match connect(&self.connector, self.connect_timeout).await {
             Ok(channel) => channel,
-            Err(error) => return format!("the xDS server at {} is not reached: {}", self.connector.describe(), causes(&error)),
+            Err(why) => return format!("the xDS server {why}"),
         };
         let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(RESPONSE_BYTES_MAX);
         let (sender, receiver) = mpsc::channel(REQUESTS_MAX);
@@ -137,6 +132,17 @@ impl Opener {
         let server = self.connector.describe();
         format!("the xDS server at {server} ended the stream with {:?} ({}){remedy}", status.code(), status.message())
     }
+}
+
+/// A connection that is kept alive.
+pub(super) async fn connect(connector: &Connector, timeout: Duration) -> Result<Channel, String> {
+    let endpoint = Endpoint::from_static(AUTHORITY)
+        .connect_timeout(timeout)
+        .http2_keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_TIMEOUT)
+        .keep_alive_while_idle(true);
+    let channel = endpoint.connect_with_connector(connector.clone()).await;
+    channel.map_err(|error| format!("at {} is not reached: {}", connector.describe(), causes(&error)))
 }
 
 /// An error with all that lies behind it.

@@ -89,7 +89,8 @@ pub(super) fn answer(type_url: &str, nonce: &str, refused: &[String]) -> DeltaDi
     }
 }
 
-fn node(settings: &Xds) -> Node {
+/// Who asks.
+pub(super) fn node(settings: &Xds) -> Node {
     let version = BuildVersion {
         version: None,
         metadata: Some(well_known::Struct {

@@ -414,6 +414,7 @@ fn settings() -> Xds {
         initial_metadata: Vec::new(),
         static_listeners: Vec::new(),
         static_clusters: Vec::new(),
+        grpc_servers: Default::default(),
         http_as_tcp: false,
         bootstrap: Json::Null,
     }

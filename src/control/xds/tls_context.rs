@@ -17,12 +17,12 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 use zeroize::Zeroizing;
 
-pub(super) use self::front::keep as keep_front;
+pub(super) use self::front::{Front, SecretName, keep as keep_front, secret};
 pub(super) use self::outside::keep as keep_outside;
 use super::refusal::{Refusal, message_name, unpack};
 use crate::identity::SpiffeId;
 use crate::tls::verify::{self, CHAIN_CERTIFICATES_MAX};
-use crate::tls::{FrontSettings, OutsideSettings, Suites, TlsParams};
+use crate::tls::{OutsideSettings, Suites, TlsParams};
 
 const UPSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext";
 const DOWNSTREAM: &str = "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext";
@@ -75,13 +75,14 @@ impl Spoken {
 }
 
 /// What clients of a filter chain must speak.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) enum Downstream {
+    #[default]
     Plain,
     /// Mutual TLS of the mesh.
     Mesh(Arc<Material>),
     /// TLS in which they show no certificate: they are nobody of the mesh.
-    Front(Arc<FrontSettings>),
+    Front(Arc<Front>),
 }
 
 /// TLS of a cluster of the mesh.
@@ -98,7 +99,7 @@ pub(super) fn upstream(socket: Option<&core::TransportSocket>) -> Result<Spoken,
     let Some(any) = typed(socket)? else { return Ok(Spoken::Plain) };
     let context: pb::UpstreamTlsContext = unpack(any, UPSTREAM, "transport_socket.typed_config")?;
     let place = "transport_socket.typed_config.common_tls_context";
-    let common = common(context.common_tls_context.as_ref()).map_err(|why| why.under(place))?;
+    let common = common(context.common_tls_context.as_ref()).and_then(without_secrets).map_err(|why| why.under(place))?;
     if outside::is_outside(common) {
         let settings = outside::settings(&context, common).map_err(|why| why.under(place))?;
         return Ok(Spoken::Outside(Arc::new(settings)));
@@ -119,9 +120,10 @@ pub(super) fn downstream(socket: Option<&core::TransportSocket>) -> Result<Downs
     let place = "transport_socket.typed_config.common_tls_context";
     let common = common(context.common_tls_context.as_ref()).map_err(|why| why.under(place))?;
     if !context.require_client_certificate.as_ref().is_some_and(|required| required.value) {
-        let settings = front::settings(common).map_err(|why| why.under(place))?;
-        return Ok(Downstream::Front(Arc::new(settings)));
+        let front = Front::read(common).map_err(|why| why.under(place))?;
+        return Ok(Downstream::Front(Arc::new(front)));
     }
+    let common = without_secrets(common).map_err(|why| why.under(place))?;
     let validation = validation(common).map_err(|why| why.under(place))?;
     if !validation.match_subject_alt_names.is_empty() || !validation.match_typed_subject_alt_names.is_empty() {
         let wanted = "callers are decided on by the RBAC filter, expected no matchers";
@@ -149,14 +151,19 @@ fn typed(socket: Option<&core::TransportSocket>) -> Result<Option<&envoy_types::
 
 fn common(context: Option<&pb::CommonTlsContext>) -> Result<&pb::CommonTlsContext, Refusal> {
     let context = context.ok_or_else(|| Refusal::missing("tls_certificates", "expected a certificate with its key inline"))?;
-    if !context.tls_certificate_sds_secret_configs.is_empty() {
-        let wanted = "secrets by name are not fetched: expected tls_certificates inline, as Consul sends for the mesh";
-        return Err(Refusal::new("tls_certificate_sds_secret_configs", "present", wanted));
-    }
     if context.custom_handshaker.is_some() || context.custom_tls_certificate_selector.is_some() {
         return Err(Refusal::new("custom_handshaker", "present", "expected a plain TLS context"));
     }
     Ok(context)
+}
+
+/// The certificate of the mesh is that of the stream which tells the mesh.
+fn without_secrets(context: &pb::CommonTlsContext) -> Result<&pb::CommonTlsContext, Refusal> {
+    if context.tls_certificate_sds_secret_configs.is_empty() {
+        return Ok(context);
+    }
+    let wanted = "secrets by name are fetched for clients of ingress gateways only: expected tls_certificates, as Consul sends";
+    Err(Refusal::new("tls_certificate_sds_secret_configs", "present", wanted))
 }
 
 fn validation(context: &pb::CommonTlsContext) -> Result<&pb::CertificateValidationContext, Refusal> {
@@ -279,7 +286,7 @@ fn material(common: &pb::CommonTlsContext, roots: impl FnOnce(&SpiffeId) -> Vec<
     };
     let chain_pem = inline(certificate.certificate_chain.as_ref(), "tls_certificates[0].certificate_chain")?;
     let key_pem = Zeroizing::new(inline(certificate.private_key.as_ref(), "tls_certificates[0].private_key")?);
-    check_pair(&chain_pem, &key_pem)?;
+    check_pair(&chain_pem, &key_pem).map_err(|why| why.under("tls_certificates[0]"))?;
     let leaf = verify::leaf_id(&chain_pem).map_err(|why| {
         Refusal::new("tls_certificates[0].certificate_chain", why, "expected a leaf with the SPIFFE ID of a service")
     })?;
@@ -304,7 +311,7 @@ fn inline(source: Option<&core::DataSource>, field: &str) -> Result<String, Refu
 
 /// The certificates, refused where Envoy does so too: unreadable PEM, and a key of another certificate.
 fn check_pair(chain_pem: &str, key_pem: &str) -> Result<Vec<CertificateDer<'static>>, Refusal> {
-    let field = "tls_certificates[0].certificate_chain";
+    let field = "certificate_chain";
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(chain_pem.as_bytes())
         .take(CHAIN_CERTIFICATES_MAX + 1)
         .collect::<Result<_, _>>()
@@ -313,7 +320,7 @@ fn check_pair(chain_pem: &str, key_pem: &str) -> Result<Vec<CertificateDer<'stat
         let wanted = format!("expected one to {CHAIN_CERTIFICATES_MAX}, leaf first");
         return Err(Refusal::new(field, format!("{} certificates", chain.len()), wanted));
     }
-    let field = "tls_certificates[0].private_key";
+    let field = "private_key";
     let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes())
         .map_err(|_| Refusal::new(field, "unreadable", "expected one EC PRIVATE KEY, PRIVATE KEY or RSA PRIVATE KEY block"))?;
     let signing = rustls::crypto::ring::sign::any_supported_type(&key);

@@ -7,10 +7,14 @@ use rustls::client::Resumption;
 use rustls::{ClientConfig, ClientConnection, HandshakeKind};
 
 use super::outside::{TLS13, frames};
+use super::routing::settings;
 use super::*;
+use crate::mesh::router::{Match, Router, RouterSettings, Way};
 use crate::tls::fixtures::key_pem;
 use crate::tls::{FrontSettings, FrontTls, OutsideSettings, OutsideTls, Shown};
 
+/// What clients ask for.
+const NAME: &str = "gateway.example.com";
 /// Handshakes end within so many turns.
 const TURNS: usize = 500;
 
@@ -27,7 +31,7 @@ pub(super) struct TlsEnd {
 
 impl TlsEnd {
     pub(super) fn new(end: End, config: &Arc<ClientConfig>) -> Self {
-        let name = "gateway.example.com".try_into().expect("a name");
+        let name = NAME.try_into().expect("a name");
         let tls = ClientConnection::new(Arc::clone(config), name).expect("a good configuration");
         Self { end, tls, sealed: Vec::new(), shut: false, ended: false }
     }
@@ -104,14 +108,15 @@ impl Mesh {
     }
 
     /// A new certificate each time.
+    fn front(&self, params: &TlsParams) -> Arc<FrontTls> {
+        let svid = self.ca.svid("gateway");
+        let certificate = Shown { chain: svid.chain.clone(), key_pem: key_pem(&svid.key).into(), from: "<inline>".into() };
+        let settings = FrontSettings { certificate, protocols: Vec::new(), params: params.clone() };
+        Arc::new(FrontTls::new(settings, 1).expect("good settings"))
+    }
+
     fn publish_front(&mut self, front: &TlsParams, params: &TlsParams) {
-        let certificate = {
-            let svid = self.ca.svid("gateway");
-            Shown { chain: svid.chain.clone(), key_pem: key_pem(&svid.key).into(), from: "<inline>".into() }
-        };
-        let settings = FrontSettings { certificate, protocols: Vec::new(), params: front.clone() };
-        let front = FrontTls::new(settings, 1).expect("good settings");
-        let upstream = Upstream { front: Some(Arc::new(front)), ..self.upstream(&[PUBLIC], DenyReply::Close) };
+        let upstream = Upstream { front: Some(self.front(front)), ..self.upstream(&[PUBLIC], DenyReply::Close) };
         let warehouse = self.public_service(PUBLIC, DefaultPolicy::Allow, self.identity_speaking("warehouse", params));
         self.server.publisher.publish(Snapshot { services: vec![Arc::new(warehouse)], ..Snapshot::default() });
         self.publish_upstream(upstream, true);
@@ -228,6 +233,52 @@ fn a_client_that_comes_back_resumes_until_the_certificate_is_another() {
         assert_eq!(kinds, [full, resumed, full, resumed], "{front:?}");
         mesh.finish();
     }
+}
+
+#[test]
+fn a_client_is_met_with_the_tls_of_the_route_that_its_server_name_leads_to() {
+    let mut mesh = Mesh::behind_tls(1, Faults::NONE, &TLS13, &TLS13);
+    let front = mesh.front(&TLS13);
+    let upstream = Upstream { front: Some(front), ..mesh.upstream(&[PUBLIC], DenyReply::Close) };
+    let service = Arc::new(mesh.caller(Vec::new(), true));
+    let way = Way::Originate { service, upstream: Arc::new(upstream) };
+    let asked = Match { server_names: vec![NAME.parse().expect("a server name")], ..Match::default() };
+    let settings = RouterSettings { bind: Bind::Tcp(LISTEN), ..settings(vec![("warehouse", asked, way)]) };
+    let router = Router::new(settings).expect("a good router");
+    mesh.client.publisher.publish(Snapshot { routers: vec![Arc::new(router)], ..Snapshot::default() });
+    mesh.turns(50);
+    let (cleanly, client, server) = converse_in(mesh, 1);
+    assert_eq!((cleanly, server.len()), (client.len(), client.len()), "{client:?}");
+    assert!(client.iter().all(|record| record.server_name.as_deref() == Some(NAME)), "{client:?}");
+}
+
+#[test]
+fn what_a_client_said_waits_while_another_endpoint_is_tried() {
+    let mut mesh = Mesh::behind_tls(1, Faults::NONE, &TLS13, &TLS13);
+    let app = mesh.network.listen(APP);
+    let endpoints = [address(21_999), PUBLIC];
+    let upstream = Upstream { front: Some(mesh.front(&TLS13)), ..mesh.upstream(&endpoints, DenyReply::Close) };
+    mesh.publish_upstream(upstream, true);
+    mesh.turns(50);
+    for _ in 0..4 {
+        let (mut client, server) = open(&mut mesh, app);
+        exchange(&mut mesh, &mut client, &server, b"there", b"here");
+    }
+    // Nobody is there at all: the client is cut, behind its handshake.
+    let nowhere = Upstream { front: Some(mesh.front(&TLS13)), ..mesh.upstream(&endpoints[..1], DenyReply::Close) };
+    mesh.publish_upstream(nowhere, true);
+    mesh.turns(50);
+    let mut client = TlsEnd::new(mesh.network.connect(LISTEN).expect("it listens"), mesh.clients_speak.as_ref().expect("TLS"));
+    client.write(b"lost");
+    let cut = (0..TURNS).any(|_| {
+        mesh.turn();
+        client.read(10_000).is_err()
+    });
+    assert!(cut && !client.tls.is_handshaking());
+    drop(client);
+    let (records, _) = mesh.finish();
+    assert!(records.iter().any(|record| record.attempts == 2), "the dead endpoint was never tried: {records:?}");
+    assert_eq!(records.last().expect("the last").reason, CloseReason::ConnectFailed);
 }
 
 #[test]

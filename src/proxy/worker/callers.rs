@@ -129,6 +129,8 @@ impl<R: Ring> Worker<R> {
         let id = self.next_denial();
         connection.facts.denial = Some(id);
         let protocol = match &self.listener(connection).role {
+            // Within TLS nothing is said in plain.
+            _ if connection.sessions[super::super::connection::PLAIN].is_some() => crate::mesh::DenyReply::Close,
             Role::Upstream(balancer) => balancer.upstream().deny_reply,
             Role::Public { .. } | Role::Router(_) | Role::Forward(_) | Role::Original(_) | Role::Redirect | Role::Lease => {
                 crate::mesh::DenyReply::Close

@@ -59,7 +59,12 @@ impl<R: Ring> Worker<R> {
     /// Begins the handshake that a peer, or a client outside of the mesh, is to make.
     fn accept(&mut self, connection: &mut Connection, tls: Option<Result<Handshake, TlsError>>, timeout: Duration) -> Next {
         if self.handshakes >= self.plane.handshakes_max {
-            return self.end(connection, CloseReason::Limit, "too many handshakes at once");
+            // A limit on the way out would be one of the upstream's.
+            let reason = match connection.direction {
+                Direction::Inbound => CloseReason::Limit,
+                Direction::Outbound => CloseReason::HandshakeFailed,
+            };
+            return self.end(connection, reason, "too many handshakes at once");
         }
         match tls {
             Some(Ok(tls)) => self.with_io(connection, |connection, io| connection.start_accepting(io, tls, timeout)),
@@ -80,20 +85,15 @@ impl<R: Ring> Worker<R> {
         if balancer.upstream().targets.is_empty() {
             return self.hold(connection);
         }
+        let front = balancer.upstream().front.clone();
         *own_side(Direction::Outbound, &mut connection.facts) = Some(identity.svid.id.clone());
         if let Err(next) = self.check_access(connection, &identity) {
             return next;
         }
         connection.identity = Some(identity);
-        let Role::Upstream(balancer) = &self.listener(connection).role else {
-            return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
-        };
-        match &balancer.upstream().front {
+        match front {
             // Nobody is dialed for a client before TLS stands with it.
-            Some(front) => {
-                let tls = front.accept(self.index);
-                self.accept(connection, tls, HANDSHAKE_TIMEOUT)
-            }
+            Some(front) => self.accept(connection, front.accept(self.index), HANDSHAKE_TIMEOUT),
             None => self.dial_next_endpoint(connection, CloseReason::NoEndpoint),
         }
     }
@@ -313,7 +313,7 @@ impl<R: Ring> Worker<R> {
         };
         self.count_failure(connection, address, reason);
         if reason == CloseReason::DeniedByPeer {
-            // Nothing of the client was read yet, so it can still be told.
+            // Nothing of what the client said has gone anywhere, so it can still be told.
             connection.facts.reason = reason;
             return self.turn_away(connection, reason);
         }

@@ -68,7 +68,7 @@ pub struct Totals {
     pub handshakes: u64,
     /// Of those, resumed ones.
     pub handshakes_resumed: u64,
-    /// TLS handshakes completed with the app, where it speaks TLS itself.
+    /// TLS handshakes completed with whoever is outside of the mesh: the app behind a gateway, or clients before one.
     pub outside_handshakes: u64,
     /// And those that failed.
     pub outside_handshakes_failed: u64,

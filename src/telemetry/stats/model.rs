@@ -300,7 +300,9 @@ fn listener(made: &mut Made, owner: usize, bind: &Bind, totals: &Totals, shares:
     }
     match tls {
         EndsHere::Nothing => {}
-        EndsHere::Mesh(identity, totals) => scopes::ssl(&mut scope, totals, identity),
+        EndsHere::Mesh(identity, totals) => {
+            scopes::ssl(&mut scope, totals, closed(totals, CloseReason::HandshakeFailed), identity);
+        }
         EndsHere::Front(totals) => scopes::outside_tls(&mut scope, totals),
     }
 }

@@ -111,6 +111,32 @@ fn static_resources_for_traffic_are_kept_encoded() {
 }
 
 #[test]
+fn secrets_may_come_from_a_static_cluster() {
+    // As Consul's documentation of TLS.SDS gives it in envoy_extra_static_clusters_json, but for the files.
+    let mut sds = cluster("sds-cluster", 1234);
+    sds["type"] = "LOGICAL_DNS".into();
+    sds["http2_protocol_options"] = json!({});
+    let inline = |text: &str| json!({ "inline_string": text });
+    let ca = crate::tls::fixtures::Ca::new("sds.example");
+    let svid = ca.svid("gateway");
+    let (chain, key) = (crate::tls::fixtures::chain_pem(&svid.chain), crate::tls::fixtures::key_pem(&svid.key));
+    let roots = crate::tls::fixtures::chain_pem(std::slice::from_ref(ca.certificate()));
+    sds["transport_socket"] = json!({ "name": "tls", "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+        "common_tls_context": { "tls_certificates": [{ "certificate_chain": inline(&chain), "private_key": inline(&key) }],
+            "validation_context": { "trusted_ca": inline(&roots) } } } });
+    let json = json!({ "node": { "id": "ingress" }, "static_resources": { "clusters": [cluster("local_agent", 8502), sds] },
+        "dynamic_resources": { "ads_config": ads("local_agent") } });
+    let xds = of(json).expect("it is understood").xds;
+    assert_eq!(xds.grpc_servers.keys().collect::<Vec<_>>(), ["sds-cluster"], "the agent is none for secrets");
+    let server = &xds.grpc_servers["sds-cluster"];
+    assert_eq!(server.addresses, [GrpcAddress::Tcp("127.0.0.1".into(), 1234)]);
+    assert!(server.tls.as_ref().is_some_and(|tls| tls.client.is_some()));
+    let held = crate::control::xds::held::Held::from_bootstrap(&xds.static_clusters, &[], false);
+    assert!(held.is_ok_and(|held| held.clusters.get("sds-cluster").is_some()), "it is a cluster like others");
+}
+
+#[test]
 fn a_page_has_tls_by_static_secrets_and_a_backend_on_loopback() {
     let mut json = fixture("consul-1.10/xds/sidecar.bootstrap.json");
     json["static_resources"]["secrets"] = json!([

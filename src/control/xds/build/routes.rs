@@ -38,7 +38,8 @@ impl Builder<'_> {
             proxy_id: keep_text(old.map(|old| &old.settings().proxy_id), self.around.proxy_id),
             bind: listener.bind.clone(),
             transparent: routes.transparent,
-            permissive: ends_tls && routes.all().any(|chain| matches!(chain.way, listener::Way::Pass(_))),
+            permissive: ends_tls
+                && routes.all().any(|chain| matches!(&chain.way, listener::Way::Pass(way) if way.front.is_none())),
             inspect_timeout: routes.inspect_timeout,
             silent_is_raw: routes.silent_is_raw,
             routes: next,

@@ -17,6 +17,7 @@ use crate::config::envoy::AccessLog;
 use crate::control::xds::cluster::duration;
 use crate::control::xds::rbac;
 use crate::control::xds::refusal::{Refusal, message_name, unpack};
+use crate::control::xds::tls_context::{self, Downstream};
 use crate::mesh::router::{Match, Network, ServerName};
 use crate::policy::network::Rules;
 
@@ -43,17 +44,26 @@ pub(super) struct Filters {
     pub(super) tuning: Tuning,
     /// It ends in an `http_connection_manager`.
     pub(super) http: bool,
-    /// And may do so behind TLS.
+    /// And may do so where whoever connects is not of this host.
     pub(super) http_as_tcp: bool,
+    /// What clients must speak.
+    pub(super) downstream: Downstream,
     /// The paths of an `http_connection_manager` that tells them apart; then there is no cluster.
     pub(super) paths: Vec<Route>,
     pub(super) access_logs: Vec<AccessLog>,
 }
 
+/// What is said of a header that only Envoy writes.
+const HEADER_WANTED: &str = "x-forwarded-client-cert would reach the app as a stranger wrote it: expected tcp_proxy, so set the \
+                             protocol to tcp, or RINGFENCE_HTTP_AS_TCP=1 for this process if the app does not trust that header";
+
 impl Filters {
-    /// Where all goes.
-    pub(super) fn to(&self) -> Result<Destination, Refusal> {
-        self.to.clone().ok_or_else(|| Refusal::missing("filters.tcp_proxy.cluster", "expected a cluster's name"))
+    /// Refuses HTTP of strangers, unless the operator says that apps do not mind. Who they are is `whose`.
+    pub(super) fn check_http(&self, whose: &str) -> Result<(), Refusal> {
+        if self.http && !self.http_as_tcp {
+            return Err(Refusal::new("filters", format!("http_connection_manager {whose}"), HEADER_WANTED));
+        }
+        Ok(())
     }
 }
 
@@ -146,8 +156,9 @@ pub(super) fn filters(chain: &pb::FilterChain, http_as_tcp: bool) -> Result<Filt
     if chain.use_proxy_proto.as_ref().is_some_and(|set| set.value) {
         return Err(Refusal::new("use_proxy_proto", "true", "a PROXY header would reach the cluster as payload: expected false"));
     }
-    // Without TLS in front there are no callers of the mesh, and all of a connection manager must be what is done here.
-    let mut found = Filters { http_as_tcp: http_as_tcp && chain.transport_socket.is_some(), ..Filters::default() };
+    let downstream = tls_context::downstream(chain.transport_socket.as_ref())?;
+    let ends_mesh = matches!(downstream, Downstream::Mesh(_));
+    let mut found = Filters { downstream, http_as_tcp, ..Filters::default() };
     let mut ended = false;
     for (index, filter) in chain.filters.iter().enumerate() {
         let place = format!("filters[{index}]");
@@ -165,7 +176,8 @@ pub(super) fn filters(chain: &pb::FilterChain, http_as_tcp: bool) -> Result<Filt
             }
             None => return Err(Refusal::new(format!("{place}.typed_config"), &filter.name, FILTERS_WANTED)),
         };
-        take(&mut found, any, &filter.name).map_err(|why| why.under(&place))?;
+        // Without callers of the mesh all of a connection manager must be what is done here.
+        take(&mut found, any, &filter.name, http_as_tcp && ends_mesh).map_err(|why| why.under(&place))?;
         ended = [TCP_PROXY, CONNECTION_MANAGER].contains(&message_name(any));
     }
     if !ended {
@@ -177,7 +189,7 @@ pub(super) fn filters(chain: &pb::FilterChain, http_as_tcp: bool) -> Result<Filt
     Ok(found)
 }
 
-fn take(found: &mut Filters, any: &Any, name: &str) -> Result<(), Refusal> {
+fn take(found: &mut Filters, any: &Any, name: &str, as_tcp: bool) -> Result<(), Refusal> {
     let field = "typed_config";
     match message_name(any) {
         RBAC => {
@@ -202,7 +214,7 @@ fn take(found: &mut Filters, any: &Any, name: &str) -> Result<(), Refusal> {
         }
         SNI_CLUSTER => found.by_server_name = true,
         CONNECTION_MANAGER => {
-            let http = Http::read(any, field, found.http_as_tcp)?;
+            let http = Http::read(any, field, as_tcp)?;
             found.rbac |= http.rules.is_some();
             found.rules.extend(http.rules.iter().flatten().cloned());
             found.access_logs = access_logs(&http.access_log).map_err(|why| why.under(field))?;

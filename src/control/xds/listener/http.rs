@@ -158,8 +158,18 @@ pub(in crate::control::xds) fn routes(config: &route::RouteConfiguration) -> Res
     if *host != bare {
         return Err(Refusal::new(place, "more than domains and routes", ROUTES_WANTED));
     }
-    if config.vhds.is_some() || !config.typed_per_filter_config.is_empty() {
-        return Err(Refusal::new("vhds", "vhds or typed_per_filter_config", ROUTES_WANTED));
+    let bare = route::RouteConfiguration {
+        name: config.name.clone(),
+        virtual_hosts: config.virtual_hosts.clone(),
+        validate_clusters: config.validate_clusters,
+        ..route::RouteConfiguration::default()
+    };
+    if *config != bare {
+        return Err(Refusal::new(
+            "name",
+            &config.name,
+            "more than virtual_hosts is in it: expected nothing done to headers or requests",
+        ));
     }
     let all = host.routes.iter().enumerate();
     all.map(|(index, one)| one_route(one).map_err(|why| why.under(&format!("{place}.routes[{index}]")))).collect()
@@ -204,10 +214,17 @@ fn one_route(message: &route::Route) -> Result<Route, Refusal> {
     Ok(Route { path, to })
 }
 
-/// Whether nothing but the beginning of the path is changed, and nobody else gets the request too.
+/// Whether connections are told apart by where they come from, which is what is done here.
+fn by_source(policy: &route::route_action::HashPolicy) -> bool {
+    use route::route_action::hash_policy::PolicySpecifier;
+    matches!(&policy.policy_specifier, Some(PolicySpecifier::ConnectionProperties(by)) if by.source_ip)
+}
+
+/// Whether nothing but the beginning of the path is changed, nothing of a request says which member gets it, and nobody else gets the request too.
 fn as_it_came(action: &route::RouteAction) -> bool {
     action.regex_rewrite.is_none()
         && action.path_rewrite_policy.is_none()
         && action.host_rewrite_specifier.is_none()
         && action.request_mirror_policies.is_empty()
+        && action.hash_policy.iter().all(by_source)
 }

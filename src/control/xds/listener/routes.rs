@@ -12,6 +12,7 @@ use super::{Chain, INBOUND, Inspection, OUTBOUND, Routes, TLS_INSPECTOR, Way, ch
 use crate::config::envoy::AccessLog;
 use crate::control::xds::cluster::duration;
 use crate::control::xds::refusal::Refusal;
+use crate::mesh::Bind;
 use crate::mesh::router::Match;
 
 /// Envoy's `listener_filters_timeout`.
@@ -21,6 +22,7 @@ const CHAINS_MAX: usize = 10_000;
 
 pub(super) fn routes(
     message: &pb::Listener,
+    bind: &Bind,
     inspection: &Inspection,
     access_logs: &mut Vec<AccessLog>,
     http_as_tcp: bool,
@@ -47,7 +49,7 @@ pub(super) fn routes(
             return Err(Refusal::new(format!("{place}.filters"), "http_connection_manager with routes by path", wanted));
         }
         let tuning = filters.tuning;
-        let way = way(chain, filters).map_err(under)?;
+        let way = way(filters, bind).map_err(under)?;
         Ok(Chain { name: way.name().unwrap_or_default().to_owned(), matches, way, tuning })
     };
     let chains = message.filter_chains.iter().enumerate();

@@ -60,7 +60,7 @@ fn clients_of_an_ingress_gateway_are_met_with_tls() {
     let mut by_name = socket(false);
     by_name["typed_config"]["common_tls_context"]["tls_certificate_sds_secret_configs"] = json!([{"name": "wildcard"}]);
     let by_name = told(by_name);
-    assert!(by_name.contains("tls_certificate_sds_secret_configs: present"), "{by_name}");
+    assert!(by_name.contains("tls_certificate_sds_secret_configs: 1 of them besides 1 inline"), "{by_name}");
     let mut way_in = out(socket(false), "7s");
     way_in["traffic_direction"] = "INBOUND".into();
     let way_in = bench.send(Kind::Listener, &[way_in]).join("; ");
@@ -140,19 +140,86 @@ fn routes_that_come_by_name_lead_to_one_cluster() {
     let mut told = |domain: &str, list: Json| bench.send(Kind::Routes, &[routes(domain, list)]).join("; ");
     let by_host = told("web.ingress.*", all_to(&cluster));
     assert!(by_host.contains("RouteConfiguration 8080: virtual_hosts[0].domains: web.ingress.*;"), "{by_host}");
+    let by_header = json!([{"header": {"header_name": "x-user"}}]);
+    let hashed = told("*", json!([{"match": {"prefix": "/"}, "route": {"cluster": cluster, "hash_policy": by_header}}]));
+    assert!(hashed.contains("route.cluster_specifier: of another kind"), "{hashed}");
+    let by_source = json!([{"connection_properties": {"source_ip": true}}]);
+    assert_eq!(told("*", json!([{"match": {"prefix": "/"}, "route": {"cluster": cluster, "hash_policy": by_source}}])), "");
     let by_path = told("*", json!([{"match": {"path": "/a"}, "route": {"cluster": cluster}}]));
     assert!(by_path.contains("virtual_hosts[0].routes: 1 of them, by path or with a rewrite"), "{by_path}");
     assert_eq!(upstream_of(&bench.build()).targets[0].cluster(), cluster, "what was good stays");
 
-    // Other routes, and then nobody asks for any.
+    // Others: what serves meanwhile goes on as it would, and both are asked for.
     assert_eq!(bench.send(Kind::Listener, &[by_rds("9090")]), Vec::<String>::new());
-    assert_eq!(upstream_of(&bench.build()).targets[0].cluster(), cluster, "until the new ones come");
+    assert_eq!(asked(&subscription.follow(&bench.held)), [(&["9090".to_owned()][..], &[][..])]);
+    assert_eq!(build::waits_for(&bench.held), None, "it serves");
+    let moved = json!({"cluster_name": cluster, "endpoints": [{"lb_endpoints": [{"health_status": "HEALTHY", "endpoint": {
+        "address": {"socket_address": {"address": "192.0.2.9", "port_value": 9}}}}]}]});
+    bench.send(Kind::Endpoints, &[moved]);
+    bench.svid = bench.ca.svid("ingress-gateway");
+    let capture = Bench::fixture("ingress");
+    bench.send(Kind::Cluster, capture["clusters"].as_array().expect("a list"));
+    let service = bench.build();
+    assert_eq!(service.identity.as_ref().expect("one").svid.chain[0], bench.svid.chain[0], "its leaf is the newest");
+    assert_eq!(upstream_of(&service).targets[0].endpoints[0].address.to_string(), "192.0.2.9:9");
+    assert!(bench.notes[0].contains("its newest waits for the routes 9090, the one before it serves"), "{:?}", bench.notes);
+    let mut others = routes("*", all_to(&cluster));
+    others["name"] = "9090".into();
+    assert_eq!(bench.send(Kind::Routes, &[others]), Vec::<String>::new());
+    bench.build();
+    assert_eq!(bench.notes, Vec::<String>::new());
+    bench.held.forget_unnamed();
+    assert_eq!(bench.held.versions(Kind::Routes).keys().collect::<Vec<_>>(), ["9090"]);
+    assert_eq!(asked(&subscription.follow(&bench.held)), [(&[][..], &["8080".to_owned()][..])]);
+    // And then nobody asks for any.
+    let plain = listener(NAME, "OUTBOUND", &[], json!([{"filters": [proxy(&cluster)]}]));
+    assert_eq!(bench.send(Kind::Listener, &[plain]), Vec::<String>::new());
     bench.held.forget_unnamed();
     assert!(bench.held.versions(Kind::Routes).is_empty());
-    let requests = subscription.follow(&bench.held);
-    assert_eq!(asked(&requests), [(&["9090".to_owned()][..], &["8080".to_owned()][..])]);
+    assert_eq!(asked(&subscription.follow(&bench.held)), [(&[][..], &["9090".to_owned()][..])]);
     let mut elsewhere = by_rds("9090");
     elsewhere["filter_chains"][0]["filters"][0]["typed_config"]["rds"]["config_source"] = json!({"self": {}});
     let elsewhere = bench.send(Kind::Listener, &[elsewhere]).join("; ");
     assert!(elsewhere.contains("rds.config_source: another than ads"), "{elsewhere}");
+}
+
+#[test]
+fn http_of_other_hosts_is_bytes_only_where_apps_trust_no_header_of_envoys() {
+    let (mut bench, _) = gateway();
+    let mut open = by_rds("8080");
+    open["name"] = "http:0.0.0.0:8080".into();
+    open["address"]["socket_address"] = json!({"address": "0.0.0.0", "port_value": 8080});
+    let mut fronted = open.clone();
+    fronted["filter_chains"][0]["transport_socket"] = socket(false);
+    for listener in [&open, &fronted] {
+        let why = bench.send(Kind::Listener, std::slice::from_ref(listener)).join("; ");
+        assert!(why.contains("http_connection_manager for clients of other hosts; x-forwarded-client-cert"), "{why}");
+    }
+    bench.held.http_as_tcp = true;
+    assert_eq!(bench.send(Kind::Listener, &[fronted.clone()]), Vec::<String>::new());
+    // Two of them have counters of their own.
+    assert_eq!(label_of(&bench, "http:0.0.0.0:8080"), "ingress_upstream_8080");
+    // What it would do to requests is looked at all the same.
+    let manager = &mut fronted["filter_chains"][0]["filters"][0]["typed_config"];
+    manager["http_filters"] = json!([{"name": "envoy.filters.http.grpc_http1_bridge"}, {"name": "envoy.filters.http.router"}]);
+    let why = bench.send(Kind::Listener, &[fronted]).join("; ");
+    assert!(why.contains("http_filters[0].name: envoy.filters.http.grpc_http1_bridge"), "{why}");
+}
+
+fn label_of(bench: &Bench, name: &str) -> String {
+    match &bench.held.listeners.get(name).expect("held").role {
+        crate::control::xds::listener::Role::Upstream { label, .. } => label.clone(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn routes_that_are_refused_are_not_waited_for() {
+    let (mut bench, cluster) = gateway();
+    assert_eq!(bench.send(Kind::Listener, &[by_rds("8080")]), Vec::<String>::new());
+    assert!(build::waits_for(&bench.held).is_some());
+    let by_host =
+        json!({"name": "8080", "virtual_hosts": [{"name": "db", "domains": ["db.ingress.*"], "routes": all_to(&cluster)}]});
+    assert_eq!(bench.send(Kind::Routes, &[by_host]).len(), 1);
+    assert_eq!(build::waits_for(&bench.held), None);
 }

@@ -66,19 +66,23 @@ pub(super) fn settings(context: &pb::UpstreamTlsContext, common: &pb::CommonTlsC
 }
 
 pub(super) fn certificate(common: &pb::CommonTlsContext) -> Result<Option<Shown>, Refusal> {
-    let certificate = match common.tls_certificates.as_slice() {
-        [] => return Ok(None),
-        [certificate] => certificate,
-        more => return Err(Refusal::new("tls_certificates", format!("{} of them", more.len()), "expected one at most")),
-    };
-    let (chain_field, key_field) = ("tls_certificates[0].certificate_chain", "tls_certificates[0].private_key");
+    match common.tls_certificates.as_slice() {
+        [] => Ok(None),
+        [certificate] => shown(certificate).map(Some).map_err(|why| why.under("tls_certificates[0]")),
+        more => Err(Refusal::new("tls_certificates", format!("{} of them", more.len()), "expected one at most")),
+    }
+}
+
+/// A certificate with its key, wherever they are.
+pub(super) fn shown(certificate: &pb::TlsCertificate) -> Result<Shown, Refusal> {
+    let (chain_field, key_field) = ("certificate_chain", "private_key");
     let missing = |field: &str| Refusal::missing(field, "expected a file, or PEM inline");
     let source = certificate.certificate_chain.as_ref().ok_or_else(|| missing(chain_field))?;
     let chain = text(source, chain_field)?;
     let key = certificate.private_key.as_ref().ok_or_else(|| missing(key_field))?;
     let key_pem = Zeroizing::new(text(key, key_field)?);
     let chain = check_pair(&chain, &key_pem)?;
-    Ok(Some(Shown { chain, key_pem, from: origin(source) }))
+    Ok(Shown { chain, key_pem, from: origin(source) })
 }
 
 #[expect(deprecated, reason = "Consul up to 1.10 sends match_subject_alt_names")]

@@ -259,10 +259,11 @@ pub(super) fn authorisation(made: &mut Made, owner: usize, totals: &Totals, limi
     scope.counter("limited_connections", closed(totals, CloseReason::Limit));
 }
 
-pub(super) fn ssl(scope: &mut Scope<'_>, totals: &Totals, identity: &Identity) {
+/// `errors` is how many handshakes failed.
+pub(super) fn ssl(scope: &mut Scope<'_>, totals: &Totals, errors: u64, identity: &Identity) {
     scope.counter("ssl.handshake", totals.handshakes);
     scope.counter("ssl.session_reused", totals.handshakes_resumed);
-    scope.counter("ssl.connection_error", closed(totals, CloseReason::HandshakeFailed));
+    scope.counter("ssl.connection_error", errors);
     scope.counter("ssl.fail_verify_san", closed(totals, CloseReason::IdentityMismatch));
     for version in ["TLSv1.2", "TLSv1.3"] {
         let of = |(_, count): (&(u16, &str, &str), &u64)| *count;
@@ -379,7 +380,10 @@ impl Cluster {
         if self.outlier {
             self.tell_outliers(scope);
             if let Some(identity) = &self.identity {
-                ssl(scope, totals, identity);
+                // Some may have failed before anybody here was dialed: with clients of an ingress gateway.
+                let of_clients = if self.outside { 0 } else { totals.outside_handshakes_failed };
+                let errors = closed(totals, CloseReason::HandshakeFailed).saturating_sub(of_clients);
+                ssl(scope, totals, errors, identity);
             }
         }
         if self.outside {
