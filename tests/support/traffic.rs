@@ -7,11 +7,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use socket2::{Domain, Socket, Type};
+
 /// Bound on any read or write of a test client.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 pub fn connect(address: SocketAddr) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    // In one call that the kernel bounds: one that polls would also see the reset that may come right behind.
+    socket.set_write_timeout(Some(TIMEOUT))?;
+    socket.connect(&address.into())?;
+    let stream = TcpStream::from(socket);
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;

@@ -299,7 +299,8 @@ impl Held {
         let Some(entry) = self.listeners.entries.get(&name) else { return };
         let newest = Arc::clone(&entry.value);
         let lets_in = [&before, &newest].iter().any(|listener| listener.endings().next().is_some());
-        if entry.outdated || lets_in || self.waits(&newest).is_none() {
+        // What never served has nothing to go on with.
+        if entry.outdated || lets_in || self.waits(&newest).is_none() || self.waits(&before).is_some() {
             return;
         }
         if let Some(entry) = self.listeners.entries.get_mut(&name) {

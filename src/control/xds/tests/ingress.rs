@@ -123,6 +123,7 @@ fn routes_that_come_by_name_lead_to_one_cluster() {
     assert_eq!(bench.send(Kind::Listener, &[by_rds("8080")]), Vec::<String>::new());
     let requests = subscription.follow(&bench.held);
     assert_eq!(asked(&requests), [(&["8080".to_owned()][..], &[][..])]);
+    assert_eq!(bench.send(Kind::Listener, &[by_rds("8080")]), Vec::<String>::new(), "once more changes nothing");
     assert_eq!(build::waits_for(&bench.held).as_deref(), Some("waiting for the routes 8080"));
     bench.build();
     assert_eq!(bench.notes, ["listener db:127.0.0.1:15001: the routes 8080 are not there"]);
