@@ -482,7 +482,7 @@ mod tests {
 
     #[test]
     fn shared_buffers_come_as_they_are_needed() {
-        const SOCKETS: u32 = 200;
+        const SOCKETS: u32 = 140;
         let mut pool = Pool::new(64 << 20).expect("pool");
         let (mut ring, _wake) = uring(&mut pool);
         let pairs: Vec<_> = (0..SOCKETS).map(|_| pair()).collect();
