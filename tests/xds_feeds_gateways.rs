@@ -331,6 +331,8 @@ fn an_ingress_gateways_certificate_comes_by_its_name() {
         shown["cert_chain"][0]["subject_alt_names"][0]["uri"].as_str().expect("a name").to_owned()
     };
     assert_eq!(name(), outside.id("gateway").as_str());
+    let ends = client.get("/stats?filter=^listener.*expiration").body;
+    assert!(ends.contains(".ssl.certificate.unnamed_cert_e3b0c442.expiration_unix_time_seconds: "), "{ends}");
 
     // What cannot be used is refused and takes nothing away; the next that can is shown.
     secrets.set(&Material { key_pem: of_db.key_pem, ..outer("gateway") });

@@ -32,14 +32,19 @@ fn all(snapshot: &Snapshot, now: SystemTime) -> Value {
     let services = snapshot.all_services().filter_map(|service| service.identity.as_deref());
     let mut told = HashSet::new();
     let identities = services.chain(granted.into_iter().map(|(_, identity)| &**identity));
-    let identities = identities.filter(|identity| told.insert((&identity.svid.id, &identity.svid.serial)));
+    let identities: Vec<_> = identities.filter(|identity| told.insert((&identity.svid.id, &identity.svid.serial))).collect();
     let outside =
         snapshot.routers.iter().flat_map(|router| router.routes()).filter_map(|route| route.upstream()?.outside.as_ref());
     let outside = outside.map(|outside| of_app(outside.settings(), now));
-    let fronts = snapshot.all_upstreams().filter_map(|upstream| upstream.front.as_ref());
-    let fronts = fronts.filter_map(|front| shown(&front.settings().certificate, now));
+    // An ingress gateway may show clients the leaf that it shows peers.
+    let mut leaves: HashSet<&[u8]> =
+        identities.iter().filter_map(|identity| identity.svid.chain.first()).map(AsRef::as_ref).collect();
+    let fronts = snapshot.all_upstreams().filter_map(|upstream| Some(&upstream.front.as_ref()?.settings().certificate));
+    let fronts = fronts.filter(|certificate| certificate.chain.first().is_some_and(|leaf| leaves.insert(leaf)));
+    let fronts = fronts.filter_map(|certificate| shown(certificate, now));
     let fronts = fronts.map(|chain| json!({"ca_cert": [], "cert_chain": [chain]}));
-    json!({"certificates": identities.map(|identity| entry(identity, now)).chain(outside).chain(fronts).collect::<Vec<_>>()})
+    let identities = identities.iter().map(|identity| entry(identity, now));
+    json!({"certificates": identities.chain(outside).chain(fronts).collect::<Vec<_>>()})
 }
 
 fn shown(shown: &Shown, now: SystemTime) -> Option<Value> {

@@ -1,8 +1,8 @@
 //! `/config_dump`: the configuration in force as Envoy's messages.
 //!
 //! Invariant: the order is Envoy's, because scripts count: bootstrap, clusters, endpoints with `include_eds`, listeners,
-//! routes where some are asked for, secrets. What is shown holds no key: the xDS feeder hands its resources over redacted (`control::dump`), and those that
-//! are made of the snapshot ([`made`]) name no key. The hub is not touched.
+//! routes where some are asked for, secrets. What is shown holds no key: the xDS feeder hands its resources over redacted
+//! (`control::dump`), and those that are made of the snapshot ([`made`]) name no key. The hub is not touched.
 
 mod made;
 mod mask;

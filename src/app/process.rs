@@ -30,7 +30,7 @@ pub fn prepare() -> Result<(), AppError> {
     Ok(())
 }
 
-/// What only the start needed goes. Call when the process is ready, before it is busy.
+/// What only the start needed goes. Call when the process is not busy.
 pub(super) fn settle() {
     sys::let_go_of_free_heap();
     if let Err(error) = sys::let_go_of_code() {

@@ -311,6 +311,11 @@ impl Sidecar {
         self.inherited.has_predecessor()
     }
 
+    /// Whether no worker carries a connection.
+    pub(super) fn is_idle(&self) -> bool {
+        self.cells.iter().all(|cells| cells.connections.value() == 0)
+    }
+
     /// How often the workers' listening sockets have changed.
     pub(super) fn listener_changes(&self) -> u64 {
         self.cells.iter().map(|cells| cells.listener_changes.value()).sum()

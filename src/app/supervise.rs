@@ -276,7 +276,8 @@ impl Supervision {
     }
 
     fn tick(&mut self, sidecar: &mut Sidecar) -> Result<Next, AppError> {
-        if self.settles.take_if(|due| *due <= Instant::now()).is_some() {
+        // A busy process needs its code, and its workers are not to wait for it.
+        if self.settles.take_if(|due| *due <= Instant::now()).is_some() && sidecar.is_idle() {
             process::settle();
         }
         self.watch_successor(sidecar);

@@ -8,6 +8,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use rustls::ServerConfig;
 use rustls::crypto::CryptoProvider;
@@ -19,6 +20,7 @@ use super::handshake::Handshake;
 use super::outside::{Shown, certified};
 use super::provider::{TlsError, TlsParams, keep_to_tickets, versions};
 use super::resume::TicketKey;
+use super::verify::{self, VerifyError};
 
 /// What clients outside of the mesh are shown.
 #[derive(Clone, PartialEq, Eq)]
@@ -35,21 +37,29 @@ pub struct FrontSettings {
 /// The configurations made of [`FrontSettings`], one a worker.
 pub struct FrontTls {
     settings: FrontSettings,
+    not_after: SystemTime,
     workers: Vec<Arc<ServerConfig>>,
 }
 
 impl FrontTls {
     /// Configurations for each of `workers`.
     pub fn new(settings: FrontSettings, workers: usize) -> Result<Self, TlsError> {
+        let leaf = settings.certificate.chain.first().ok_or(VerifyError::Malformed("there is none"))?;
+        let not_after = verify::expiry(leaf)?;
         // Without randomness there are no tickets either; rustls then says what is wrong with the first handshake.
         let tickets = TicketKey::random();
         let workers = (0..workers).map(|_| config(&settings, tickets.as_ref()).map(Arc::new)).collect::<Result<_, _>>()?;
-        Ok(Self { settings, workers })
+        Ok(Self { settings, not_after, workers })
     }
 
     /// What it was made of.
     pub fn settings(&self) -> &FrontSettings {
         &self.settings
+    }
+
+    /// When the leaf ends.
+    pub fn not_after(&self) -> SystemTime {
+        self.not_after
     }
 
     /// A server-role handshake on that worker; none where it was made for fewer.

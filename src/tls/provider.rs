@@ -21,7 +21,7 @@ use super::backend::provider as library;
 use super::handshake::Handshake;
 use super::resume::{Sessions, TicketKey};
 use super::suites::Suites;
-use super::verify::{AnswererVerifier, BundleError, CallerVerifier, Trust};
+use super::verify::{AnswererVerifier, BundleError, CallerVerifier, Trust, VerifyError};
 use crate::identity::{SpiffeId, Svid, TrustBundle};
 
 /// What mesh configuration may change about TLS.
@@ -74,6 +74,9 @@ pub enum TlsError {
     /// The key of a certificate that somebody outside of the mesh is shown.
     #[error("the key of the certificate cannot be read: expected PEM")]
     Key,
+    /// The certificate that somebody outside of the mesh is shown.
+    #[error("the certificate cannot be read: {0}")]
+    Certificate(#[from] VerifyError),
     /// The roots cannot be used.
     #[error(transparent)]
     Bundle(#[from] BundleError),

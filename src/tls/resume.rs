@@ -1,7 +1,7 @@
 //! Resumption that cannot skip a decision: what a server seals into tickets, and what a client remembers of its sessions.
 //!
-//! Invariant: a ticket opens only under the identity that sealed it, or at an ingress gateway the settings: each new leaf or trust bundle has a new key, and the
-//! old one goes with the old identity. A session is remembered for one endpoint by one thread and used with the very
+//! Invariant: a ticket opens only under the identity that sealed it, or at an ingress gateway the settings: each new leaf or trust
+//! bundle has a new key, and the old one goes with the old identity. A session is remembered for one endpoint by one thread and used with the very
 //! configuration that made it; what is remembered goes with that configuration, at the latest when its last connection ends. Resumption replaces signatures only: the peer's chain, its validity and its SPIFFE ID are
 //! checked after a resumed handshake as after a full one (`handshake::Handshake::establish`), and the intention is decided
 //! on every connection.

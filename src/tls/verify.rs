@@ -16,6 +16,7 @@ mod outside;
 mod roles;
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use rustls::crypto::WebPkiSupportedAlgorithms;
 use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime};
@@ -296,7 +297,7 @@ impl Validity {
     }
 
     fn check(self, now: UnixTime) -> Result<(), webpki::Error> {
-        let at = |seconds| UnixTime::since_unix_epoch(std::time::Duration::from_secs(seconds));
+        let at = |seconds| UnixTime::since_unix_epoch(Duration::from_secs(seconds));
         if now.as_secs() > self.not_after {
             return Err(webpki::Error::CertExpired { time: now, not_after: at(self.not_after) });
         }
@@ -344,6 +345,11 @@ fn certificate_validity(certificate: &CertificateDer<'_>) -> Result<Validity, Ve
         X509Certificate::from_der(certificate).map_err(|_| VerifyError::Malformed("a certificate is not X.509 in DER"))?;
     let seconds = |at: x509_parser::time::ASN1Time| u64::try_from(at.timestamp()).unwrap_or(0);
     Ok(Validity { not_before: seconds(parsed.validity().not_before), not_after: seconds(parsed.validity().not_after) })
+}
+
+/// When a certificate ends.
+pub(super) fn expiry(certificate: &CertificateDer<'_>) -> Result<SystemTime, VerifyError> {
+    Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(certificate_validity(certificate)?.not_after))
 }
 
 fn list(ids: &[SpiffeId]) -> String {

@@ -281,10 +281,12 @@ impl Held {
         refused
     }
 
-    /// A certificate came by its name.
+    /// A certificate came by its name; one that nobody asked for, or does no more, is dropped.
     pub(super) fn take_secret(&mut self, name: SecretName, certificate: Shown) {
-        self.secrets.insert(name, certificate);
-        self.promote();
+        if self.secret_names().contains(&name) {
+            self.secrets.insert(name, certificate);
+            self.promote();
+        }
     }
 
     /// The listeners in force of which a response brings newer ones.
@@ -349,7 +351,7 @@ impl Held {
                 of_clusters.collect()
             }
             Kind::Routes => {
-                let of_listeners = self.newest().flat_map(|listener| listener.destinations());
+                let of_listeners = self.all_listeners().flat_map(|listener| listener.destinations());
                 let of_listeners = of_listeners.filter_map(|destination| match destination {
                     Destination::Routes(name) => Some(name.clone()),
                     Destination::Cluster(_) => None,
@@ -369,11 +371,11 @@ impl Held {
 
     /// The secrets that must be asked for.
     pub(super) fn secret_names(&self) -> BTreeSet<SecretName> {
-        self.newest().flat_map(|listener| listener.secrets()).cloned().collect()
+        self.all_listeners().flat_map(|listener| listener.secrets()).cloned().collect()
     }
 
-    /// Every listener in force, and those that are to be.
-    fn newest(&self) -> impl Iterator<Item = &Arc<Listener>> {
+    /// Every listener in force, and those that are warming.
+    fn all_listeners(&self) -> impl Iterator<Item = &Arc<Listener>> {
         self.listeners.values().chain(self.warming.values())
     }
 

@@ -16,7 +16,7 @@ use tonic::codegen::tokio_stream::wrappers::ReceiverStream;
 
 use super::connector::Connector;
 use super::refusal::{type_url, unpack};
-use super::stream::{REQUESTS_MAX, RESPONSE_BYTES_MAX, connect};
+use super::stream::{REQUESTS_MAX, connect};
 use super::subscription::{answer, node};
 use super::tls_context::{SecretName, secret};
 use crate::config::envoy::{GrpcServer, Xds};
@@ -25,6 +25,8 @@ use crate::tls::Shown;
 
 /// The message that is asked for.
 const SECRET: &str = "envoy.extensions.transport_sockets.tls.v3.Secret";
+/// One response: some chains with their keys, of a few KiB each.
+const RESPONSE_BYTES_MAX: usize = 4 << 20;
 /// Certificates that may wait to be taken.
 const CERTIFICATES_MAX: usize = 64;
 

@@ -20,7 +20,7 @@ use crate::control::ControlError;
 use crate::control::backoff::Backoff;
 
 /// One response with every resource in it; ten thousand endpoints are about 1 MiB.
-pub(super) const RESPONSE_BYTES_MAX: usize = 64 << 20;
+const RESPONSE_BYTES_MAX: usize = 64 << 20;
 /// Requests that may wait to be sent. A server that takes none loses the stream.
 pub(super) const REQUESTS_MAX: usize = 256;
 /// Between two pings of an idle stream.

@@ -18,10 +18,11 @@ use crate::ring::Ring;
 use crate::telemetry::cells::Direction;
 use crate::telemetry::close::CloseReason;
 use crate::telemetry::record::{Decision, Event};
-use crate::tls::{Handshake, TlsError};
+use crate::tls::{FrontTls, Handshake, TlsError};
 
 /// What a denied peer is told (RFC 8446 `access_denied`).
 const ALERT_ACCESS_DENIED: u8 = 49;
+const TOO_MANY_HANDSHAKES: &str = "too many handshakes at once";
 
 impl<R: Ring> Worker<R> {
     /// Begins with an accepted or held connection, or holds it.
@@ -47,6 +48,9 @@ impl<R: Ring> Worker<R> {
         if service.intentions.is_unknown() {
             return self.hold(connection);
         }
+        if let Some(reason) = self.too_many_handshakes(connection.direction) {
+            return self.end(connection, reason, TOO_MANY_HANDSHAKES);
+        }
         *own_side(Direction::Inbound, &mut connection.facts) = Some(identity.svid.id.clone());
         let Role::Public { public, .. } = &self.listener(connection).role else {
             return self.end(connection, CloseReason::Shutdown, "listener changed its kind");
@@ -56,16 +60,16 @@ impl<R: Ring> Worker<R> {
         self.accept(connection, accepted, timeout)
     }
 
+    /// Why none may be begun now. On the way out a limit would be one of the upstream's.
+    fn too_many_handshakes(&self, direction: Direction) -> Option<CloseReason> {
+        (self.handshakes >= self.plane.handshakes_max).then_some(match direction {
+            Direction::Inbound => CloseReason::Limit,
+            Direction::Outbound => CloseReason::HandshakeFailed,
+        })
+    }
+
     /// Begins the handshake that a peer, or a client outside of the mesh, is to make.
     fn accept(&mut self, connection: &mut Connection, tls: Option<Result<Handshake, TlsError>>, timeout: Duration) -> Next {
-        if self.handshakes >= self.plane.handshakes_max {
-            // A limit on the way out would be one of the upstream's.
-            let reason = match connection.direction {
-                Direction::Inbound => CloseReason::Limit,
-                Direction::Outbound => CloseReason::HandshakeFailed,
-            };
-            return self.end(connection, reason, "too many handshakes at once");
-        }
         match tls {
             Some(Ok(tls)) => self.with_io(connection, |connection, io| connection.start_accepting(io, tls, timeout)),
             Some(Err(error)) => self.end(connection, CloseReason::HandshakeFailed, &error.to_string()),
@@ -85,17 +89,31 @@ impl<R: Ring> Worker<R> {
         if balancer.upstream().targets.is_empty() {
             return self.hold(connection);
         }
-        let front = balancer.upstream().front.clone();
         *own_side(Direction::Outbound, &mut connection.facts) = Some(identity.svid.id.clone());
         if let Err(next) = self.check_access(connection, &identity) {
             return next;
         }
         connection.identity = Some(identity);
-        match front {
-            // Nobody is dialed for a client before TLS stands with it.
-            Some(front) => self.accept(connection, front.accept(self.index), HANDSHAKE_TIMEOUT),
-            None => self.dial_next_endpoint(connection, CloseReason::NoEndpoint),
+        // Nobody is dialed for a client before TLS stands with it.
+        if self.front(connection).is_some() {
+            self.meet_client(connection)
+        } else {
+            self.dial_next_endpoint(connection, CloseReason::NoEndpoint)
         }
+    }
+
+    /// What TLS clients of its listener must speak. Borrowed: its count is shared between cores.
+    fn front(&self, connection: &Connection) -> Option<&FrontTls> {
+        self.listener(connection).role.balancer()?.upstream().front.as_deref()
+    }
+
+    /// Begins TLS with a client outside of the mesh.
+    fn meet_client(&mut self, connection: &mut Connection) -> Next {
+        if let Some(reason) = self.too_many_handshakes(connection.direction) {
+            return self.end(connection, reason, TOO_MANY_HANDSHAKES);
+        }
+        let tls = self.front(connection).and_then(|front| front.accept(self.index));
+        self.accept(connection, tls, HANDSHAKE_TIMEOUT)
     }
 
     /// On the ways where bytes go as they are.

@@ -27,8 +27,8 @@ pub(super) struct SharedBuffers {
 // ring is enabled.
 unsafe impl Send for SharedBuffers {}
 
-/// So many are handed to the kernel at first, and the rest when all of them are out (`benches/NOTES.md` has what others brought). It hands them out in turn, so
-/// each of them becomes real memory with the first messages, however few come at once.
+/// So many are handed to the kernel at first, and the rest when all of them are out (`benches/NOTES.md` has what other numbers
+/// brought). It hands them out in turn, so each of them becomes real memory with the first messages, however few come at once.
 const STEP: u16 = 128;
 const ENTRIES_BYTES: usize = SHARED_BUFFERS as usize * size_of::<types::BufRingEntry>();
 

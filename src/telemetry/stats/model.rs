@@ -259,7 +259,7 @@ async fn of_service(made: &mut Made, owner: usize, service: &Service, facts: &Fa
     for upstream in &service.upstreams {
         let counted = sums.first(facts, &Key::outbound(&service.name, &upstream.name));
         let totals = counted.totals();
-        let tls = if upstream.front.is_some() { EndsHere::Front(&totals) } else { EndsHere::Nothing };
+        let tls = upstream.front.as_ref().map_or(EndsHere::Nothing, |front| EndsHere::Front(front.not_after(), &totals));
         listener(made, owner, &upstream.bind, &totals, counted.shares(), counted.span().length, tls);
         sums.tcps.entry(stat_prefix(upstream, service)).or_default().take(&totals, Direction::Outbound);
         if let Some(name) = cluster_name(upstream) {
@@ -287,8 +287,8 @@ impl Breath {
 enum EndsHere<'a> {
     Nothing,
     Mesh(&'a Identity, &'a Totals),
-    /// Of clients outside of the mesh.
-    Front(&'a Totals),
+    /// Of clients outside of the mesh, and when the first certificate for them ends.
+    Front(SystemTime, &'a Totals),
 }
 
 fn listener(made: &mut Made, owner: usize, bind: &Bind, totals: &Totals, shares: &[Share], length: Histogram, tls: EndsHere<'_>) {
@@ -303,7 +303,7 @@ fn listener(made: &mut Made, owner: usize, bind: &Bind, totals: &Totals, shares:
         EndsHere::Mesh(identity, totals) => {
             scopes::ssl(&mut scope, totals, closed(totals, CloseReason::HandshakeFailed), identity);
         }
-        EndsHere::Front(totals) => scopes::outside_tls(&mut scope, totals),
+        EndsHere::Front(not_after, totals) => scopes::front_tls(&mut scope, totals, not_after),
     }
 }
 
@@ -411,7 +411,9 @@ fn of_process(made: &mut Made, snapshot: &Snapshot, facts: &Facts, process: &Pro
 
 fn days_until_first_expiry(snapshot: &Snapshot) -> Option<u64> {
     let of_services = snapshot.all_services().filter_map(|service| service.identity.as_ref());
-    let first = of_services.chain(snapshot.identities.values()).map(|identity| identity.svid.not_after).min()?;
+    let of_identities = of_services.chain(snapshot.identities.values()).map(|identity| identity.svid.not_after);
+    let of_fronts = snapshot.all_upstreams().filter_map(|upstream| upstream.front.as_ref()).map(|front| front.not_after());
+    let first = of_identities.chain(of_fronts).min()?;
     Some(first.duration_since(SystemTime::now()).unwrap_or_default().as_secs() / 86_400)
 }
 

@@ -2,10 +2,10 @@
 //! of a local app are a listener for pages.
 //!
 //! Invariant: what is read here needs nobody to look at a request in the mesh: routes by anything but the path, filters that do
-//! something, are refused by their names. Routes that come by RDS must all lead to one cluster. What Envoy does to headers is not done, so whoever lets
-//! peers in by it is refused (`listener`): an app may trust `x-forwarded-client-cert`, which Envoy writes. Only where the operator
-//! says that it does not ([`Xds::http_as_tcp`](crate::config::envoy::Xds::http_as_tcp)) such a way in is served, and what its RBAC
-//! says of callers holds.
+//! something, are refused by their names. Routes that come by RDS must all lead to one cluster. What Envoy does to headers is not
+//! done, so whoever lets peers or clients of other hosts in by it is refused (`listener`): an app may trust
+//! `x-forwarded-client-cert`, which Envoy writes. Only where the operator says that it does not
+//! ([`Xds::http_as_tcp`](crate::config::envoy::Xds::http_as_tcp)) they are let in, and what a way in's RBAC says of callers holds.
 
 use envoy_types::pb::envoy::config::accesslog::v3::AccessLog;
 use envoy_types::pb::envoy::config::core::v3 as core;
@@ -220,7 +220,8 @@ fn by_source(policy: &route::route_action::HashPolicy) -> bool {
     matches!(&policy.policy_specifier, Some(PolicySpecifier::ConnectionProperties(by)) if by.source_ip)
 }
 
-/// Whether nothing but the beginning of the path is changed, nothing of a request says which member gets it, and nobody else gets the request too.
+/// Whether nothing but the beginning of the path is changed, nothing of a request says which member gets it, and nobody else
+/// gets the request too.
 fn as_it_came(action: &route::RouteAction) -> bool {
     action.regex_rewrite.is_none()
         && action.path_rewrite_policy.is_none()

@@ -2,6 +2,7 @@
 
 use super::routes::{all_to, listener, manager, proxy};
 use super::*;
+use crate::control::xds::tls_context::SecretName;
 use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 
 /// What Consul's ingress gateways end TLS with; `require` is whether clients must show a certificate.
@@ -223,4 +224,44 @@ fn routes_that_are_refused_are_not_waited_for() {
         json!({"name": "8080", "virtual_hosts": [{"name": "db", "domains": ["db.ingress.*"], "routes": all_to(&cluster)}]});
     assert_eq!(bench.send(Kind::Routes, &[by_host]).len(), 1);
     assert_eq!(build::waits_for(&bench.held), None);
+}
+
+#[test]
+fn a_secret_that_nobody_asked_for_is_dropped() {
+    let (mut bench, cluster) = gateway();
+    let api =
+        json!({"api_type": "GRPC", "transport_api_version": "V3", "grpc_services": [{"envoy_grpc": {"cluster_name": "sds"}}]});
+    let mut named = socket(false);
+    let common = &mut named["typed_config"]["common_tls_context"];
+    common["tls_certificates"] = json!([]);
+    common["tls_certificate_sds_secret_configs"] = json!([{"name": "wildcard", "sds_config": {"api_config_source": api}}]);
+    let out =
+        |socket: &Json| listener(NAME, "OUTBOUND", &[], json!([{"filters": [proxy(&cluster)], "transport_socket": socket}]));
+    assert_eq!(bench.send(Kind::Listener, &[out(&named)]), Vec::<String>::new());
+    assert_eq!(build::waits_for(&bench.held).as_deref(), Some("waiting for the secret wildcard of cluster sds"));
+    let certificate = || crate::tls::Shown {
+        chain: bench.svid.chain.clone(),
+        key_pem: key_pem(&bench.svid.key).into(),
+        from: "<inline>".into(),
+    };
+    let (wanted, other) = (certificate(), certificate());
+    let of = |name: &str| SecretName { cluster: "sds".into(), name: name.into() };
+    bench.held.take_secret(of("other"), other);
+    assert!(bench.held.secrets.is_empty());
+    bench.held.take_secret(of("wildcard"), wanted);
+    assert!(upstream_of(&bench.build()).front.is_some());
+
+    let mut told = |change: &str, to: Json| {
+        let mut changed = named.clone();
+        *changed
+            .pointer_mut(&format!("/typed_config/common_tls_context/tls_certificate_sds_secret_configs/0/{change}"))
+            .expect("there") = to;
+        bench.send(Kind::Listener, &[out(&changed)]).join("; ")
+    };
+    let delta = told("sds_config/api_config_source/api_type", "DELTA_GRPC".into());
+    assert!(delta.contains("tls_certificate_sds_secret_configs[0].sds_config: another api_type; expected"), "{delta}");
+    let elsewhere = told("sds_config", json!({"ads": {}}));
+    assert!(elsewhere.contains("sds_config: another source"), "{elsewhere}");
+    let nameless = told("name", "".into());
+    assert!(nameless.contains("name: absent; expected the name of a secret"), "{nameless}");
 }

@@ -51,11 +51,12 @@ pub(super) fn tell(made: &mut Made, owner: usize, router: &Router, facts: &Facts
             }
         }
     }
-    let fronts = router.routes().filter_map(|route| route.upstream()).any(|upstream| upstream.front.is_some());
-    let tls = match identity {
-        Some(identity) => EndsHere::Mesh(identity, &ended),
-        None if fronts => EndsHere::Front(&totals),
-        None => EndsHere::Nothing,
+    let fronts = router.routes().filter_map(|route| route.upstream()?.front.as_ref());
+    let first = fronts.map(|front| front.not_after()).min();
+    let tls = match (identity, first) {
+        (Some(identity), _) => EndsHere::Mesh(identity, &ended),
+        (None, Some(not_after)) => EndsHere::Front(not_after, &totals),
+        (None, None) => EndsHere::Nothing,
     };
     listener(made, owner, &settings.bind, &totals, &shares, span.length, tls);
 }

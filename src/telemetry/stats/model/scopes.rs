@@ -4,6 +4,7 @@
 //! list is checked against a real Envoy's.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use super::{Made, Memory, PROCESS, Process, Stat, Updates, Value, Which, closed, unix_seconds};
 use crate::config;
@@ -278,19 +279,28 @@ pub(super) fn ssl(scope: &mut Scope<'_>, totals: &Totals, errors: u64, identity:
     for name in SSL_UNKNOWN {
         scope.counter(&format!("ssl.{name}"), 0);
     }
-    let expiry = |name: &str| format!("ssl.certificate.{name}_{UNNAMED}.expiration_unix_time_seconds");
-    scope.gauge(&expiry("unnamed_cert"), unix_seconds(identity.svid.not_after), true);
+    expiry(scope, "unnamed_cert", unix_seconds(identity.svid.not_after));
     let roots = identity.bundle.roots.iter().filter_map(|root| {
         let (_, certificate) = x509_parser::parse_x509_certificate(root).ok()?;
         u64::try_from(certificate.validity().not_after.timestamp()).ok()
     });
     if let Some(first) = roots.min() {
-        scope.gauge(&expiry("unnamed_ca_cert"), first, true);
+        expiry(scope, "unnamed_ca_cert", first);
     }
 }
 
+fn expiry(scope: &mut Scope<'_>, name: &str, at: u64) {
+    scope.gauge(&format!("ssl.certificate.{name}_{UNNAMED}.expiration_unix_time_seconds"), at, true);
+}
+
+/// TLS of clients outside of the mesh that ends at a listener; several certificates are told by the first that ends.
+pub(super) fn front_tls(scope: &mut Scope<'_>, totals: &Totals, not_after: SystemTime) {
+    outside_tls(scope, totals);
+    expiry(scope, "unnamed_cert", unix_seconds(not_after));
+}
+
 /// TLS with whoever is outside of the mesh: the app behind a gateway, or clients before one.
-pub(super) fn outside_tls(scope: &mut Scope<'_>, totals: &Totals) {
+fn outside_tls(scope: &mut Scope<'_>, totals: &Totals) {
     scope.counter("ssl.handshake", totals.outside_handshakes);
     scope.counter("ssl.connection_error", totals.outside_handshakes_failed);
 }
