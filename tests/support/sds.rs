@@ -106,7 +106,8 @@ impl SdsServer {
                 _ = current.changed() => {}
             }
             let (version, certificate) = current.borrow_and_update().clone();
-            let Some(certificate) = certificate.filter(|_| version != sent) else { continue };
+            // A certificate that was set before the first request has no name to go under yet.
+            let Some(certificate) = certificate.filter(|_| version != sent && !names.is_empty()) else { continue };
             sent = version;
             let secret = |name: &String| tls::Secret {
                 name: name.clone(),
