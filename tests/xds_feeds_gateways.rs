@@ -308,7 +308,10 @@ fn an_ingress_gateways_certificate_comes_by_its_name() {
     let of_db = material(&ca, &ca.leaf("db"));
     let db = db(&resources::public_listener(public, &of_db, resources::allow(&["ingress"])), public, app.address);
     let (server, own) = (XdsServer::start(), material(&ca, &ca.leaf("ingress")));
+    let log = folder.path().join("access.log");
     let listener = resources::sds_front_listener(DB, front, DB, "sds", "wildcard");
+    let format = "%DOWNSTREAM_TLS_VERSION% %DOWNSTREAM_TLS_CIPHER%|%UPSTREAM_TLS_VERSION%\n";
+    let listener = resources::with_log(listener, log.to_str().expect("a path in UTF-8"), format);
     server.set_all(vec![
         (CLUSTER, DB.to_owned(), resources::target_cluster(DB, &own, ca.id("db").as_str()).encode_to_vec()),
         (ENDPOINTS, DB.to_owned(), resources::assignment(DB, &[(public, HealthStatus::Healthy)]).encode_to_vec()),
@@ -323,6 +326,13 @@ fn an_ingress_gateways_certificate_comes_by_its_name() {
     let call = |size| tls_app::call(front, &roots, "TLSv1_3", size);
     wait_for("an echo", PATIENCE, || call(300_000));
     gateway.wait_ready();
+    let told = wait_for("a line", PATIENCE, || {
+        let told = std::fs::read_to_string(&log).map_err(|error| error.to_string())?;
+        told.lines().last().map(str::to_owned).ok_or_else(|| "nothing yet".to_owned())
+    });
+    let (outside_leg, mesh_leg) = told.split_once('|').expect("both legs");
+    assert!(outside_leg.starts_with("TLSv1.3 TLS_"), "{told}");
+    assert_eq!(mesh_leg, "TLSv1.3");
     let client = support::http::Client::new(gateway.sidecar.admin_address(), None);
     let name = || {
         let certs: serde_json::Value = serde_json::from_str(&client.get("/certs").body).expect("JSON");

@@ -242,6 +242,9 @@ impl Connection {
         if leg == PLAIN {
             // What is told of a connection's TLS is told of its mesh leg.
             io.cells.outside_handshakes.add(1);
+            if let Some(facts) = &mut self.facts.access {
+                facts.outside_tls = Some((established.version, established.suite));
+            }
             if self.direction == Direction::Outbound {
                 return Next::ClientReady;
             }

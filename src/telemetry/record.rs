@@ -139,6 +139,8 @@ pub struct AccessFacts {
     pub cluster: Option<Arc<str>>,
     /// The peer's leaf, DER.
     pub peer_certificate: Option<Box<[u8]>>,
+    /// Version and suite of TLS with whoever has no part in the mesh: an ingress gateway's client, a terminating gateway's app.
+    pub outside_tls: Option<(u16, u16)>,
 }
 
 impl ConnectionRecord {

@@ -11,12 +11,14 @@
 
 use std::net::SocketAddr;
 
+use envoy_types::pb::envoy::config::accesslog::v3 as accesslog;
 use envoy_types::pb::envoy::config::cluster::v3 as cluster;
 use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::config::endpoint::v3 as endpoint;
 use envoy_types::pb::envoy::config::listener::v3 as listener;
 use envoy_types::pb::envoy::config::rbac::v3 as rbac;
 use envoy_types::pb::envoy::config::route::v3 as route;
+use envoy_types::pb::envoy::extensions::access_loggers::file::v3 as file;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as http;
 use envoy_types::pb::envoy::extensions::filters::network::rbac::v3::Rbac;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_proxy;
@@ -326,6 +328,30 @@ pub fn sds_front_listener(label: &str, bind: SocketAddr, to: &str, cluster: &str
     };
     let mut listener = upstream_listener(label, bind, to);
     listener.filter_chains[0].transport_socket = socket("DownstreamTlsContext", &context);
+    listener
+}
+
+/// Has the connections of a listener of [`upstream_listener`] told in a file.
+pub fn with_log(mut listener: listener::Listener, path: &str, format: &str) -> listener::Listener {
+    let text = core::SubstitutionFormatString {
+        format: Some(core::substitution_format_string::Format::TextFormatSource(inline(format).expect("a text"))),
+        ..Default::default()
+    };
+    let file = file::FileAccessLog {
+        path: path.to_owned(),
+        access_log_format: Some(file::file_access_log::AccessLogFormat::LogFormat(text)),
+    };
+    let config = any("extensions.access_loggers.file.v3.FileAccessLog", &file);
+    let log = accesslog::AccessLog {
+        name: "envoy.access_loggers.file".to_owned(),
+        config_type: Some(accesslog::access_log::ConfigType::TypedConfig(config)),
+        ..Default::default()
+    };
+    let filter = &mut listener.filter_chains[0].filters[0];
+    let Some(listener::filter::ConfigType::TypedConfig(proxy)) = &mut filter.config_type else { panic!("a typed filter") };
+    let mut message = tcp_proxy::TcpProxy::decode(&*proxy.value).expect("a tcp_proxy");
+    message.access_log.push(log);
+    proxy.value = message.encode_to_vec();
     listener
 }
 

@@ -57,7 +57,7 @@ impl Failure {
 
     pub(super) fn from_rustls(error: &Error, other: Other) -> Self {
         match error {
-            Error::AlertReceived(description) => Self::alert(u8::from(*description)),
+            Error::AlertReceived(description) => Self::alert(u8::from(*description), other),
             Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => match inner.downcast_ref::<VerifyError>() {
                 Some(error) => Self::from_verify(error),
                 None => Self::new(FailureKind::Certificate, format!("the peer's certificate is refused: {inner}")),
@@ -95,8 +95,12 @@ impl Failure {
         Self::new(FailureKind::Protocol, detail)
     }
 
-    fn alert(code: u8) -> Self {
-        let meaning = alert::meaning(code);
+    fn alert(code: u8, other: Other) -> Self {
+        let meaning = match other {
+            Other::Peer => alert::meaning(code),
+            Other::App => meaning_of_app(code),
+            Other::Client => meaning_of_client(code),
+        };
         let colon = if meaning.is_empty() { "" } else { ": " };
         Self::new(
             FailureKind::Alert(code),
@@ -111,6 +115,31 @@ impl Failure {
         }
         detail.truncate(end);
         Self { kind, detail: detail.into() }
+    }
+}
+
+/// What an alert of an app behind a terminating gateway usually means.
+fn meaning_of_app(code: u8) -> &'static str {
+    match code {
+        42 | 43 | 45 | alert::CERTIFICATE_UNKNOWN | alert::ACCESS_DENIED => "it refused our certificate: see CertFile",
+        48 => "it does not trust who issued our certificate: see CertFile",
+        alert::HANDSHAKE_FAILURE | 116 => "if it wants a client certificate, CertFile and KeyFile give one",
+        alert::PROTOCOL_VERSION => "it speaks neither TLS 1.2 nor 1.3 as we do",
+        112 => "it knows no service of that name: see SNI",
+        _ => "",
+    }
+}
+
+/// What an alert of a client of an ingress gateway usually means.
+fn meaning_of_client(code: u8) -> &'static str {
+    match code {
+        42 | 43 | 48 | alert::CERTIFICATE_UNKNOWN => {
+            "it refused this listener's certificate: check that it trusts the issuer and calls a name that is in it"
+        }
+        45 => "this listener's certificate has expired in its view: check both clocks and that rotation works",
+        alert::PROTOCOL_VERSION => "it speaks none of this listener's TLS versions: see TLSMinVersion of the ingress gateway",
+        alert::HANDSHAKE_FAILURE => "it found no cipher suite, group or signature scheme in common",
+        _ => "",
     }
 }
 

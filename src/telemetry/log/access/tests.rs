@@ -77,6 +77,22 @@ fn each_side_is_the_one_that_envoy_means() {
 }
 
 #[test]
+fn tls_outside_of_the_mesh_is_told_on_its_side() {
+    let format =
+        "%DOWNSTREAM_TLS_VERSION% %DOWNSTREAM_TLS_CIPHER% %DOWNSTREAM_PEER_URI_SAN%|%UPSTREAM_TLS_VERSION% %UPSTREAM_TLS_CIPHER%";
+    let facts = || Some(Box::new(AccessFacts { outside_tls: Some((0x0303, 0xc02b)), ..AccessFacts::default() }));
+    let suite = "ECDHE-ECDSA-AES128-GCM-SHA256";
+    let of_ingress = text(format, &ConnectionRecord { access: facts(), ..outbound() });
+    assert_eq!(of_ingress, format!("TLSv1.2 {suite} -|TLSv1.2 ECDHE-ECDSA-AES256-GCM-SHA384"));
+    let of_terminating = text(format, &ConnectionRecord { access: facts(), ..inbound(true) });
+    let caller = "TLSv1.3 TLS_AES_128_GCM_SHA256 spiffe://t.consul/ns/default/dc/dc1/svc/web";
+    assert_eq!(of_terminating, format!("{caller}|TLSv1.2 {suite}"));
+    // Nobody of the mesh was met: the client's TLS is told all the same.
+    let undialed = text(format, &ConnectionRecord { access: facts(), ..undialed(CloseReason::NoEndpoint) });
+    assert_eq!(undialed, format!("TLSv1.2 {suite} -|- -"));
+}
+
+#[test]
 fn the_default_line_is_envoys() {
     let template = template(&AccessLogFormat::Default).expect("a format");
     assert_eq!(

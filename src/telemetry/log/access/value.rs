@@ -92,17 +92,15 @@ impl<'a> Facts<'a> {
             Field::FailureReason(side) => Value::text(flags::failure(record, *side)),
             Field::CloseType(side) => Value::text(flags::close_type(record, *side)),
             Field::LocalCloseReason => Value::text(flags::local_close(record)),
-            Field::TlsVersion(side) if self.spoke_tls(*side) => Value::text(record.tls_version.map(line::tls_version)),
-            Field::TlsCipher(side) if self.spoke_tls(*side) => Value::text(record.tls_suite.map(cipher)),
+            Field::TlsVersion(side) => Value::text(self.tls(*side).map(|(version, _)| line::tls_version(version))),
+            Field::TlsCipher(side) => Value::text(self.tls(*side).map(|(_, suite)| cipher(suite))),
             Field::PeerUri(side) if self.spoke_tls(*side) => Value::text(self.peer().map(SpiffeId::as_str)),
             Field::LocalUri(side) if self.spoke_tls(*side) => Value::text(self.own().map(SpiffeId::as_str)),
             Field::Peer(side, attribute) if self.spoke_tls(*side) => {
                 let der = record.access.as_deref().and_then(|facts| facts.peer_certificate.as_deref());
                 Value::text(der.and_then(|der| certificate::attribute(der, *attribute)))
             }
-            Field::TlsVersion(_) | Field::TlsCipher(_) | Field::PeerUri(_) | Field::LocalUri(_) | Field::Peer(..) => {
-                Value::Missing
-            }
+            Field::PeerUri(_) | Field::LocalUri(_) | Field::Peer(..) => Value::Missing,
             Field::ServerName => Value::text(record.access.as_deref().and_then(|facts| facts.server_name.as_deref())),
             Field::Attempts => Value::Number(match record.direction {
                 Direction::Inbound => u64::from(record.endpoint.is_some()),
@@ -148,6 +146,14 @@ impl<'a> Facts<'a> {
             Side::Downstream => self.record.original.or_else(|| facts.and_then(|facts| facts.downstream_local)),
             Side::Upstream => facts.and_then(|facts| facts.upstream_local).filter(|_| flags::was_connected(self.record)),
         }
+    }
+
+    /// Version and suite of TLS on that side, once it was negotiated.
+    fn tls(&self, side: Side) -> Option<(u16, u16)> {
+        if side != flags::mesh_side(self.record) {
+            return self.record.access.as_deref().and_then(|facts| facts.outside_tls);
+        }
+        self.record.tls_version.zip(self.record.tls_suite).filter(|_| self.spoke_tls(side))
     }
 
     fn spoke_tls(&self, side: Side) -> bool {
