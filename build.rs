@@ -1,11 +1,52 @@
-//! With the feature `xds`: compiles Envoy's protobufs, which the crate `envoy-types` ships, into one descriptor set for
-//! `prost-reflect`. So the JSON of a bootstrap or of `/config_dump` and the prost types are of one version.
+//! Puts the functions of a release in the order of `src/order.txt`. With the feature `xds`: compiles Envoy's protobufs, which the
+//! crate `envoy-types` ships, into one descriptor set for `prost-reflect`. So the JSON of a bootstrap or of `/config_dump` and the
+//! prost types are of one version.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=Cargo.lock");
+    order::write();
     #[cfg(feature = "xds")]
     descriptors::write();
+}
+
+mod order {
+    use std::fmt::Write as _;
+    use std::path::PathBuf;
+
+    /// Written by `scripts/order`: a symbol's name a line, with `*` where it has a hash.
+    const LIST: &str = "src/order.txt";
+
+    /// A script for the linker that adds to its own (`INSERT`; lld and GNU ld know it): a section for each phase of the list, in
+    /// front of all other code. It needs each function in a section of its own, as rustc and aws-lc's build have it; what only
+    /// grows or begins something is `unlikely` to the compiler and runs at rest all the same.
+    pub(super) fn write() {
+        println!("cargo::rerun-if-changed={LIST}");
+        if std::env::var("PROFILE").as_deref() != Ok("release") || std::env::var("CARGO_CFG_TARGET_OS").as_deref() != Ok("linux")
+        {
+            return;
+        }
+        let list = std::fs::read_to_string(LIST).unwrap_or_else(|error| panic!("{LIST}: {error}"));
+        let script = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("order.ld");
+        std::fs::write(&script, sections(&list)).expect("the build folder can be written to");
+        println!("cargo::rustc-link-arg-bins=-Wl,-T,{}", script.display());
+    }
+
+    fn sections(list: &str) -> String {
+        let (mut script, mut phases) = ("SECTIONS\n{\n".to_owned(), 0);
+        for line in list.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+            let written = if line.starts_with('[') {
+                phases += 1;
+                let end = if phases > 1 { "}\n" } else { "" };
+                writeln!(script, "{end}.text.phase{phases} :\n{{")
+            } else {
+                assert!(phases > 0, "{LIST}: {line} stands before the first phase, such as [at rest]");
+                writeln!(script, "*(.text.{line} .text.unlikely.{line})")
+            };
+            written.expect("a String takes it");
+        }
+        script + if phases > 0 { "}\n" } else { "" } + "}\nINSERT BEFORE .text;\n"
+    }
 }
 
 #[cfg(feature = "xds")]

@@ -21,7 +21,9 @@ pub fn prepare() -> Result<(), AppError> {
         Ok((before, now)) => tracing::debug!(before, now, "descriptor limit"),
         Err(error) => tracing::warn!(%error, "the descriptor limit cannot be raised"),
     }
-    // Before the first thread: what a connection will need is not there yet, and would only be read twice.
+    // Before the first thread: rings and tables come from the heap that a bootstrap was read in, and most of their pages are never
+    // touched. And what code a connection will need is not there yet, and would only be read twice.
+    sys::let_go_of_free_heap();
     if let Err(error) = sys::let_go_of_code() {
         tracing::debug!(%error, "code of the command line stays in memory");
     }
