@@ -16,12 +16,18 @@ mod order {
 
     /// Written by `scripts/order`: a symbol's name a line, with `*` where it has a hash.
     const LIST: &str = "src/order.txt";
+    /// `0` leaves functions as they come, for linkers that know no such scripts (mold, gold).
+    const SWITCH: &str = "RINGFENCE_ORDER";
 
     /// A script for the linker that adds to its own (`INSERT`; lld and GNU ld know it): a section for each phase of the list, in
-    /// front of all other code. It needs each function in a section of its own, as rustc and aws-lc's build have it; what only
-    /// grows or begins something is `unlikely` to the compiler and runs at rest all the same.
+    /// front of all other code. Each function has a section of its own, but for aws-lc's assembly, which stays where it is; what
+    /// only grows or begins something is `unlikely` to the compiler and runs at rest all the same.
     pub(super) fn write() {
         println!("cargo::rerun-if-changed={LIST}");
+        println!("cargo::rerun-if-env-changed={SWITCH}");
+        if std::env::var(SWITCH).as_deref() == Ok("0") {
+            return;
+        }
         let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
         let linux = std::env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux");
         if !linux || std::env::var("PROFILE").as_deref() != Ok("release") || is_counted(&out) {

@@ -104,12 +104,14 @@ fn sections(resources: &Resources, include_eds: bool) -> Vec<Section> {
         ]),
         lists: Vec::new(),
     };
+    let active = clusters.iter().filter(|one| !one.json.is_null() || one.warming.is_none());
+    let warming = clusters.iter().filter_map(|one| one.warming.as_deref());
     let clusters = Section::of(
         "ClustersConfigDump",
         [
             List::new("static_clusters", "StaticCluster", STATIC_CLUSTER, static_clusters, |one| flat(one, "cluster")),
-            List::new("dynamic_active_clusters", "DynamicCluster", DYNAMIC_CLUSTER, clusters, |one| flat(one, "cluster")),
-            List::new("dynamic_warming_clusters", "DynamicCluster", DYNAMIC_CLUSTER, &[], |one| flat(one, "cluster")),
+            List::new("dynamic_active_clusters", "DynamicCluster", DYNAMIC_CLUSTER, active, |one| flat(one, "cluster")),
+            List::new("dynamic_warming_clusters", "DynamicCluster", DYNAMIC_CLUSTER, warming, |one| flat(one, "cluster")),
         ],
     );
     let endpoints = include_eds.then(|| {
@@ -177,13 +179,15 @@ fn flat(resource: &Resource, field: &str) -> Value {
 /// A listener's element has the resource one level deeper.
 fn listener(resource: &Resource) -> Value {
     let mut element = Map::from_iter([("name".to_owned(), Value::from(resource.name.as_str()))]);
-    if !resource.json.is_null() {
-        let state = json!({
-            "version_info": resource.version_info,
-            "listener": resource.json,
-            "last_updated": proto_json::time(resource.last_updated),
-        });
-        element.insert("active_state".to_owned(), state);
+    for (field, version) in [("active_state", Some(resource)), ("warming_state", resource.warming.as_deref())] {
+        if let Some(version) = version.filter(|version| !version.json.is_null()) {
+            let state = json!({
+                "version_info": version.version_info,
+                "listener": version.json,
+                "last_updated": proto_json::time(version.last_updated),
+            });
+            element.insert(field.to_owned(), state);
+        }
     }
     if let Some(refused) = &resource.error_state {
         element.insert("error_state".to_owned(), error_state(refused));
@@ -201,14 +205,14 @@ fn error_state(refused: &Refused) -> Value {
 }
 
 impl List {
-    fn new(
+    fn new<'a>(
         field: &'static str,
         element: &'static str,
         known: &'static [&'static str],
-        resources: &[Resource],
+        resources: impl IntoIterator<Item = &'a Resource>,
         render: impl Fn(&Resource) -> Value,
     ) -> Self {
-        let items = resources.iter().map(|resource| (resource.name.clone(), render(resource))).collect();
+        let items = resources.into_iter().map(|resource| (resource.name.clone(), render(resource))).collect();
         Self { field, element, known, items }
     }
 }

@@ -21,9 +21,9 @@ pub fn prepare() -> Result<(), AppError> {
         Ok((before, now)) => tracing::debug!(before, now, "descriptor limit"),
         Err(error) => tracing::warn!(%error, "the descriptor limit cannot be raised"),
     }
-    // Before the first thread: rings and tables come from the heap that a bootstrap was read in, and most of their pages are never
-    // touched. And what code a connection will need is not there yet, and would only be read twice.
+    // A bootstrap left free heap behind, with its pages touched: rings and tables that are made there would keep them.
     sys::let_go_of_free_heap();
+    // Before the first thread: what a connection will need is not there yet, and would only be read twice.
     if let Err(error) = sys::let_go_of_code() {
         tracing::debug!(%error, "code of the command line stays in memory");
     }

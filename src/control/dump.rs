@@ -61,8 +61,10 @@ pub struct Resource {
     pub version_info: String,
     /// When it came into force.
     pub last_updated: SystemTime,
-    /// The resource with its `@type`, redacted; `Value::Null` when none of this name was ever accepted.
+    /// The resource with its `@type`, redacted; `Value::Null` when none of this name is in force.
     pub json: Value,
+    /// Its newest version, where that waits for what it needs; what is in force goes on meanwhile.
+    pub warming: Option<Box<Self>>,
     /// The newest update of this name, when it was refused.
     pub error_state: Option<Refused>,
 }

@@ -240,7 +240,7 @@ impl Connection {
         self.sessions[leg] = Some(Box::new(established.session));
         self.deadline = None;
         if leg == PLAIN {
-            // What is told of a connection's TLS is told of its mesh leg.
+            // Counters and the connection log tell of the mesh leg alone; an access log tells of both.
             io.cells.outside_handshakes.add(1);
             if let Some(facts) = &mut self.facts.access {
                 facts.outside_tls = Some((established.version, established.suite));

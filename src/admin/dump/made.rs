@@ -38,6 +38,7 @@ pub(super) fn resources(
         version_info: String::new(),
         last_updated: started,
         json,
+        warming: None,
         error_state: None,
     };
     let static_clusters: Vec<Resource> =
@@ -51,7 +52,7 @@ pub(super) fn resources(
         let key = format!("{kind} {name}");
         let last_updated = since.of(&key, &version_info);
         seen.insert(key);
-        Resource { name, version_info, last_updated, json, error_state: None }
+        Resource { name, version_info, last_updated, json, warming: None, error_state: None }
     };
     let all = clusters::clusters(snapshot);
     let mut clusters: Vec<Resource> =

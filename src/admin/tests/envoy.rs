@@ -127,16 +127,21 @@ async fn accepted_resources_are_shown_instead_of_made_ones() {
     let at = SystemTime::UNIX_EPOCH;
     let cluster = json!({"@type": "type.googleapis.com/envoy.config.cluster.v3.Cluster", "name": "a"});
     let error_state = Some(Refused { at, details: "no such field".into(), version_info: "3".into() });
-    let held = Resource { name: "a".into(), version_info: "2".into(), last_updated: at, json: cluster, error_state };
+    let held =
+        Resource { name: "a".into(), version_info: "2".into(), last_updated: at, json: cluster, warming: None, error_state };
     let never = Resource { name: "b".into(), json: Value::Null, ..held.clone() };
+    // A newest version that waits: one behind another, one alone.
+    let newest = Some(Box::new(Resource { version_info: "4".into(), error_state: None, ..held.clone() }));
+    let waits = Resource { json: Value::Null, warming: newest.clone(), error_state: None, ..held.clone() };
+    let behind = Resource { name: "c".into(), warming: newest, ..held.clone() };
     let resources = Resources {
         bootstrap: json!({"node": {"id": "x"}}),
         bootstrap_at: at,
         static_clusters: Vec::new(),
         static_listeners: Vec::new(),
-        clusters: vec![held.clone()],
+        clusters: vec![held.clone(), waits],
         endpoints: Vec::new(),
-        listeners: vec![never.clone()],
+        listeners: vec![never.clone(), behind],
         routes: vec![never],
     };
     let port = published().await;
@@ -149,6 +154,12 @@ async fn accepted_resources_are_shown_instead_of_made_ones() {
     assert_eq!(shown[0]["error_state"]["details"], "no such field");
     let refused = &dump["configs"][2]["dynamic_listeners"][0];
     assert_eq!((&refused["name"], refused.get("active_state")), (&json!("b"), None));
+    assert_eq!(shown.as_array().map(Vec::len), Some(1), "what waits is none of them");
+    let warming = &dump["configs"][1]["dynamic_warming_clusters"];
+    assert_eq!((warming.as_array().map(Vec::len), &warming[0]["version_info"]), (Some(1), &json!("4")));
+    let behind = &dump["configs"][2]["dynamic_listeners"][1];
+    let version = |state: &str| behind[state]["version_info"].clone();
+    assert_eq!((version("active_state"), version("warming_state")), (json!("2"), json!("4")));
     let routes = &dump["configs"][3];
     assert_eq!(routes["@type"], "type.googleapis.com/envoy.admin.v3.RoutesConfigDump");
     assert_eq!(routes["dynamic_route_configs"][0]["error_state"]["version_info"], "3");

@@ -52,7 +52,7 @@ pub(super) struct Built {
 
 /// The service and the routers that the resources describe. `old` is what was published last.
 pub(super) fn mesh(held: &Held, around: &Surroundings<'_>, old: &Snapshot) -> Built {
-    let warming = held.warming.iter().filter_map(|(name, newest)| Some((name, held.waits(newest)?)));
+    let warming = held.warming.iter().filter_map(|(name, newest)| Some((name, held.waits(&newest.listener)?)));
     let warming =
         warming.map(|(name, what)| format!("listener {name}: its newest waits for the {what}, the one before it serves"));
     let mut builder = Builder { held, around, notes: warming.collect() };

@@ -136,6 +136,7 @@ impl Feeder {
                 Some((name, certificate)) = self.certificates.recv() => {
                     tracing::info!(secret = %name, "a certificate for clients came by SDS");
                     self.held.take_secret(name, certificate);
+                    self.show();
                 }
                 _ = tick.tick() => {}
             }
@@ -211,7 +212,14 @@ impl Feeder {
     /// Lets `/config_dump` show what is held now.
     fn show(&mut self) {
         let (bootstrap, bootstrap_at) = (Arc::clone(&self.bootstrap.0), self.bootstrap.1);
-        self.resources.send_replace(Some(Arc::new(Everything { bootstrap, bootstrap_at, sent: self.held.shown() })));
+        let everything = Everything {
+            bootstrap,
+            bootstrap_at,
+            sent: self.held.shown(),
+            waiting_clusters: self.held.waiting_clusters(),
+            waiting_listeners: self.held.waiting_listeners(),
+        };
+        self.resources.send_replace(Some(Arc::new(everything)));
     }
 
     /// A refusal is told until the resource of that name is taken or removed.

@@ -21,7 +21,7 @@ use super::cluster::{Cluster, Discovery};
 use super::endpoint::Assignment;
 use super::listener::{self, Destination, Listener, Role};
 use super::refusal::{Refusal, unpack};
-use super::shown::{Came, Shown as ShownResource};
+use super::shown::{Came, Shown as ShownResource, Waiting};
 use super::tls_context::SecretName;
 use crate::control::ControlError;
 use crate::control::dump::Refused;
@@ -80,12 +80,20 @@ pub(super) struct Held {
     pub(super) listeners: Shelf<Listener>,
     /// By name, newest listeners that wait for their routes or secrets: what was there before serves until these have come, as in
     /// Envoy. A way in is none of them: whom its newest denies is denied now.
-    pub(super) warming: BTreeMap<String, Arc<Listener>>,
+    pub(super) warming: BTreeMap<String, Newest>,
     pub(super) routes: Shelf<Routed>,
     /// What SDS servers have sent.
     pub(super) secrets: BTreeMap<SecretName, Shown>,
     /// As [`crate::config::envoy::Xds::http_as_tcp`].
     pub(super) http_as_tcp: bool,
+}
+
+/// A listener that waits behind another of its name.
+#[derive(Debug)]
+pub(super) struct Newest {
+    pub(super) listener: Arc<Listener>,
+    /// The one that serves meanwhile, as it came.
+    serving: Option<Arc<Came>>,
 }
 
 /// A route configuration in which every request goes to one cluster.
@@ -290,13 +298,22 @@ impl Held {
     }
 
     /// The listeners in force of which a response brings newer ones.
-    fn in_force(&self, kind: Kind, response: &DeltaDiscoveryResponse) -> Vec<(String, Arc<Listener>)> {
+    fn in_force(&self, kind: Kind, response: &DeltaDiscoveryResponse) -> Vec<(String, Newest)> {
         let named = response.resources.iter().filter(|_| kind == Kind::Listener);
-        named.filter_map(|one| Some((one.name.clone(), Arc::clone(self.listeners.get(&one.name)?)))).collect()
+        let in_force = named.filter_map(|one| {
+            let entry = self.listeners.entries.get(&one.name)?;
+            let serving = match self.warming.get(&one.name) {
+                Some(newest) => newest.serving.clone(),
+                None => entry.came.clone(),
+            };
+            Some((one.name.clone(), Newest { listener: Arc::clone(&entry.value), serving }))
+        });
+        in_force.collect()
     }
 
     /// Leaves `before` in force where the newest of its name has to wait.
-    fn warm(&mut self, name: String, before: Arc<Listener>) {
+    fn warm(&mut self, name: String, before: Newest) {
+        let Newest { listener: before, serving } = before;
         self.warming.remove(&name);
         let Some(entry) = self.listeners.entries.get(&name) else { return };
         let newest = Arc::clone(&entry.value);
@@ -308,17 +325,17 @@ impl Held {
         if let Some(entry) = self.listeners.entries.get_mut(&name) {
             entry.value = before;
         }
-        self.warming.insert(name, newest);
+        self.warming.insert(name, Newest { listener: newest, serving });
     }
 
     /// Puts those in force that need not wait any more.
     fn promote(&mut self) {
         let mut warming = std::mem::take(&mut self.warming);
         warming.retain(|name, newest| {
-            let waits = self.waits(newest).is_some();
+            let waits = self.waits(&newest.listener).is_some();
             match self.listeners.entries.get_mut(name) {
                 Some(entry) if !waits => {
-                    entry.value = Arc::clone(newest);
+                    entry.value = Arc::clone(&newest.listener);
                     false
                 }
                 there => there.is_some(),
@@ -376,7 +393,7 @@ impl Held {
 
     /// Every listener in force, and those that are warming.
     fn all_listeners(&self) -> impl Iterator<Item = &Arc<Listener>> {
-        self.listeners.values().chain(self.warming.values())
+        self.listeners.values().chain(self.warming.values().map(|newest| &newest.listener))
     }
 
     /// Drops what nobody asks for by name any more.
@@ -391,6 +408,21 @@ impl Held {
     /// What the server has sent, by kind in the order of [`Kind::ALL`]. The same `Arc` as before for what did not change.
     pub(super) fn shown(&mut self) -> [Arc<[ShownResource]>; Kind::ALL.len()] {
         [self.clusters.shown(), self.endpoints.shown(), self.listeners.shown(), self.routes.shown()]
+    }
+
+    /// Clusters without their first endpoints: they are dialed by nobody.
+    pub(super) fn waiting_clusters(&self) -> Waiting {
+        let waits = |cluster: &Cluster| matches!(&cluster.discovery, Discovery::Eds(name) if self.endpoints.get(name).is_none());
+        let entries = self.clusters.entries.iter().filter(|(_, entry)| waits(&entry.value));
+        entries.map(|(name, _)| (name.clone(), None)).collect()
+    }
+
+    /// Listeners whose newest version waits for routes or a secret.
+    pub(super) fn waiting_listeners(&self) -> Waiting {
+        let behind = self.warming.iter().map(|(name, newest)| (name.clone(), newest.serving.clone()));
+        let alone = self.listeners.entries.iter().filter(|(_, entry)| self.waits(&entry.value).is_some());
+        let alone = alone.map(|(name, _)| (name.clone(), None)).collect::<Waiting>();
+        alone.into_iter().chain(behind).collect()
     }
 
     /// What is held of a kind, for a server that starts over.

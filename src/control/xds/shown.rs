@@ -7,6 +7,7 @@
 //! are here only as long as a dump is made. Measured: with 500 clusters a dump takes 10 MB and a quarter of a second of a debug
 //! build, and leaves 1 MB behind; what did not change costs nothing at an update.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -38,6 +39,9 @@ pub(super) struct Shown {
     pub(super) refused: Option<Arc<Refused>>,
 }
 
+/// The names whose newest version waits, with what is in force meanwhile as it came.
+pub(super) type Waiting = BTreeMap<String, Option<Arc<Came>>>;
+
 /// Everything that is shown.
 pub(super) struct Everything {
     pub(super) bootstrap: Arc<Json>,
@@ -45,6 +49,8 @@ pub(super) struct Everything {
     pub(super) bootstrap_at: SystemTime,
     /// By kind, in the order of [`Kind::ALL`].
     pub(super) sent: [Arc<[Shown]>; Kind::ALL.len()],
+    pub(super) waiting_clusters: Waiting,
+    pub(super) waiting_listeners: Waiting,
 }
 
 impl Came {
@@ -72,8 +78,15 @@ impl fmt::Debug for Everything {
 impl Accepted for Everything {
     fn resources(&self) -> Resources {
         let protos = Protos::load();
-        let [clusters, endpoints, listeners, routes] =
-            Kind::ALL.map(|kind| self.sent[kind as usize].iter().map(|one| one.resource(kind, &protos)).collect());
+        let none = Waiting::new();
+        let [clusters, endpoints, listeners, routes] = Kind::ALL.map(|kind| {
+            let waiting = match kind {
+                Kind::Cluster => &self.waiting_clusters,
+                Kind::Listener => &self.waiting_listeners,
+                Kind::Endpoints | Kind::Routes => &none,
+            };
+            self.sent[kind as usize].iter().map(|one| one.resource(kind, waiting, &protos)).collect()
+        });
         Resources {
             bootstrap: Json::clone(&self.bootstrap),
             bootstrap_at: self.bootstrap_at,
@@ -96,6 +109,7 @@ impl Everything {
             version_info: String::new(),
             last_updated: self.bootstrap_at,
             json: typed(kind, json.clone()),
+            warming: None,
             error_state: None,
         };
         all.into_iter().flatten().map(resource).collect()
@@ -103,15 +117,21 @@ impl Everything {
 }
 
 impl Shown {
-    fn resource(&self, kind: Kind, protos: &Protos) -> Resource {
-        let came = self.came.as_deref();
-        Resource {
+    fn resource(&self, kind: Kind, waiting: &Waiting, protos: &Protos) -> Resource {
+        let version = |came: Option<&Came>| Resource {
             name: self.name.clone(),
             version_info: came.map(|came| came.version.clone()).unwrap_or_default(),
             last_updated: came.map_or(SystemTime::UNIX_EPOCH, |came| came.at),
             json: came.map_or(Json::Null, |came| json(kind, &came.bytes, protos)),
-            error_state: self.refused.as_deref().cloned(),
-        }
+            warming: None,
+            error_state: None,
+        };
+        let newest = self.came.as_deref();
+        let shown = match waiting.get(&self.name).filter(|_| newest.is_some()) {
+            None => version(newest),
+            Some(serving) => Resource { warming: Some(Box::new(version(newest))), ..version(serving.as_deref()) },
+        };
+        Resource { error_state: self.refused.as_deref().cloned(), ..shown }
     }
 }
 

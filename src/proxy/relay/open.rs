@@ -6,8 +6,8 @@ use crate::buffer::{Class, HEADROOM_BYTES, RECORD_ROOM_BYTES, SLACK_BYTES};
 use crate::proxy::close::{self, CloseReason};
 use crate::proxy::connection::{Connection, Io, MESH, Next, Stage};
 use crate::ring::{Completion, Errno, Op, PARTS_MAX, Push, Ring};
-use crate::tls::Open;
 use crate::tls::record::PAYLOAD_BYTES_MAX;
+use crate::tls::{Open, alert};
 
 impl Connection {
     pub(super) fn open_receive<R: Ring>(&mut self, io: &mut Io<'_, R>, from: usize) -> Next {
@@ -152,11 +152,12 @@ impl Connection {
     }
 
     fn alerted<R: Ring>(&mut self, io: &mut Io<'_, R>, from: usize, code: u8) -> Next {
+        let told = format!("sent alert {} ({code})", alert::name(code));
         if from == MESH {
-            self.facts.detail = Some(format!("the peer sent alert {code}").into());
+            self.facts.detail = Some(format!("the peer {told}").into());
             return self.close(io, close::alert(code).unwrap_or(CloseReason::PeerReset), true);
         }
-        self.outsider_broke_off(io, &format!("it sent alert {code}"))
+        self.outsider_broke_off(io, &format!("it {told}"))
     }
 
     pub(super) fn send_parts<R: Ring>(&mut self, io: &mut Io<'_, R>, from: usize) -> Next {

@@ -121,10 +121,13 @@ impl Failure {
 /// What an alert of an app behind a terminating gateway usually means.
 fn meaning_of_app(code: u8) -> &'static str {
     match code {
-        42 | 43 | 45 | alert::CERTIFICATE_UNKNOWN | alert::ACCESS_DENIED => "it refused our certificate: see CertFile",
+        // Some send 42 in TLS 1.2 also where no certificate came.
+        42 | 43 | 45 | alert::CERTIFICATE_UNKNOWN | alert::ACCESS_DENIED => {
+            "it refused our certificate, or wants one: see CertFile and KeyFile"
+        }
         48 => "it does not trust who issued our certificate: see CertFile",
-        alert::HANDSHAKE_FAILURE | 116 => "if it wants a client certificate, CertFile and KeyFile give one",
-        alert::PROTOCOL_VERSION => "it speaks neither TLS 1.2 nor 1.3 as we do",
+        alert::HANDSHAKE_FAILURE => "if it wants a client certificate, CertFile and KeyFile give one",
+        alert::PROTOCOL_VERSION => "it speaks none of the TLS versions that it was offered",
         112 => "it knows no service of that name: see SNI",
         _ => "",
     }
@@ -162,4 +165,33 @@ fn remedy(reason: &CertificateError, other: Other) -> &'static str {
 
 fn incompatible(reason: &PeerIncompatible) -> String {
     format!("the peer speaks no TLS that we do: {reason:?}; TLS 1.2 or 1.3 with ECDHE and an AEAD suite is needed")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alert_is_explained_by_who_sent_it() {
+        let told = |other, code| Failure::alert(code, other).to_string();
+        for (other, code, helps) in [
+            (Other::Peer, 48, "check that its roots are up to date"),
+            (Other::App, 42, "wants one: see CertFile and KeyFile"),
+            (Other::App, 48, "see CertFile"),
+            (Other::App, 70, "none of the TLS versions that it was offered"),
+            (Other::App, 112, "see SNI"),
+            (Other::Client, 48, "check that it trusts the issuer"),
+            (Other::Client, 70, "see TLSMinVersion of the ingress gateway"),
+        ] {
+            let text = told(other, code);
+            assert!(text.contains(alert::name(code)) && text.contains(helps), "{other:?} {code}: {text}");
+        }
+        // Nothing of the mesh is of use to whoever is outside of it.
+        for code in 0..=u8::MAX {
+            for other in [Other::App, Other::Client] {
+                let text = told(other, code);
+                assert!(!["mesh", "intentions", "sidecar"].iter().any(|word| text.contains(word)), "{other:?} {code}: {text}");
+            }
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 use super::routes::{all_to, listener, manager, proxy};
 use super::*;
+use crate::control::dump::Resource as Told;
 use crate::control::xds::tls_context::SecretName;
 use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 
@@ -213,6 +214,42 @@ fn label_of(bench: &Bench, name: &str) -> String {
         crate::control::xds::listener::Role::Upstream { label, .. } => label.clone(),
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn the_dump_tells_what_waits_from_what_serves() {
+    let (mut bench, cluster) = gateway();
+    let routes =
+        |name: &str| json!({"name": name, "virtual_hosts": [{"name": "db", "domains": ["*"], "routes": all_to(&cluster)}]});
+    let versions = |told: &Told| {
+        let warming = told.warming.as_ref().map(|newest| newest.version_info.clone());
+        (told.version_info.clone(), !told.json.is_null(), warming)
+    };
+    let listener =
+        |bench: &mut Bench| versions(bench.told(json!({})).listeners.iter().find(|one| one.name == NAME).expect("told"));
+    let send = |bench: &mut Bench, kind, resource: Json| {
+        assert_eq!(bench.send(kind, &[resource]), Vec::<String>::new());
+        bench.version.to_string()
+    };
+    let first = send(&mut bench, Kind::Listener, by_rds("8080"));
+    assert_eq!(listener(&mut bench), (String::new(), false, Some(first.clone())));
+    send(&mut bench, Kind::Routes, routes("8080"));
+    assert_eq!(listener(&mut bench), (first.clone(), true, None));
+    // Two that wait one after the other: the first still serves.
+    send(&mut bench, Kind::Listener, by_rds("9090"));
+    let newest = send(&mut bench, Kind::Listener, by_rds("7070"));
+    assert_eq!(listener(&mut bench), (first, true, Some(newest.clone())));
+    send(&mut bench, Kind::Routes, routes("7070"));
+    assert_eq!(listener(&mut bench), (newest, true, None));
+
+    // A cluster waits for its first endpoints.
+    let by_eds = json!({"name": "late", "type": "EDS", "connect_timeout": "5s",
+        "eds_cluster_config": {"service_name": "late", "eds_config": {"ads": {}, "resource_api_version": "V3"}}});
+    let sent = send(&mut bench, Kind::Cluster, by_eds);
+    let late = |bench: &mut Bench| versions(bench.told(json!({})).clusters.iter().find(|one| one.name == "late").expect("told"));
+    assert_eq!(late(&mut bench), (String::new(), false, Some(sent.clone())));
+    send(&mut bench, Kind::Endpoints, json!({"cluster_name": "late"}));
+    assert_eq!(late(&mut bench), (sent, true, None));
 }
 
 #[test]

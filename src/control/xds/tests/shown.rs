@@ -9,9 +9,11 @@ use crate::control::xds::shown::Everything;
 const ADMIN: &str = "envoy.admin.v3.ConfigDump";
 
 impl Bench {
-    fn told(&mut self, bootstrap: Json) -> Resources {
+    pub(super) fn told(&mut self, bootstrap: Json) -> Resources {
         let bootstrap_at = std::time::SystemTime::UNIX_EPOCH;
-        Everything { bootstrap: Arc::new(bootstrap), bootstrap_at, sent: self.held.shown() }.resources()
+        let (waiting_clusters, waiting_listeners) = (self.held.waiting_clusters(), self.held.waiting_listeners());
+        let sent = self.held.shown();
+        Everything { bootstrap: Arc::new(bootstrap), bootstrap_at, sent, waiting_clusters, waiting_listeners }.resources()
     }
 }
 
