@@ -15,6 +15,7 @@ fn inbound() {
     let mut pair = Pair::tuned(Agent::start(), app.address, |web| web, |db| db.workers(2), define).wait_open();
     wait_until("the first echo has gone", PATIENCE, || pair.db.active() == 0);
     holds(pair.upstream, &pair.db);
+    wait_until("every place is free again", PATIENCE, || pair.db.active() == 0);
     pair.assert_healthy();
 }
 

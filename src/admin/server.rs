@@ -13,6 +13,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::ConnectInfo;
 use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -103,18 +104,66 @@ async fn connection(
     mut shutdown: watch::Receiver<bool>,
 ) {
     let router = router.layer(axum::Extension(ConnectInfo(peer)));
+    let (asked, mut begun) = watch::channel(false);
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(move |request| {
+        asked.send_replace(true);
+        router.call(request)
+    });
     let serving = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(HEAD_BYTES_MAX)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        .serve_connection(TokioIo::new(stream), service);
     let mut serving = std::pin::pin!(serving);
+    let ending = async {
+        // An error means the end as well.
+        let _ = shutdown.wait_for(|shutdown| *shutdown).await;
+        // The first request may be on its way, and hyper would close a connection that has read nothing yet.
+        let first = begun.wait_for(|begun| *begun);
+        let _ = tokio::time::timeout(FINISH_TIMEOUT, first).await;
+    };
     tokio::select! {
         _ = serving.as_mut() => return,
         () = tokio::time::sleep(CONNECTION_LIFE_MAX) => {}
-        _ = shutdown.wait_for(|shutdown| *shutdown) => {}
+        () = ending => {}
     }
     serving.as_mut().graceful_shutdown();
     // An error or a timeout here concerns a client that is gone or does not read.
     let _ = tokio::time::timeout(FINISH_TIMEOUT, serving).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// An accepted connection whose client had not got to its request when the end came.
+    #[tokio::test]
+    async fn a_first_request_that_is_on_its_way_is_answered() {
+        let (mut client, server) = tokio::io::duplex(1 << 16);
+        let router = Router::new().fallback(|| async { "here" });
+        let (close, closed) = watch::channel(false);
+        let serving = tokio::spawn(connection(server, ([127, 0, 0, 1], 1).into(), router, closed));
+        tokio::task::yield_now().await;
+        close.send_replace(true);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.expect("it is open");
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.expect("an answer and the end");
+        assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("here"), "{answer}");
+        serving.await.expect("no panic");
+    }
+
+    /// One that asks nothing is closed in time.
+    #[tokio::test]
+    async fn who_asks_nothing_holds_up_no_end() {
+        let (client, server) = tokio::io::duplex(1 << 16);
+        let (close, closed) = watch::channel(false);
+        let serving = tokio::spawn(connection(server, ([127, 0, 0, 1], 1).into(), Router::new(), closed));
+        close.send_replace(true);
+        tokio::time::timeout(FINISH_TIMEOUT * 10, serving).await.expect("in time").expect("no panic");
+        drop(client);
+    }
 }
