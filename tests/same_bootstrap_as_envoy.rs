@@ -57,7 +57,15 @@ struct Told {
 }
 
 /// Stats that count the same in both.
-const NUMBERS: [&str; 10] = [
+const NUMBERS: [&str; 18] = [
+    "cluster_manager.cluster_added",
+    "cluster_manager.cluster_modified",
+    "cluster_manager.cluster_removed",
+    "cluster_manager.warming_clusters",
+    "listener_manager.listener_added",
+    "listener_manager.listener_modified",
+    "listener_manager.listener_removed",
+    "listener_manager.total_listeners_warming",
     "tcp.public_listener.downstream_cx_total",
     "tcp.public_listener.downstream_cx_rx_bytes_total",
     "tcp.public_listener.downstream_cx_tx_bytes_total",

@@ -340,6 +340,10 @@ fn an_ingress_gateways_certificate_comes_by_its_name() {
         shown["cert_chain"][0]["subject_alt_names"][0]["uri"].as_str().expect("a name").to_owned()
     };
     assert_eq!(name(), outside.id("gateway").as_str());
+    let dump = client.get("/config_dump?resource=dynamic_active_secrets").body;
+    let secret: serde_json::Value = serde_json::from_str(&dump).expect("JSON");
+    assert_eq!((&secret["configs"][0]["name"], secret["configs"][0]["version_info"].as_str()), (&"wildcard".into(), Some("1")));
+    assert!(dump.contains("[redacted]") && !dump.contains("PRIVATE KEY"), "{dump}");
     let ends = client.get("/stats?filter=^listener.*expiration").body;
     assert!(ends.contains(".ssl.certificate.unnamed_cert_e3b0c442.expiration_unix_time_seconds: "), "{ends}");
 

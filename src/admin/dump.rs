@@ -94,7 +94,7 @@ fn answer(resources: &Resources, parameters: &Parameters) -> Response {
 }
 
 fn sections(resources: &Resources, include_eds: bool) -> Vec<Section> {
-    let Resources { bootstrap, bootstrap_at, static_clusters, static_listeners, clusters, endpoints, listeners, routes } =
+    let Resources { bootstrap, bootstrap_at, static_clusters, static_listeners, clusters, endpoints, listeners, routes, secrets } =
         resources;
     let bootstrap = Section {
         message: "BootstrapConfigDump",
@@ -104,14 +104,14 @@ fn sections(resources: &Resources, include_eds: bool) -> Vec<Section> {
         ]),
         lists: Vec::new(),
     };
-    let active = clusters.iter().filter(|one| !one.json.is_null() || one.warming.is_none());
-    let warming = clusters.iter().filter_map(|one| one.warming.as_deref());
     let clusters = Section::of(
         "ClustersConfigDump",
         [
             List::new("static_clusters", "StaticCluster", STATIC_CLUSTER, static_clusters, |one| flat(one, "cluster")),
-            List::new("dynamic_active_clusters", "DynamicCluster", DYNAMIC_CLUSTER, active, |one| flat(one, "cluster")),
-            List::new("dynamic_warming_clusters", "DynamicCluster", DYNAMIC_CLUSTER, warming, |one| flat(one, "cluster")),
+            List::new("dynamic_active_clusters", "DynamicCluster", DYNAMIC_CLUSTER, active(clusters), |one| flat(one, "cluster")),
+            List::new("dynamic_warming_clusters", "DynamicCluster", DYNAMIC_CLUSTER, warming(clusters), |one| {
+                flat(one, "cluster")
+            }),
         ],
     );
     let endpoints = include_eds.then(|| {
@@ -142,12 +142,25 @@ fn sections(resources: &Resources, include_eds: bool) -> Vec<Section> {
             ],
         )
     });
-    let none = |field| List::new(field, "DynamicSecret", SECRET, &[], |one| flat(one, "secret"));
     let secrets = Section::of(
         "SecretsConfigDump",
-        [none("static_secrets"), none("dynamic_active_secrets"), none("dynamic_warming_secrets")],
+        [
+            List::new("static_secrets", "StaticSecret", STATIC_SECRET, &[], secret),
+            List::new("dynamic_active_secrets", "DynamicSecret", DYNAMIC_SECRET, active(secrets), secret),
+            List::new("dynamic_warming_secrets", "DynamicSecret", DYNAMIC_SECRET, warming(secrets), secret),
+        ],
     );
     [Some(bootstrap), Some(clusters), endpoints, Some(listeners), routes, Some(secrets)].into_iter().flatten().collect()
+}
+
+/// Those in force, and those of which no version ever was.
+fn active(all: &[Resource]) -> impl Iterator<Item = &Resource> {
+    all.iter().filter(|one| !one.json.is_null() || one.warming.is_none())
+}
+
+/// The newest versions that wait.
+fn warming(all: &[Resource]) -> impl Iterator<Item = &Resource> {
+    all.iter().filter_map(|one| one.warming.as_deref())
 }
 
 const STATIC_CLUSTER: &[&str] = &["cluster", "last_updated"];
@@ -158,7 +171,8 @@ const STATIC_LISTENER: &[&str] = &["listener", "last_updated"];
 const DYNAMIC_LISTENER: &[&str] = &["name", "active_state", "warming_state", "draining_state", "error_state", "client_status"];
 const STATIC_ROUTES: &[&str] = &["route_config", "last_updated"];
 const DYNAMIC_ROUTES: &[&str] = &["version_info", "route_config", "last_updated", "error_state", "client_status"];
-const SECRET: &[&str] = &["name", "version_info", "last_updated", "secret", "error_state", "client_status"];
+const STATIC_SECRET: &[&str] = &["name", "last_updated", "secret"];
+const DYNAMIC_SECRET: &[&str] = &["name", "version_info", "last_updated", "secret", "error_state", "client_status"];
 
 /// An element that holds its resource under `field`.
 fn flat(resource: &Resource, field: &str) -> Value {
@@ -172,6 +186,15 @@ fn flat(resource: &Resource, field: &str) -> Value {
     }
     if let Some(refused) = &resource.error_state {
         element.insert("error_state".to_owned(), error_state(refused));
+    }
+    element.into()
+}
+
+/// A secret's element has its name besides.
+fn secret(resource: &Resource) -> Value {
+    let mut element = Map::from_iter([("name".to_owned(), Value::from(resource.name.as_str()))]);
+    if let Value::Object(fields) = flat(resource, "secret") {
+        element.extend(fields);
     }
     element.into()
 }

@@ -50,6 +50,8 @@ pub struct Resources {
     pub listeners: Vec<Resource>,
     /// `envoy.config.route.v3.RouteConfiguration`, by RDS.
     pub routes: Vec<Resource>,
+    /// `envoy.extensions.transport_sockets.tls.v3.Secret`, by SDS.
+    pub secrets: Vec<Resource>,
 }
 
 /// One resource.

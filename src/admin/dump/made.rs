@@ -93,6 +93,7 @@ pub(super) fn resources(
         endpoints,
         listeners,
         routes: Vec::new(),
+        secrets: Vec::new(),
     }
 }
 

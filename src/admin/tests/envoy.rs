@@ -134,6 +134,10 @@ async fn accepted_resources_are_shown_instead_of_made_ones() {
     let newest = Some(Box::new(Resource { version_info: "4".into(), error_state: None, ..held.clone() }));
     let waits = Resource { json: Value::Null, warming: newest.clone(), error_state: None, ..held.clone() };
     let behind = Resource { name: "c".into(), warming: newest, ..held.clone() };
+    let message = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
+    let json = json!({"@type": message, "name": "wildcard"});
+    let secret = Resource { name: "wildcard".into(), json, error_state: None, ..held.clone() };
+    let waiting = Resource { version_info: "uninitialized".into(), ..secret.clone() };
     let resources = Resources {
         bootstrap: json!({"node": {"id": "x"}}),
         bootstrap_at: at,
@@ -143,6 +147,7 @@ async fn accepted_resources_are_shown_instead_of_made_ones() {
         endpoints: Vec::new(),
         listeners: vec![never.clone(), behind],
         routes: vec![never],
+        secrets: vec![secret, Resource { json: Value::Null, warming: Some(Box::new(waiting)), ..held }],
     };
     let port = published().await;
     port.resources.send_replace(Some(Arc::new(resources)));
@@ -163,6 +168,12 @@ async fn accepted_resources_are_shown_instead_of_made_ones() {
     let routes = &dump["configs"][3];
     assert_eq!(routes["@type"], "type.googleapis.com/envoy.admin.v3.RoutesConfigDump");
     assert_eq!(routes["dynamic_route_configs"][0]["error_state"]["version_info"], "3");
+    let secrets = &dump["configs"][4];
+    for (list, version) in [("dynamic_active_secrets", "2"), ("dynamic_warming_secrets", "uninitialized")] {
+        let one = &secrets[list][0];
+        assert_eq!((&one["name"], &one["version_info"]), (&json!("wildcard"), &json!(version)), "{list}");
+        assert_eq!((&one["secret"]["name"], secrets[list].as_array().map(Vec::len)), (&json!("wildcard"), Some(1)), "{list}");
+    }
     #[cfg(feature = "xds")]
     read_as("envoy.admin.v3.ConfigDump", &dump);
 }
@@ -189,6 +200,7 @@ impl crate::control::dump::Accepted for Slow {
             endpoints: Vec::new(),
             listeners: Vec::new(),
             routes: Vec::new(),
+            secrets: Vec::new(),
         }
     }
 }

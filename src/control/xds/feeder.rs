@@ -133,9 +133,9 @@ impl Feeder {
                 },
                 Some(event) = events.recv() => self.take(event),
                 Some((host, answer)) = self.answers.recv() => self.resolved(host, answer),
-                Some((name, certificate)) = self.certificates.recv() => {
+                Some((name, secret)) = self.certificates.recv() => {
                     tracing::info!(secret = %name, "a certificate for clients came by SDS");
-                    self.held.take_secret(name, certificate);
+                    self.held.take_secret(name, secret);
                     self.show();
                 }
                 _ = tick.tick() => {}
@@ -211,14 +211,7 @@ impl Feeder {
 
     /// Lets `/config_dump` show what is held now.
     fn show(&mut self) {
-        let (bootstrap, bootstrap_at) = (Arc::clone(&self.bootstrap.0), self.bootstrap.1);
-        let everything = Everything {
-            bootstrap,
-            bootstrap_at,
-            sent: self.held.shown(),
-            waiting_clusters: self.held.waiting_clusters(),
-            waiting_listeners: self.held.waiting_listeners(),
-        };
+        let everything = Everything::new(self.bootstrap.clone(), &mut self.held);
         self.resources.send_replace(Some(Arc::new(everything)));
     }
 
@@ -310,7 +303,7 @@ impl Feeder {
             access_logs,
             // A bootstrap says it all at the start.
             stats: StatsWishes::default(),
-            updates: Some((self.updates[Kind::Cluster as usize], self.updates[Kind::Listener as usize])),
+            updates: Some(self.updates_told()),
         };
         self.status.send_if_modified(|status| {
             let changed = *status != next;
@@ -319,6 +312,15 @@ impl Feeder {
             }
             changed
         });
+    }
+
+    /// What became of clusters and listeners.
+    fn updates_told(&self) -> (Updates, Updates) {
+        let Held { clusters, listeners, .. } = &self.held;
+        let told =
+            |kind: Kind, changes, warming: usize| Updates { changes, warming: warming as u64, ..self.updates[kind as usize] };
+        let warming = (self.held.waiting_clusters().count(), self.held.waiting_listeners().count());
+        (told(Kind::Cluster, clusters.changes, warming.0), told(Kind::Listener, listeners.changes, warming.1))
     }
 
     /// Tells of leaves that came into use.

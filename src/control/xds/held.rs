@@ -21,11 +21,12 @@ use super::cluster::{Cluster, Discovery};
 use super::endpoint::Assignment;
 use super::listener::{self, Destination, Listener, Role};
 use super::refusal::{Refusal, unpack};
-use super::shown::{Came, Shown as ShownResource, Waiting};
+use super::secrets::Secret;
+use super::shown::{Came, Shown as ShownResource};
 use super::tls_context::SecretName;
 use crate::control::ControlError;
 use crate::control::dump::Refused;
-use crate::tls::Shown;
+use crate::telemetry::stats::Changes;
 
 /// Resources of one kind; more is a mistake at the other end.
 const RESOURCES_MAX: usize = 20_000;
@@ -83,7 +84,7 @@ pub(super) struct Held {
     pub(super) warming: BTreeMap<String, Newest>,
     pub(super) routes: Shelf<Routed>,
     /// What SDS servers have sent.
-    pub(super) secrets: BTreeMap<SecretName, Shown>,
+    pub(super) secrets: BTreeMap<SecretName, Secret>,
     /// As [`crate::config::envoy::Xds::http_as_tcp`].
     pub(super) http_as_tcp: bool,
 }
@@ -123,6 +124,7 @@ pub(super) struct Shelf<T> {
     refused: BTreeMap<String, Arc<Refused>>,
     /// What of both is shown, until it changes.
     shown: Option<Arc<[ShownResource]>>,
+    pub(super) changes: Changes,
 }
 
 #[derive(Debug)]
@@ -136,7 +138,7 @@ struct Entry<T> {
 
 impl<T> Default for Shelf<T> {
     fn default() -> Self {
-        Self { entries: BTreeMap::new(), answered: false, refused: BTreeMap::new(), shown: None }
+        Self { entries: BTreeMap::new(), answered: false, refused: BTreeMap::new(), shown: None, changes: Changes::default() }
     }
 }
 
@@ -155,6 +157,7 @@ impl<T> Shelf<T> {
     }
 
     fn fix(&mut self, name: String, value: T) {
+        self.changes.added += 1;
         self.entries.insert(name, Entry { value: Arc::new(value), came: None, outdated: false });
     }
 
@@ -184,7 +187,9 @@ impl<T> Shelf<T> {
             refused.push(why);
         }
         let removed: BTreeSet<&String> = response.removed_resources.iter().collect();
+        let before = self.entries.len();
         self.entries.retain(|name, entry| entry.came.is_none() || !removed.contains(name));
+        self.changes.removed += (before - self.entries.len()) as u64;
         self.refused.retain(|name, _| !removed.contains(name));
         self.answered = true;
         self.shown = None;
@@ -210,8 +215,13 @@ impl<T> Shelf<T> {
             why.to_string()
         })?;
         let before = self.entries.get(&resource.name).and_then(|entry| entry.came.as_deref());
-        let came = Some(Arc::new(Came::new(resource, now, before)));
-        self.entries.insert(resource.name.clone(), Entry { value: Arc::new(value), came, outdated: false });
+        let bytes = resource.resource.as_ref().map(|any| any.value.clone()).unwrap_or_default();
+        let came = Came::new(&resource.version, bytes, now, before);
+        match before {
+            None => self.changes.added += 1,
+            Some(before) => self.changes.modified += u64::from(!came.is_same_as(before)),
+        }
+        self.entries.insert(resource.name.clone(), Entry { value: Arc::new(value), came: Some(Arc::new(came)), outdated: false });
         Ok(())
     }
 
@@ -290,9 +300,9 @@ impl Held {
     }
 
     /// A certificate came by its name; one that nobody asked for, or does no more, is dropped.
-    pub(super) fn take_secret(&mut self, name: SecretName, certificate: Shown) {
+    pub(super) fn take_secret(&mut self, name: SecretName, secret: Secret) {
         if self.secret_names().contains(&name) {
-            self.secrets.insert(name, certificate);
+            self.secrets.insert(name, secret);
             self.promote();
         }
     }
@@ -410,19 +420,24 @@ impl Held {
         [self.clusters.shown(), self.endpoints.shown(), self.listeners.shown(), self.routes.shown()]
     }
 
-    /// Clusters without their first endpoints: they are dialed by nobody.
-    pub(super) fn waiting_clusters(&self) -> Waiting {
-        let waits = |cluster: &Cluster| matches!(&cluster.discovery, Discovery::Eds(name) if self.endpoints.get(name).is_none());
-        let entries = self.clusters.entries.iter().filter(|(_, entry)| waits(&entry.value));
-        entries.map(|(name, _)| (name.clone(), None)).collect()
+    /// The secrets that are asked for, each as it came; those without still wait.
+    pub(super) fn secrets_shown(&self) -> Vec<(String, Option<Arc<Came>>)> {
+        let came = |name| self.secrets.get(name).map(|secret| Arc::clone(&secret.came));
+        self.secret_names().iter().map(|name| (name.name.clone(), came(name))).collect()
     }
 
-    /// Listeners whose newest version waits for routes or a secret.
-    pub(super) fn waiting_listeners(&self) -> Waiting {
-        let behind = self.warming.iter().map(|(name, newest)| (name.clone(), newest.serving.clone()));
-        let alone = self.listeners.entries.iter().filter(|(_, entry)| self.waits(&entry.value).is_some());
-        let alone = alone.map(|(name, _)| (name.clone(), None)).collect::<Waiting>();
-        alone.into_iter().chain(behind).collect()
+    /// Clusters without their first endpoints: they are dialed by nobody.
+    pub(super) fn waiting_clusters(&self) -> impl Iterator<Item = &String> {
+        let waits = |cluster: &Cluster| matches!(&cluster.discovery, Discovery::Eds(name) if self.endpoints.get(name).is_none());
+        self.clusters.entries.iter().filter(move |(_, entry)| waits(&entry.value)).map(|(name, _)| name)
+    }
+
+    /// Listeners whose newest version waits for routes or a secret, with what serves meanwhile as it came.
+    pub(super) fn waiting_listeners(&self) -> impl Iterator<Item = (&String, Option<&Arc<Came>>)> {
+        let behind = self.warming.iter().map(|(name, newest)| (name, newest.serving.as_ref()));
+        let entries = self.listeners.entries.iter().filter(|(name, _)| !self.warming.contains_key(*name));
+        let alone = entries.filter(|(_, entry)| self.waits(&entry.value).is_some()).map(|(name, _)| (name, None));
+        alone.chain(behind)
     }
 
     /// What is held of a kind, for a server that starts over.

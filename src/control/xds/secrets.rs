@@ -1,13 +1,14 @@
 //! Certificates that are asked for by name, of the SDS servers that listeners of ingress gateways name (Consul's `TLS.SDS`).
 //!
 //! Invariant: one stream a server, on which all its names are asked for; every response is answered; while a server is away, or
-//! sends what cannot be used, the certificate that came last stays. Keys leave this room only in a [`Shown`], which prints none.
+//! sends what cannot be used, the certificate that came last stays. Keys leave this room only in a [`Secret`], which prints none.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use envoy_types::pb::envoy::config::core::v3::Node;
-use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::Secret;
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::Secret as Message;
 use envoy_types::pb::envoy::service::discovery::v3::{DiscoveryRequest, DiscoveryResponse};
 use envoy_types::pb::envoy::service::secret::v3::secret_discovery_service_client::SecretDiscoveryServiceClient;
 use tokio::sync::{mpsc, watch};
@@ -16,6 +17,7 @@ use tonic::codegen::tokio_stream::wrappers::ReceiverStream;
 
 use super::connector::Connector;
 use super::refusal::{type_url, unpack};
+use super::shown::Came;
 use super::stream::{REQUESTS_MAX, connect};
 use super::subscription::{answer, node};
 use super::tls_context::{SecretName, secret};
@@ -24,14 +26,21 @@ use crate::control::backoff::Backoff;
 use crate::tls::Shown;
 
 /// The message that is asked for.
-const SECRET: &str = "envoy.extensions.transport_sockets.tls.v3.Secret";
+pub(super) const SECRET: &str = "envoy.extensions.transport_sockets.tls.v3.Secret";
 /// One response: some chains with their keys, of a few KiB each.
 const RESPONSE_BYTES_MAX: usize = 4 << 20;
 /// Certificates that may wait to be taken.
 const CERTIFICATES_MAX: usize = 64;
 
+/// A certificate and the message in which it came.
+#[derive(Debug)]
+pub(super) struct Secret {
+    pub(super) shown: Shown,
+    pub(super) came: Arc<Came>,
+}
+
 /// A name and what came under it.
-pub(super) type Certificate = (SecretName, Shown);
+pub(super) type Certificate = (SecretName, Secret);
 
 /// The streams, by the name of the server's cluster.
 pub(super) struct Secrets {
@@ -194,12 +203,13 @@ impl Asking {
     async fn learn(&self, response: &DiscoveryResponse, request: &mut DiscoveryRequest) -> Result<Option<String>, String> {
         let mut refused = Vec::new();
         for any in &response.resources {
-            let message = unpack::<Secret>(any, SECRET, "resource");
+            let message = unpack::<Message>(any, SECRET, "resource");
             let name = message.as_ref().map(|message| message.name.clone()).unwrap_or_default();
             match message.and_then(|message| secret(&message)) {
                 Ok(shown) => {
                     let name = SecretName { cluster: self.cluster.clone(), name };
-                    self.sender.send((name, shown)).await.map_err(|_| String::new())?;
+                    let came = Arc::new(Came::new(&response.version_info, any.value.clone(), SystemTime::now(), None));
+                    self.sender.send((name, Secret { shown, came })).await.map_err(|_| String::new())?;
                 }
                 Err(why) => refused.push(format!("{SECRET} {name}: {why}")),
             }

@@ -12,13 +12,13 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use envoy_types::pb::envoy::service::discovery::v3::Resource as Sent;
 use serde_json::{Map, Value as Json, json};
 use zeroize::Zeroizing;
 
-use super::held::Kind;
+use super::held::{Held, Kind};
 use super::proto_json::Protos;
 use super::refusal::type_url;
+use super::secrets::SECRET;
 use crate::control::dump::{Accepted, Refused, Resource, Resources};
 
 /// A resource in force.
@@ -40,25 +40,33 @@ pub(super) struct Shown {
 }
 
 /// The names whose newest version waits, with what is in force meanwhile as it came.
-pub(super) type Waiting = BTreeMap<String, Option<Arc<Came>>>;
+type Waiting = BTreeMap<String, Option<Arc<Came>>>;
 
 /// Everything that is shown.
 pub(super) struct Everything {
-    pub(super) bootstrap: Arc<Json>,
+    bootstrap: Arc<Json>,
     /// When the bootstrap was read.
-    pub(super) bootstrap_at: SystemTime,
+    bootstrap_at: SystemTime,
     /// By kind, in the order of [`Kind::ALL`].
-    pub(super) sent: [Arc<[Shown]>; Kind::ALL.len()],
-    pub(super) waiting_clusters: Waiting,
-    pub(super) waiting_listeners: Waiting,
+    sent: [Arc<[Shown]>; Kind::ALL.len()],
+    waiting_clusters: Waiting,
+    waiting_listeners: Waiting,
+    secrets: Vec<(String, Option<Arc<Came>>)>,
 }
 
 impl Came {
     /// `before` is what it takes the place of: a resource that is sent again as it was has its old time.
-    pub(super) fn new(sent: &Sent, now: SystemTime, before: Option<&Self>) -> Self {
-        let bytes = Zeroizing::new(sent.resource.as_ref().map(|any| any.value.clone()).unwrap_or_default());
-        let at = before.filter(|before| before.bytes == bytes).map_or(now, |before| before.at);
-        Self { version: sent.version.clone(), at, bytes }
+    pub(super) fn new(version: &str, bytes: Vec<u8>, now: SystemTime, before: Option<&Self>) -> Self {
+        let mut came = Self { version: version.to_owned(), at: now, bytes: Zeroizing::new(bytes) };
+        if let Some(before) = before.filter(|before| came.is_same_as(before)) {
+            came.at = before.at;
+        }
+        came
+    }
+
+    /// Whether both say the same, whatever their versions.
+    pub(super) fn is_same_as(&self, other: &Self) -> bool {
+        self.bytes == other.bytes
     }
 }
 
@@ -96,11 +104,24 @@ impl Accepted for Everything {
             endpoints,
             listeners,
             routes,
+            secrets: self.secrets.iter().map(|(name, came)| secret(name, came.as_deref(), &protos)).collect(),
         }
     }
 }
 
 impl Everything {
+    /// What is held now, with the bootstrap and when that was read.
+    pub(super) fn new((bootstrap, bootstrap_at): (Arc<Json>, SystemTime), held: &mut Held) -> Self {
+        Self {
+            bootstrap,
+            bootstrap_at,
+            sent: held.shown(),
+            waiting_clusters: held.waiting_clusters().map(|name| (name.clone(), None)).collect(),
+            waiting_listeners: held.waiting_listeners().map(|(name, serving)| (name.clone(), serving.cloned())).collect(),
+            secrets: held.secrets_shown(),
+        }
+    }
+
     /// What the bootstrap has of a kind, the small listeners of this process's own and their clusters among it.
     fn fixed(&self, field: &str, kind: Kind) -> Vec<Resource> {
         let all = self.bootstrap.pointer(&format!("/static_resources/{field}")).and_then(Json::as_array);
@@ -108,7 +129,7 @@ impl Everything {
             name: json["name"].as_str().unwrap_or_default().to_owned(),
             version_info: String::new(),
             last_updated: self.bootstrap_at,
-            json: typed(kind, json.clone()),
+            json: typed(kind.message(), json.clone()),
             warming: None,
             error_state: None,
         };
@@ -122,7 +143,7 @@ impl Shown {
             name: self.name.clone(),
             version_info: came.map(|came| came.version.clone()).unwrap_or_default(),
             last_updated: came.map_or(SystemTime::UNIX_EPOCH, |came| came.at),
-            json: came.map_or(Json::Null, |came| json(kind, &came.bytes, protos)),
+            json: came.map_or(Json::Null, |came| json(kind.message(), &came.bytes, protos)),
             warming: None,
             error_state: None,
         };
@@ -135,20 +156,39 @@ impl Shown {
     }
 }
 
-fn json(kind: Kind, bytes: &[u8], protos: &Protos) -> Json {
-    match protos.render_bytes(kind.message(), bytes) {
-        Ok(json) => typed(kind, json),
+/// One that has not come is told by its name alone, with the version that Envoy gives it.
+fn secret(name: &str, came: Option<&Came>, protos: &Protos) -> Resource {
+    let version = |version_info: &str, last_updated, json| Resource {
+        name: name.to_owned(),
+        version_info: version_info.to_owned(),
+        last_updated,
+        json,
+        warming: None,
+        error_state: None,
+    };
+    match came {
+        Some(came) => version(&came.version, came.at, json(SECRET, &came.bytes, protos)),
+        None => {
+            let waits = version("uninitialized", SystemTime::UNIX_EPOCH, typed(SECRET, json!({ "name": name })));
+            Resource { warming: Some(Box::new(waits)), ..version("", SystemTime::UNIX_EPOCH, Json::Null) }
+        }
+    }
+}
+
+fn json(message: &str, bytes: &[u8], protos: &Protos) -> Json {
+    match protos.render_bytes(message, bytes) {
+        Ok(json) => typed(message, json),
         // It was read once, so this is a value that JSON has no form for: named, as an unknown type is.
         Err(_) => json!({
             "@type": "type.googleapis.com/google.protobuf.StringValue",
-            "value": format!("not shown: {} has no form in JSON", kind.message()),
+            "value": format!("not shown: {message} has no form in JSON"),
         }),
     }
 }
 
 /// `json` with its type in front.
-fn typed(kind: Kind, json: Json) -> Json {
-    let mut all = Map::from_iter([("@type".to_owned(), Json::from(type_url(kind.message())))]);
+fn typed(message: &str, json: Json) -> Json {
+    let mut all = Map::from_iter([("@type".to_owned(), Json::from(type_url(message)))]);
     if let Json::Object(fields) = json {
         all.extend(fields);
     }

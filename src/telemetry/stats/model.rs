@@ -100,13 +100,28 @@ pub struct Process {
     pub memory: Memory,
 }
 
-/// Answers of a control plane with resources of one kind.
+/// Answers of a control plane with resources of one kind, and what became of these.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Updates {
-    /// Taken whole.
+    /// Answers taken whole.
     pub accepted: u64,
-    /// Refused, at least in part.
+    /// Answers refused, at least in part.
     pub rejected: u64,
+    /// What happened to the resources of this kind since the start.
+    pub changes: Changes,
+    /// Resources whose newest version waits for what it needs, now.
+    pub warming: u64,
+}
+
+/// Resources that came and went.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// There was none of the name. Those of the bootstrap count, as in Envoy.
+    pub added: u64,
+    /// Another version of one that was there. One that is sent again as it was is none.
+    pub modified: u64,
+    /// Taken away by the control plane.
+    pub removed: u64,
 }
 
 /// Memory in bytes, as `/proc/self/status` has it.
@@ -404,7 +419,7 @@ fn of_process(made: &mut Made, snapshot: &Snapshot, facts: &Facts, process: &Pro
     }
     let active = listeners.saturating_sub(facts.listeners_failed);
     // Without a stream of resources, each snapshot that was published replaced both kinds.
-    let published = || Updates { accepted: snapshot.generation, rejected: 0 };
+    let published = || Updates { accepted: snapshot.generation, ..Updates::default() };
     let (cds, lds) = process.updates.unwrap_or_else(|| (published(), published()));
     scopes::managers(made, (cds, clusters as u64), (lds, active as u64), process.connected);
 }

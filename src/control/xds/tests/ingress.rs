@@ -1,8 +1,12 @@
 //! Ingress gateways: listeners whose clients speak TLS and show nothing, and routes that come by RDS.
 
+use std::time::SystemTime;
+
 use super::routes::{all_to, listener, manager, proxy};
 use super::*;
 use crate::control::dump::Resource as Told;
+use crate::control::xds::secrets::{SECRET, Secret};
+use crate::control::xds::shown::Came;
 use crate::control::xds::tls_context::SecretName;
 use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 
@@ -276,17 +280,32 @@ fn a_secret_that_nobody_asked_for_is_dropped() {
         |socket: &Json| listener(NAME, "OUTBOUND", &[], json!([{"filters": [proxy(&cluster)], "transport_socket": socket}]));
     assert_eq!(bench.send(Kind::Listener, &[out(&named)]), Vec::<String>::new());
     assert_eq!(build::waits_for(&bench.held).as_deref(), Some("waiting for the secret wildcard of cluster sds"));
-    let certificate = || crate::tls::Shown {
-        chain: bench.svid.chain.clone(),
-        key_pem: key_pem(&bench.svid.key).into(),
-        from: "<inline>".into(),
+    let came = {
+        let key = key_pem(&bench.svid.key);
+        let message = json!({"name": "wildcard", "tls_certificate": {"private_key": {"inline_string": key}}});
+        bench.protos.encode(SECRET, &message).expect("a secret")
+    };
+    let certificate = || Secret {
+        shown: crate::tls::Shown {
+            chain: bench.svid.chain.clone(),
+            key_pem: key_pem(&bench.svid.key).into(),
+            from: "<inline>".into(),
+        },
+        came: Arc::new(Came::new("7", came.clone(), SystemTime::now(), None)),
     };
     let (wanted, other) = (certificate(), certificate());
+    let waits = bench.told(json!({})).secrets;
+    let newest = waits[0].warming.as_ref().expect("it waits");
+    assert_eq!((waits.len(), newest.version_info.as_str(), &newest.json["name"]), (1, "uninitialized", &json!("wildcard")));
     let of = |name: &str| SecretName { cluster: "sds".into(), name: name.into() };
     bench.held.take_secret(of("other"), other);
     assert!(bench.held.secrets.is_empty());
     bench.held.take_secret(of("wildcard"), wanted);
     assert!(upstream_of(&bench.build()).front.is_some());
+    let shown = &bench.told(json!({})).secrets[0];
+    let key = &shown.json["tls_certificate"]["private_key"]["inline_string"];
+    assert_eq!((shown.version_info.as_str(), key), ("7", &json!("[redacted]")));
+    assert!(shown.warming.is_none());
 
     let mut told = |change: &str, to: Json| {
         let mut changed = named.clone();

@@ -5,15 +5,14 @@ use std::time::Duration;
 use super::*;
 use crate::control::dump::{Accepted, Resource as Told, Resources};
 use crate::control::xds::shown::Everything;
+use crate::telemetry::stats::Changes;
 
 const ADMIN: &str = "envoy.admin.v3.ConfigDump";
 
 impl Bench {
     pub(super) fn told(&mut self, bootstrap: Json) -> Resources {
         let bootstrap_at = std::time::SystemTime::UNIX_EPOCH;
-        let (waiting_clusters, waiting_listeners) = (self.held.waiting_clusters(), self.held.waiting_listeners());
-        let sent = self.held.shown();
-        Everything { bootstrap: Arc::new(bootstrap), bootstrap_at, sent, waiting_clusters, waiting_listeners }.resources()
+        Everything::new((Arc::new(bootstrap), bootstrap_at), &mut self.held).resources()
     }
 }
 
@@ -137,6 +136,11 @@ fn the_newest_update_is_told_when_it_was_refused_and_until_it_is_mended() {
     let names: Vec<&str> = told.clusters.iter().map(|one| one.name.as_str()).collect();
     assert_eq!(names, ["a"]);
     assert!(told.clusters[0].error_state.is_none());
+    // What was refused, and what came again as it was, changed nothing.
+    assert_eq!(bench.held.clusters.changes, Changes { added: 2, modified: 0, removed: 1 });
+    let slower = json!({"name": "a", "connect_timeout": "6s", "type": "STATIC", "load_assignment": {"cluster_name": "a"}});
+    assert!(bench.send(Kind::Cluster, &[slower]).is_empty());
+    assert_eq!(bench.held.clusters.changes, Changes { added: 2, modified: 1, removed: 1 });
 }
 
 #[test]

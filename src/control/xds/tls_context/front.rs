@@ -11,6 +11,7 @@ use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as pb;
 
 use super::{outside, params};
 use crate::control::xds::refusal::Refusal;
+use crate::control::xds::secrets::Secret;
 use crate::tls::{FrontSettings, FrontTls, Shown, TlsParams};
 
 /// What clients must speak. Their certificate may come by a name of its own, from an SDS server (Consul's `TLS.SDS` of ingress
@@ -75,10 +76,10 @@ impl Front {
     }
 
     /// What is spoken, once the secret is there.
-    pub(in crate::control::xds) fn settings(&self, secrets: &BTreeMap<SecretName, Shown>) -> Option<FrontSettings> {
+    pub(in crate::control::xds) fn settings(&self, secrets: &BTreeMap<SecretName, Secret>) -> Option<FrontSettings> {
         let certificate = match &self.certificate {
             Certificate::Inline(shown) => shown,
-            Certificate::Secret(name) => secrets.get(name)?,
+            Certificate::Secret(name) => &secrets.get(name)?.shown,
         };
         let Self { protocols, params, .. } = self.clone();
         Some(FrontSettings { certificate: certificate.clone(), protocols, params })

@@ -127,23 +127,17 @@ const SERVER_GAUGES_UNKNOWN: [&str; 5] = [
     "seconds_until_first_ocsp_response_expiring",
     "version",
 ];
-const PROCESS_UNKNOWN: [&str; 22] = [
+const PROCESS_UNKNOWN: [&str; 16] = [
     "cluster_manager.cds.update_failure",
-    "cluster_manager.cluster_added",
-    "cluster_manager.cluster_modified",
-    "cluster_manager.cluster_removed",
     "cluster_manager.cluster_updated",
     "cluster_manager.cluster_updated_via_merge",
     "cluster_manager.update_merge_cancelled",
     "cluster_manager.update_out_of_merge_window",
     "control_plane.rate_limit_enforced",
     "listener_manager.lds.update_failure",
-    "listener_manager.listener_added",
     "listener_manager.listener_create_failure",
     "listener_manager.listener_create_success",
     "listener_manager.listener_in_place_updated",
-    "listener_manager.listener_modified",
-    "listener_manager.listener_removed",
     "listener_manager.listener_stopped",
     "runtime.deprecated_feature_use",
     "runtime.load_error",
@@ -151,12 +145,10 @@ const PROCESS_UNKNOWN: [&str; 22] = [
     "runtime.override_dir_exists",
     "runtime.override_dir_not_exists",
 ];
-const PROCESS_GAUGES_UNKNOWN: [&str; 10] = [
-    "cluster_manager.warming_clusters",
+const PROCESS_GAUGES_UNKNOWN: [&str; 8] = [
     "control_plane.pending_requests",
     "listener_manager.total_filter_chains_draining",
     "listener_manager.total_listeners_draining",
-    "listener_manager.total_listeners_warming",
     "listener_manager.workers_pinned",
     "runtime.admin_overrides_active",
     "runtime.deprecated_feature_seen_since_process_start",
@@ -430,11 +422,19 @@ pub(super) fn server(scope: &mut Scope<'_>, process: &Process, connections: u64,
 /// Each kind with its updates and how many of it are active.
 pub(super) fn managers(made: &mut Made, (cds, clusters): (Updates, u64), (lds, listeners): (Updates, u64), connected: bool) {
     let mut scope = Scope::new(made, PROCESS, "");
-    for (prefix, Updates { accepted, rejected }) in [("cluster_manager.cds", cds), ("listener_manager.lds", lds)] {
+    for (prefix, of_one, updates) in
+        [("cluster_manager.cds", "cluster_manager.cluster", cds), ("listener_manager.lds", "listener_manager.listener", lds)]
+    {
+        let Updates { accepted, rejected, changes, warming: _ } = updates;
         scope.counter(&format!("{prefix}.update_attempt"), accepted + rejected);
         scope.counter(&format!("{prefix}.update_success"), accepted);
         scope.counter(&format!("{prefix}.update_rejected"), rejected);
+        scope.counter(&format!("{of_one}_added"), changes.added);
+        scope.counter(&format!("{of_one}_modified"), changes.modified);
+        scope.counter(&format!("{of_one}_removed"), changes.removed);
     }
+    scope.gauge("cluster_manager.warming_clusters", cds.warming, cds.warming > 0);
+    scope.gauge("listener_manager.total_listeners_warming", lds.warming, lds.warming > 0);
     scope.gauge("cluster_manager.active_clusters", clusters, true);
     scope.gauge("listener_manager.total_listeners_active", listeners, true);
     scope.gauge("listener_manager.workers_started", 1, true);

@@ -159,7 +159,10 @@ async fn a_transparent_proxy_has_upstreams_prefixes() {
 
 #[tokio::test]
 async fn updates_of_resources_have_the_names_of_envoys_managers() {
-    let updates = Some((Updates { accepted: 4, rejected: 1 }, Updates { accepted: 2, rejected: 3 }));
+    let changes = Changes { added: 7, modified: 6, removed: 5 };
+    let clusters = Updates { accepted: 4, rejected: 1, changes, warming: 2 };
+    let listeners = Updates { accepted: 2, rejected: 3, changes: Changes { added: 9, ..changes }, warming: 1 };
+    let updates = Some((clusters, listeners));
     let process = Process { connected: true, updates, ..Process::default() };
     let stats = build(&snapshot(Vec::new()), &Facts::capture(&hub(&[])), &process, Which::All).await;
     assert_numbers(
@@ -169,6 +172,14 @@ async fn updates_of_resources_have_the_names_of_envoys_managers() {
             ("cluster_manager.cds.update_attempt", 5),
             ("cluster_manager.cds.update_success", 4),
             ("cluster_manager.cds.update_rejected", 1),
+            ("cluster_manager.cluster_added", 7),
+            ("cluster_manager.cluster_modified", 6),
+            ("cluster_manager.cluster_removed", 5),
+            ("cluster_manager.warming_clusters", 2),
+            ("listener_manager.listener_added", 9),
+            ("listener_manager.listener_modified", 6),
+            ("listener_manager.listener_removed", 5),
+            ("listener_manager.total_listeners_warming", 1),
             ("listener_manager.lds.update_success", 2),
             ("listener_manager.lds.update_rejected", 3),
         ],
