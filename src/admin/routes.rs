@@ -25,6 +25,7 @@ use super::snapshot::View;
 use super::{
     Action, Drain, Shared, access, callers, certs, clusters, denials, dump, facts, listeners, page, reach, stats, upgrade,
 };
+use crate::telemetry::stats::Which;
 
 pub(super) const TEXT: &str = "text/plain; charset=UTF-8";
 pub(super) const JSON: &str = "application/json";
@@ -126,17 +127,17 @@ async fn around(
 }
 
 async fn metrics(State(shared): Admin) -> Response {
-    answer(StatusCode::OK, PROMETHEUS, own_metrics(&shared).await)
+    answer(StatusCode::OK, PROMETHEUS, own_metrics(&shared, Which::All).await)
 }
 
 /// The `ringfence_*` families.
-pub(super) async fn own_metrics(shared: &Shared) -> String {
+pub(super) async fn own_metrics(shared: &Shared, which: Which) -> String {
     let snapshot = shared.viewer.current();
     let mut hub = shared.hub.lock().await;
     // The newest events first: a scrape right after a connection shall see it.
     hub.drain();
     hub.exporter().publish_snapshot(&snapshot, shared.viewer.acknowledged());
-    hub.render()
+    hub.render(which)
 }
 
 async fn reset_counters(State(shared): Admin, headers: HeaderMap) -> Response {

@@ -122,7 +122,7 @@ async fn collect(shared: &Shared, which: Which) -> (Vec<Stat>, Arc<Snapshot>) {
 
 /// What a page shows: counted since the last reset, and asked for.
 async fn shown(shared: &Shared, query: &Query) -> (Vec<Stat>, Arc<Snapshot>) {
-    let (mut stats, snapshot) = collect(shared, if query.used_only { Which::Used } else { Which::All }).await;
+    let (mut stats, snapshot) = collect(shared, query.which()).await;
     let baseline = shared.stats.baseline.lock().await;
     if !baseline.is_empty() {
         for stat in &mut stats {
@@ -181,7 +181,7 @@ async fn page(shared: &Arc<Shared>, mut query: Query) -> Response {
     }
     let envoys = Page::new(stats, &mut named.tagger).await;
     drop(named);
-    let ours = if query.is_narrowed() { String::new() } else { super::routes::own_metrics(shared).await };
+    let ours = if query.is_narrowed() { String::new() } else { super::routes::own_metrics(shared, query.which()).await };
     let pieces = envoys.chain(Some(ours).filter(|ours| !ours.is_empty()));
     answer(StatusCode::OK, TEXT, Body::new(Pieces(Box::new(pieces))))
 }

@@ -3,7 +3,8 @@
 //! Invariant: every name in [`METRICS`] has a HELP text and a unit, and nothing else is published here. Counters never
 //! fall; a gauge whose subject is gone reads zero, or NaN where zero would be a lie (certificate expiry).
 //!
-//! Rendering happens on the admin thread on request; workers only ever wrote plain cells.
+//! Rendering happens on the admin thread on request; workers only ever wrote plain cells. The listeners' sums have a recorder of
+//! their own for each page: of five hundred upstreams that is three megabytes, and most of the time nobody looks at them.
 
 mod names;
 
@@ -19,6 +20,7 @@ use super::close::CloseReason;
 use super::hub::{Callers, Key, Listeners, Series, Totals};
 use super::log::Counts;
 use super::record::ConnectionRecord;
+use super::stats::Which;
 use crate::mesh::Snapshot;
 
 pub use names::{Kind, METRICS, Metric};
@@ -52,9 +54,9 @@ impl Exporter {
         // Refused only when the list is empty, which it is not; then the default (summaries) would still be right.
         let builder = PrometheusBuilder::new().set_buckets(&SECONDS_BUCKETS).unwrap_or_default();
         let recorder = Arc::new(builder.build_recorder());
+        describe(&recorder);
         let exporter =
             Self { handle: recorder.handle(), recorder, durations: HashMap::new(), leaves: HashSet::new(), installed: false };
-        exporter.describe();
         exporter.publish_process();
         exporter
     }
@@ -63,17 +65,6 @@ impl Exporter {
     pub(super) fn install(&mut self) -> bool {
         self.installed = self.installed || metrics::set_global_recorder(Arc::clone(&self.recorder)).is_ok();
         self.installed
-    }
-
-    fn describe(&self) {
-        for metric in METRICS {
-            let (name, unit, help) = (metric.name.into(), Some(metric.unit), metric.help.into());
-            match metric.kind {
-                Kind::Counter => self.recorder.describe_counter(name, unit, help),
-                Kind::Gauge => self.recorder.describe_gauge(name, unit, help),
-                Kind::Histogram => self.recorder.describe_histogram(name, unit, help),
-            }
-        }
     }
 
     fn publish_process(&self) {
@@ -113,42 +104,6 @@ impl Exporter {
                 total: histogram("ringfence_connection_duration_seconds"),
             }
         })
-    }
-
-    /// Publishes the listeners' sums.
-    pub(super) fn publish_series(&self, series: &Series) {
-        for (key, totals) in series.totals() {
-            self.publish_totals(key, &totals);
-        }
-    }
-
-    fn publish_totals(&self, key: &Key, totals: &Totals) {
-        let counters = [
-            ("ringfence_connections_total", totals.connections),
-            ("ringfence_handshakes_total", totals.handshakes),
-            ("ringfence_handshakes_resumed_total", totals.handshakes_resumed),
-            ("ringfence_connect_attempts_total", totals.connect_attempts),
-            ("ringfence_connect_failures_total", totals.connect_failures),
-        ];
-        for (name, value) in counters {
-            self.counter(name, labels(key), value);
-        }
-        match key.direction {
-            Direction::Inbound => self.counter("ringfence_connections_allowed_total", labels(key), totals.allowed),
-            Direction::Outbound => self.counter("ringfence_ejections_total", labels(key), totals.ejections),
-        }
-        for (flow, value) in [("from_mesh", totals.bytes_from_mesh), ("to_mesh", totals.bytes_to_mesh)] {
-            self.counter("ringfence_bytes_total", with(labels(key), "flow", flow), value);
-        }
-        self.gauge("ringfence_connections_active", labels(key), totals.active as f64);
-        for (reason, value) in CloseReason::ALL.iter().zip(totals.closed) {
-            // Reasons that never happened would be most of the page. A first denial must be visible to rate(), though.
-            let always = *reason == CloseReason::Denied && key.direction == Direction::Inbound;
-            if value > 0 || always {
-                let labels = with(labels(key), "reason", reason.as_str());
-                self.counter("ringfence_connections_closed_total", labels, value);
-            }
-        }
     }
 
     /// Publishes who talked to whom. Runs and tries are no labels: they never end.
@@ -238,20 +193,87 @@ impl Exporter {
         self.handle.run_upkeep();
     }
 
-    /// Everything, in the text format.
-    pub(super) fn render(&self) -> String {
+    /// Everything, in the text format; of the listeners' sums, `which`.
+    pub(super) fn render(&self, series: &Series, which: Which) -> String {
         // Upkeep also publishes descriptions that were added since.
         self.upkeep();
-        self.handle.render()
+        self.handle.render() + &sums(series, which)
     }
 
     fn counter(&self, name: &'static str, labels: Vec<Label>, value: u64) {
-        self.recorder.register_counter(&MetricKey::from_parts(name, labels), &METADATA).absolute(value);
+        counter(&self.recorder, name, labels, value);
     }
 
     fn gauge(&self, name: &'static str, labels: Vec<Label>, value: f64) {
-        self.recorder.register_gauge(&MetricKey::from_parts(name, labels), &METADATA).set(value);
+        gauge(&self.recorder, name, labels, value);
     }
+}
+
+/// The listeners' sums in the text format.
+fn sums(series: &Series, which: Which) -> String {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    describe(&recorder);
+    for (key, totals) in series.totals() {
+        // A way in always: its first denial must be visible to rate().
+        if which == Which::All || key.direction == Direction::Inbound || totals != Totals::default() {
+            publish_totals(&recorder, key, &totals, which);
+        }
+    }
+    let handle = recorder.handle();
+    handle.run_upkeep();
+    handle.render()
+}
+
+fn publish_totals(recorder: &PrometheusRecorder, key: &Key, totals: &Totals, which: Which) {
+    let count = |name, labels, value| {
+        if value > 0 || which == Which::All {
+            counter(recorder, name, labels, value);
+        }
+    };
+    let counters = [
+        ("ringfence_connections_total", totals.connections),
+        ("ringfence_handshakes_total", totals.handshakes),
+        ("ringfence_handshakes_resumed_total", totals.handshakes_resumed),
+        ("ringfence_connect_attempts_total", totals.connect_attempts),
+        ("ringfence_connect_failures_total", totals.connect_failures),
+    ];
+    for (name, value) in counters {
+        count(name, labels(key), value);
+    }
+    match key.direction {
+        Direction::Inbound => count("ringfence_connections_allowed_total", labels(key), totals.allowed),
+        Direction::Outbound => count("ringfence_ejections_total", labels(key), totals.ejections),
+    }
+    for (flow, value) in [("from_mesh", totals.bytes_from_mesh), ("to_mesh", totals.bytes_to_mesh)] {
+        count("ringfence_bytes_total", with(labels(key), "flow", flow), value);
+    }
+    gauge(recorder, "ringfence_connections_active", labels(key), totals.active as f64);
+    for (reason, value) in CloseReason::ALL.iter().zip(totals.closed) {
+        // Reasons that never happened would be most of the page, but for denials as above.
+        let always = *reason == CloseReason::Denied && key.direction == Direction::Inbound;
+        if value > 0 || always {
+            counter(recorder, "ringfence_connections_closed_total", with(labels(key), "reason", reason.as_str()), value);
+        }
+    }
+}
+
+fn describe(recorder: &PrometheusRecorder) {
+    for metric in METRICS {
+        let (name, unit, help) = (metric.name.into(), Some(metric.unit), metric.help.into());
+        match metric.kind {
+            Kind::Counter => recorder.describe_counter(name, unit, help),
+            Kind::Gauge => recorder.describe_gauge(name, unit, help),
+            Kind::Histogram => recorder.describe_histogram(name, unit, help),
+        }
+    }
+}
+
+fn counter(recorder: &PrometheusRecorder, name: &'static str, labels: Vec<Label>, value: u64) {
+    recorder.register_counter(&MetricKey::from_parts(name, labels), &METADATA).absolute(value);
+}
+
+fn gauge(recorder: &PrometheusRecorder, name: &'static str, labels: Vec<Label>, value: f64) {
+    recorder.register_gauge(&MetricKey::from_parts(name, labels), &METADATA).set(value);
 }
 
 fn labels(key: &Key) -> Vec<Label> {

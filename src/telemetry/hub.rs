@@ -25,6 +25,7 @@ use super::channel::Receiver;
 use super::export::Exporter;
 use super::log::{self, AccessLogs, ConnectionLog};
 use super::record::{ConnectionRecord, Event};
+use super::stats::Which;
 use crate::config::envoy::AccessLog;
 
 pub use callers::{Callers, Counts, Speaker};
@@ -309,16 +310,16 @@ impl Hub {
         ejections
     }
 
-    /// Everything in Prometheus' text format: the cells as they stand now, and what other rooms recorded.
-    pub fn render(&mut self) -> String {
-        self.exporter.publish_series(&self.series);
+    /// Everything in Prometheus' text format: the cells as they stand now, and what other rooms recorded. With [`Which::Used`]
+    /// upstreams that nothing was counted for are not named, nor counters of listeners that stayed zero, but for denials.
+    pub fn render(&mut self, which: Which) -> String {
         self.exporter.publish_callers(&self.callers);
         for (worker, receiver) in self.receivers.iter().enumerate() {
             self.exporter.publish_worker(worker, &receiver.cells);
         }
         self.exporter.publish_listeners(&self.listeners);
         self.exporter.publish_log(self.log.counts() + self.access_log_counts());
-        self.exporter.render()
+        self.exporter.render(&self.series, which)
     }
 
     /// What became of the connection log's lines.

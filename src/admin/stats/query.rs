@@ -6,7 +6,7 @@ use regex::{Regex, RegexBuilder};
 
 use crate::admin::routes::{Parameters, parameter};
 use crate::telemetry::stats::text::Buckets;
-use crate::telemetry::stats::{Stat, Value};
+use crate::telemetry::stats::{Stat, Value, Which};
 
 /// Bytes that a filter's regex may take compiled.
 const FILTER_BYTES_MAX: usize = 1 << 20;
@@ -78,6 +78,10 @@ impl Query {
         let filter = text("filter").map(filter).transpose()?;
         let (used_only, text_readouts) = (is_there("usedonly"), is_there("text_readouts"));
         Ok(Self { format, buckets, used_only, text_readouts, filter, kind, hidden_only })
+    }
+
+    pub(super) fn which(&self) -> Which {
+        if self.used_only { Which::Used } else { Which::All }
     }
 
     pub(super) fn wants(&self, stat: &Stat) -> bool {

@@ -14,9 +14,11 @@
 mod routes;
 mod scopes;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustls::pki_types::CertificateDer;
 
 use super::{Histogram, give_way};
 use crate::config;
@@ -60,6 +62,20 @@ pub enum Which {
 pub(super) struct Made {
     stats: Vec<Stat>,
     which: Which,
+    /// When the first root of each bundle ends, by the address of the bundle: all upstreams of a service have the same.
+    root_ends: HashMap<usize, Option<u64>>,
+}
+
+impl Made {
+    /// Seconds since 1970; none where no root can be read.
+    fn first_root_end(&mut self, identity: &Identity) -> Option<u64> {
+        let end = |root: &CertificateDer<'_>| {
+            let (_, certificate) = x509_parser::parse_x509_certificate(root).ok()?;
+            u64::try_from(certificate.validity().not_after.timestamp()).ok()
+        };
+        let first = || identity.bundle.roots.iter().filter_map(end).min();
+        *self.root_ends.entry(Arc::as_ptr(&identity.bundle).addr()).or_insert_with(first)
+    }
 }
 
 /// What a stat says.
@@ -197,7 +213,7 @@ impl Memory {
 
 /// Makes the stats, sorted by name. Gives way from time to time.
 pub async fn build(snapshot: &Snapshot, facts: &Facts, process: &Process, which: Which) -> Vec<Stat> {
-    let mut made = Made { stats: Vec::new(), which };
+    let mut made = Made { stats: Vec::new(), which, root_ends: HashMap::new() };
     let mut breath = Breath(0);
     let mut clusters = 0;
     let owners = snapshot.services.len().max(usize::from(!snapshot.routers.is_empty()));
@@ -308,7 +324,7 @@ enum EndsHere<'a> {
 
 fn listener(made: &mut Made, owner: usize, bind: &Bind, totals: &Totals, shares: &[Share], length: Histogram, tls: EndsHere<'_>) {
     let mut scope = Scope::new(made, owner, &format!("listener.{}", address(bind)));
-    scopes::listener(&mut scope, totals, length);
+    scopes::listener(&mut scope, totals, &length);
     for (worker, share) in shares.iter().enumerate() {
         scope.counter(&format!("worker_{worker}.downstream_cx_total"), share.connections);
         scope.gauge(&format!("worker_{worker}.downstream_cx_active"), share.active, true);

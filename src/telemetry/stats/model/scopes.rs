@@ -169,8 +169,18 @@ impl<'a> Scope<'a> {
         Self { made, owner, prefix: prefix.to_owned() }
     }
 
+    /// A scope within this one.
+    fn within(&mut self, name: &str) -> Scope<'_> {
+        Scope { prefix: format!("{}.{name}", self.prefix), made: &mut *self.made, owner: self.owner }
+    }
+
+    /// Whether a stat is made at all.
+    fn wants(&self, used: bool) -> bool {
+        used || self.made.which == Which::All
+    }
+
     fn push(&mut self, name: &str, value: Value, used: bool) {
-        if !used && self.made.which == Which::Used {
+        if !self.wants(used) {
             return;
         }
         let name = if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) };
@@ -185,18 +195,23 @@ impl<'a> Scope<'a> {
         self.push(name, Value::Gauge(value), used);
     }
 
-    fn histogram(&mut self, name: &str, histogram: Histogram) {
+    fn histogram(&mut self, name: &str, histogram: &Histogram) {
         let used = histogram.count() > 0;
-        self.push(name, Value::Histogram(Box::new(histogram)), used);
+        if self.wants(used) {
+            self.push(name, Value::Histogram(Box::new(histogram.clone())), used);
+        }
     }
 
     fn zero(&mut self, counters: &[&str], gauges: &[&str]) {
+        if !self.wants(false) {
+            return;
+        }
         counters.iter().for_each(|name| self.counter(name, 0));
         gauges.iter().for_each(|name| self.gauge(name, 0, false));
     }
 }
 
-pub(super) fn listener(scope: &mut Scope<'_>, totals: &Totals, length: Histogram) {
+pub(super) fn listener(scope: &mut Scope<'_>, totals: &Totals, length: &Histogram) {
     let seen = totals.connections > 0;
     scope.counter("downstream_cx_total", totals.connections);
     // Not the sum of the reasons: a connection is open until it is not, so these three always agree.
@@ -204,7 +219,7 @@ pub(super) fn listener(scope: &mut Scope<'_>, totals: &Totals, length: Histogram
     scope.gauge("downstream_cx_active", totals.active, seen);
     scope.gauge("downstream_pre_cx_active", 0, false);
     scope.histogram("downstream_cx_length_ms", length);
-    scope.histogram("connections_accepted_per_socket_event", Histogram::default());
+    scope.histogram("connections_accepted_per_socket_event", &Histogram::default());
     scope.counter("no_filter_chain_match", closed(totals, CloseReason::NoRoute));
     scope.zero(&LISTENER_UNKNOWN, &[]);
 }
@@ -254,41 +269,36 @@ pub(super) fn authorisation(made: &mut Made, owner: usize, totals: &Totals, limi
 
 /// `errors` is how many handshakes failed.
 pub(super) fn ssl(scope: &mut Scope<'_>, totals: &Totals, errors: u64, identity: &Identity) {
-    scope.counter("ssl.handshake", totals.handshakes);
-    scope.counter("ssl.session_reused", totals.handshakes_resumed);
-    scope.counter("ssl.connection_error", errors);
-    scope.counter("ssl.fail_verify_san", closed(totals, CloseReason::IdentityMismatch));
+    let mut scope = scope.within("ssl");
+    scope.counter("handshake", totals.handshakes);
+    scope.counter("session_reused", totals.handshakes_resumed);
+    scope.counter("connection_error", errors);
+    scope.counter("fail_verify_san", closed(totals, CloseReason::IdentityMismatch));
     for version in ["TLSv1.2", "TLSv1.3"] {
         let of = |(_, count): (&(u16, &str, &str), &u64)| *count;
         let count = SUITES.iter().zip(&totals.suites).filter(|((_, name, _), _)| *name == version).map(of).sum();
         if count > 0 {
-            scope.counter(&format!("ssl.versions.{version}"), count);
+            scope.counter(&format!("versions.{version}"), count);
         }
     }
     for ((_, _, suite), count) in SUITES.iter().zip(totals.suites).filter(|(_, count)| *count > 0) {
-        scope.counter(&format!("ssl.ciphers.{suite}"), count);
+        scope.counter(&format!("ciphers.{suite}"), count);
     }
-    for name in SSL_UNKNOWN {
-        scope.counter(&format!("ssl.{name}"), 0);
-    }
-    expiry(scope, "unnamed_cert", unix_seconds(identity.svid.not_after));
-    let roots = identity.bundle.roots.iter().filter_map(|root| {
-        let (_, certificate) = x509_parser::parse_x509_certificate(root).ok()?;
-        u64::try_from(certificate.validity().not_after.timestamp()).ok()
-    });
-    if let Some(first) = roots.min() {
-        expiry(scope, "unnamed_ca_cert", first);
+    scope.zero(&SSL_UNKNOWN, &[]);
+    expiry(&mut scope, "unnamed_cert", unix_seconds(identity.svid.not_after));
+    if let Some(first) = scope.made.first_root_end(identity) {
+        expiry(&mut scope, "unnamed_ca_cert", first);
     }
 }
 
 fn expiry(scope: &mut Scope<'_>, name: &str, at: u64) {
-    scope.gauge(&format!("ssl.certificate.{name}_{UNNAMED}.expiration_unix_time_seconds"), at, true);
+    scope.gauge(&format!("certificate.{name}_{UNNAMED}.expiration_unix_time_seconds"), at, true);
 }
 
 /// TLS of clients outside of the mesh that ends at a listener; several certificates are told by the first that ends.
 pub(super) fn front_tls(scope: &mut Scope<'_>, totals: &Totals, not_after: SystemTime) {
     outside_tls(scope, totals);
-    expiry(scope, "unnamed_cert", unix_seconds(not_after));
+    expiry(&mut scope.within("ssl"), "unnamed_cert", unix_seconds(not_after));
 }
 
 /// TLS with whoever is outside of the mesh: the app behind a gateway, or clients before one.
@@ -375,8 +385,8 @@ impl Cluster {
         scope.gauge("circuit_breakers.default.cx_open", u64::from(self.full), seen);
         scope.gauge("membership_total", self.members, true);
         scope.gauge("membership_healthy", self.healthy.saturating_sub(self.ejected), true);
-        scope.histogram("upstream_cx_connect_ms", self.span.connect.clone());
-        scope.histogram("upstream_cx_length_ms", self.span.far_length.clone());
+        scope.histogram("upstream_cx_connect_ms", &self.span.connect);
+        scope.histogram("upstream_cx_length_ms", &self.span.far_length);
         scope.zero(&CLUSTER_UNKNOWN, &CLUSTER_GAUGES_UNKNOWN);
         scope.counter("upstream_flow_control_resumed_reading_total", 0);
         if self.outlier {
@@ -395,13 +405,12 @@ impl Cluster {
 
     fn tell_outliers(&self, scope: &mut Scope<'_>) {
         let ejections = self.totals.ejections;
-        scope.gauge("outlier_detection.ejections_active", self.ejected, ejections > 0);
+        let mut scope = scope.within("outlier_detection");
+        scope.gauge("ejections_active", self.ejected, ejections > 0);
         for name in ["ejections_detected_consecutive_5xx", "ejections_enforced_consecutive_5xx", "ejections_enforced_total"] {
-            scope.counter(&format!("outlier_detection.{name}"), ejections);
+            scope.counter(name, ejections);
         }
-        for name in OUTLIER_UNKNOWN {
-            scope.counter(&format!("outlier_detection.{name}"), 0);
-        }
+        scope.zero(&OUTLIER_UNKNOWN, &[]);
     }
 }
 
@@ -415,7 +424,7 @@ pub(super) fn server(scope: &mut Scope<'_>, process: &Process, connections: u64,
     scope.gauge("memory_heap_size", heap, true);
     scope.gauge("memory_physical_size", physical, true);
     scope.gauge("total_connections", connections, true);
-    scope.histogram("initialization_time_ms", Histogram::default());
+    scope.histogram("initialization_time_ms", &Histogram::default());
     scope.zero(&SERVER_UNKNOWN, &SERVER_GAUGES_UNKNOWN);
 }
 
