@@ -27,8 +27,9 @@ pub(super) struct SharedBuffers {
 // ring is enabled.
 unsafe impl Send for SharedBuffers {}
 
-/// So many are handed to the kernel at first, and the rest when all of them are out (`benches/NOTES.md` has what other numbers
-/// brought). It hands them out in turn, so each of them becomes real memory with the first messages, however few come at once.
+/// So many are handed to the kernel at first, and as many more each time that all of them are out (`benches/NOTES.md` has what
+/// other numbers brought). It hands them out in turn, so each of them becomes real memory with the first messages, however few
+/// come at once.
 const STEP: u16 = 64;
 const ENTRIES_BYTES: usize = SHARED_BUFFERS as usize * size_of::<types::BufRingEntry>();
 
