@@ -43,7 +43,7 @@ pub struct Status {
     pub access_logs: Vec<AccessLog>,
     /// What the proxies' definitions say of stats.
     pub stats: StatsWishes,
-    /// Answers with clusters and with listeners, where an xDS server sends them.
+    /// Clusters and listeners, where an xDS server sends them: answers, what they changed, and what waits.
     pub updates: Option<(Updates, Updates)>,
 }
 

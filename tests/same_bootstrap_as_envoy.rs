@@ -19,6 +19,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::Command;
 
+use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::core::v3::HealthStatus;
 use prost::Message as _;
 use ringfence::tls::fixtures::Ca;
@@ -50,6 +51,8 @@ struct Told {
     /// The scopes' stats at layer four.
     names: BTreeSet<String>,
     numbers: BTreeMap<&'static str, u64>,
+    /// What the managers counted: after the start, and of changes.
+    managed: Vec<[u64; 8]>,
     half_close: [String; 2],
     /// After the listeners were drained: a new connection, and one that was there.
     drained: [bool; 2],
@@ -57,15 +60,7 @@ struct Told {
 }
 
 /// Stats that count the same in both.
-const NUMBERS: [&str; 18] = [
-    "cluster_manager.cluster_added",
-    "cluster_manager.cluster_modified",
-    "cluster_manager.cluster_removed",
-    "cluster_manager.warming_clusters",
-    "listener_manager.listener_added",
-    "listener_manager.listener_modified",
-    "listener_manager.listener_removed",
-    "listener_manager.total_listeners_warming",
+const NUMBERS: [&str; 10] = [
     "tcp.public_listener.downstream_cx_total",
     "tcp.public_listener.downstream_cx_rx_bytes_total",
     "tcp.public_listener.downstream_cx_tx_bytes_total",
@@ -78,6 +73,18 @@ const NUMBERS: [&str; 18] = [
     "connect_authz.rbac.denied",
 ];
 
+/// Stats of resources that come and go.
+const MANAGED: [&str; 8] = [
+    "cluster_manager.cluster_added",
+    "cluster_manager.cluster_modified",
+    "cluster_manager.cluster_removed",
+    "cluster_manager.warming_clusters",
+    "listener_manager.listener_added",
+    "listener_manager.listener_modified",
+    "listener_manager.listener_removed",
+    "listener_manager.total_listeners_warming",
+];
+
 struct Scene {
     server: XdsServer,
     bootstrap: std::path::PathBuf,
@@ -85,6 +92,7 @@ struct Scene {
     upstream: SocketAddr,
     public: SocketAddr,
     app: Custom,
+    ca: Ca,
 }
 
 impl Scene {
@@ -112,7 +120,7 @@ impl Scene {
         let folder = support::scratch();
         let bootstrap = folder.path().join("bootstrap.json");
         std::fs::write(&bootstrap, written_for(server.address).to_string()).expect("the bootstrap");
-        Self { server, bootstrap, folder, upstream, public, app }
+        Self { server, bootstrap, folder, upstream, public, app, ca }
     }
 
     fn run(&self, name: &str, program: &Path, more: &[&str]) -> Told {
@@ -128,6 +136,7 @@ impl Scene {
         let client = Client::new(admin, None);
         let first = || asked(self.upstream, ECHO, |stream| echoes(stream, 1)).map_err(|why| format!("{why}\n{}", process.tail()));
         wait_for("the first echo", PATIENCE, || client.try_get("/ready").and_then(|_| first()));
+        let managed = self.managed(&client);
         client.post("/reset_counters", &Value::Null).ok("counters begin anew");
 
         for _ in 0..ROUND_TRIPS {
@@ -143,12 +152,38 @@ impl Scene {
             health: health(&client),
             names: stats.lines().filter_map(|line| self.at_layer_four(line.split(": ").next()?)).collect(),
             numbers: NUMBERS.iter().map(|name| (*name, number(&stats, name))).collect(),
+            managed,
             half_close,
             drained: self.drained(&client),
             exit: None,
         };
         process.signal("TERM");
         Told { exit: process.wait_exit(PATIENCE).code(), ..told }
+    }
+
+    /// What the managers count: now, with a cluster that changed and one that waits for its endpoints, and after that went.
+    fn managed(&self, client: &Client) -> Vec<[u64; 8]> {
+        let now = || {
+            let stats = client.get("/stats").ok("stats").body;
+            MANAGED.map(|name| number(&stats, name))
+        };
+        let start = now();
+        let app = resources::app_cluster(self.app.address);
+        let slower = Some(envoy_types::pb::google::protobuf::Duration { seconds: 7, nanos: 0 });
+        self.server.set(CLUSTER, "local_app", &Cluster { connect_timeout: slower, ..app.clone() });
+        let own = material(&self.ca, &self.ca.leaf("db"));
+        self.server.set(CLUSTER, "waits", &resources::target_cluster("waits", &own, self.ca.id("db").as_str()));
+        let changed = wait_for("a cluster changes and one waits", PATIENCE, || {
+            let counts = now();
+            if counts[1] > start[1] && counts[3] == 1 { Ok(counts) } else { Err(format!("{counts:?}")) }
+        });
+        self.server.remove(CLUSTER, "waits");
+        self.server.set(CLUSTER, "local_app", &app);
+        let gone = wait_for("both are as they were", PATIENCE, || {
+            let counts = now();
+            if counts[1] > changed[1] && counts[2] == 1 { Ok(counts) } else { Err(format!("{counts:?}")) }
+        });
+        vec![start, changed, gone]
     }
 
     /// A stat's name where it counts connections, bytes, TLS or decisions of what this proxy was told.
@@ -303,6 +338,9 @@ fn both_serve_and_tell_the_same() {
     assert_eq!(ours.half_close, envoy.half_close);
     assert_eq!(envoy.half_close, ["got 200000 clean", "greeting clean"]);
     assert_eq!(ours.numbers, envoy.numbers);
+    assert_eq!(ours.managed, envoy.managed);
+    // The bootstrap has two clusters and a listener besides the two of each that come.
+    assert_eq!(envoy.managed[2], [5, 2, 1, 0, 3, 0, 0, 0]);
     assert_eq!(envoy.numbers["tcp.public_listener.downstream_cx_total"], ROUND_TRIPS + 2);
     assert_eq!((ours.drained, ours.exit), (envoy.drained, envoy.exit));
     assert_eq!((envoy.drained, envoy.exit), ([false, true], Some(0)));

@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use support::sidecar::Metrics;
 use support::traffic::{self, Live};
-use support::{Agent, Echo, Pair, Sidecar, bytes, wait_for, wait_until};
+use support::{Agent, Definition, Echo, Pair, Sidecar, bytes, wait_for, wait_until};
 
 /// A stat's value on the text page.
 fn number(page: &str, name: &str) -> u64 {
@@ -117,7 +117,8 @@ fn pages_are_asked_for_as_envoys_are() {
 #[test]
 fn consuls_ui_finds_its_series() {
     let app = Echo::start();
-    let pair = Pair::local(app.address).wait_open();
+    let idle = |db: Definition| db.upstream("idle", support::ports::free_address());
+    let pair = Pair::tuned(Agent::start(), app.address, |web| web, |db| db, idle).wait_open();
     pair.echo(&bytes(1, 1_000)).expect("an echo");
     let source = |service| {
         [("consul_source_service", service), ("consul_source_datacenter", "dc1"), ("consul_source_namespace", "default")]
@@ -152,7 +153,13 @@ fn consuls_ui_finds_its_series() {
     }
     assert_eq!(web.sum("envoy_control_plane_connected_state", &source("web")), 1);
     assert!(web.has("ringfence_connections_total"), "ringfence's own families follow");
-    assert!(prometheus(&pair.web, "?usedonly").text().len() * 2 < web.text().len());
+    for (sidecar, service, upstream, used) in [(&pair.web, "web", "db", true), (&pair.db, "db", "idle", false)] {
+        let series =
+            format!("ringfence_connections_total{{direction=\"outbound\",service=\"{service}\",upstream=\"{upstream}\"}}");
+        let (all, narrow) = (prometheus(sidecar, ""), prometheus(sidecar, "?usedonly"));
+        assert_eq!((all.text().contains(&series), narrow.text().contains(&series)), (true, used), "{series}");
+        assert!(narrow.text().len() * 2 < all.text().len());
+    }
     // A text page is well-formed only if no series is there twice.
     let series: Vec<&str> = web
         .text()
@@ -172,7 +179,7 @@ fn a_sink_of_the_registration_gets_growth_gauges_and_durations() {
     let sink = UdpSocket::bind("127.0.0.1:0").expect("a free port");
     sink.set_read_timeout(Some(Duration::from_millis(20))).expect("read timeout");
     let url = format!("udp://{}", sink.local_addr().expect("bound"));
-    let define = |definition: support::Definition| {
+    let define = |definition: Definition| {
         let definition = definition.config("envoy_dogstatsd_url", url.clone()).config("envoy_stats_flush_interval", "1s");
         definition.config("envoy_stats_tags", json!(["team=finance"]))
     };

@@ -94,8 +94,18 @@ fn answer(resources: &Resources, parameters: &Parameters) -> Response {
 }
 
 fn sections(resources: &Resources, include_eds: bool) -> Vec<Section> {
-    let Resources { bootstrap, bootstrap_at, static_clusters, static_listeners, clusters, endpoints, listeners, routes, secrets } =
-        resources;
+    let Resources {
+        bootstrap,
+        bootstrap_at,
+        static_clusters,
+        static_listeners,
+        static_secrets,
+        clusters,
+        endpoints,
+        listeners,
+        routes,
+        secrets,
+    } = resources;
     let bootstrap = Section {
         message: "BootstrapConfigDump",
         fields: Map::from_iter([
@@ -145,7 +155,7 @@ fn sections(resources: &Resources, include_eds: bool) -> Vec<Section> {
     let secrets = Section::of(
         "SecretsConfigDump",
         [
-            List::new("static_secrets", "StaticSecret", STATIC_SECRET, &[], secret),
+            List::new("static_secrets", "StaticSecret", STATIC_SECRET, static_secrets, secret),
             List::new("dynamic_active_secrets", "DynamicSecret", DYNAMIC_SECRET, active(secrets), secret),
             List::new("dynamic_warming_secrets", "DynamicSecret", DYNAMIC_SECRET, warming(secrets), secret),
         ],

@@ -133,11 +133,14 @@ async fn metrics(State(shared): Admin) -> Response {
 /// The `ringfence_*` families.
 pub(super) async fn own_metrics(shared: &Shared, which: Which) -> String {
     let snapshot = shared.viewer.current();
-    let mut hub = shared.hub.lock().await;
-    // The newest events first: a scrape right after a connection shall see it.
-    hub.drain();
-    hub.exporter().publish_snapshot(&snapshot, shared.viewer.acknowledged());
-    hub.render(which)
+    let (text, sums) = {
+        let mut hub = shared.hub.lock().await;
+        // The newest events first: a scrape right after a connection shall see it.
+        hub.drain();
+        hub.exporter().publish_snapshot(&snapshot, shared.viewer.acknowledged());
+        (hub.render(), hub.sums(which))
+    };
+    text + &sums.text()
 }
 
 async fn reset_counters(State(shared): Admin, headers: HeaderMap) -> Response {

@@ -115,7 +115,7 @@ struct Process {
     /// Log of requests to the admin port
     #[arg(long, value_name = "FILE", default_value = "/dev/null")]
     admin_access_log_path: PathBuf,
-    /// Leave series that stayed zero out of /stats/prometheus, as ?usedonly does
+    /// Leave stats that stayed zero, and upstreams that were never used, out of /stats/prometheus, as ?usedonly does
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false", hide_possible_values = true, action = clap::ArgAction::Set)]
     stats_usedonly: bool,
     /// Leave out the tags that Consul's metrics had before 1.9 (consul_service and its like)

@@ -177,7 +177,8 @@ pub struct Stats {
     pub sinks: Vec<StatSink>,
     /// `stats_flush_interval`.
     pub flush_interval: Duration,
-    /// Series that stayed zero are left out of Prometheus' format, as with `?usedonly`.
+    /// Envoy's stats that stayed zero, and ringfence's own of upstreams that were never used, are left out of Prometheus' format,
+    /// as with `?usedonly`.
     pub omit_unused: bool,
     /// `-omit-deprecated-tags`: of Consul's tags only the names since 1.9, where this process brings them itself.
     pub omit_deprecated_tags: bool,

@@ -42,6 +42,8 @@ pub struct Resources {
     pub static_clusters: Vec<Resource>,
     /// `envoy.config.listener.v3.Listener`, of the bootstrap.
     pub static_listeners: Vec<Resource>,
+    /// `envoy.extensions.transport_sockets.tls.v3.Secret`, of the bootstrap.
+    pub static_secrets: Vec<Resource>,
     /// `envoy.config.cluster.v3.Cluster`, by CDS.
     pub clusters: Vec<Resource>,
     /// `envoy.config.endpoint.v3.ClusterLoadAssignment`, by EDS.

@@ -25,7 +25,7 @@ use scratch::Scratch;
 use shared::SharedBuffers;
 use socket2::SockAddr;
 
-use super::{Completion, Errno, Local, Op, Push, Remote, Ring, RingError, Socket, Token, probe};
+use super::{Completion, Local, Op, Push, Remote, Ring, RingError, Socket, Token, probe};
 use crate::buffer::{HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES, Span};
 use crate::sys::handover::Place;
 use crate::sys::{self, EventFd, SocketDiag, SocketOwner, StreamOptions};
@@ -178,8 +178,10 @@ impl Uring {
     }
 
     fn reap(&mut self) {
+        let mut out_of_buffers = false;
         for entry in self.ring.completion() {
             let flags = entry.flags();
+            out_of_buffers |= entry.result() == -libc::ENOBUFS;
             self.reaped.push(Completion {
                 token: Token(entry.user_data()),
                 result: entry.result(),
@@ -187,6 +189,10 @@ impl Uring {
                 more: cqueue::more(flags),
                 nonempty: cqueue::sock_nonempty(flags),
             });
+        }
+        // Once, however many sockets went without.
+        if out_of_buffers {
+            self.shared.grow();
         }
     }
 
@@ -387,9 +393,6 @@ impl Ring for Uring {
         self.reaped_next += 1;
         if completion.token.op() == Some(Op::Wake) {
             self.arm_wake();
-        }
-        if completion.outcome() == Err(Errno(libc::ENOBUFS)) {
-            self.shared.grow();
         }
         Some(completion)
     }

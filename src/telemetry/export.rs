@@ -42,6 +42,31 @@ pub struct Exporter {
     installed: bool,
 }
 
+/// The listeners' sums at one moment.
+#[derive(Debug)]
+pub struct Sums(Vec<(Key, Totals)>);
+
+impl Sums {
+    /// With [`Which::Used`] those of upstreams that something was counted for, and those of ways in.
+    pub(super) fn of(series: &Series, which: Which) -> Self {
+        let wanted = |key: &Key, totals: &Totals| {
+            which == Which::All || key.direction == Direction::Inbound || *totals != Totals::default()
+        };
+        let all = series.totals().filter(|(key, totals)| wanted(key, totals));
+        Self(all.map(|(key, totals)| (key.clone(), totals)).collect())
+    }
+
+    /// In the text format. Takes its time where there are many.
+    pub fn text(&self) -> String {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        describe(&recorder);
+        for (key, totals) in &self.0 {
+            publish_totals(&recorder, key, totals);
+        }
+        recorder.handle().render()
+    }
+}
+
 struct Durations {
     connect: Histogram,
     handshake: Histogram,
@@ -193,11 +218,9 @@ impl Exporter {
         self.handle.run_upkeep();
     }
 
-    /// Everything, in the text format; of the listeners' sums, `which`.
-    pub(super) fn render(&self, series: &Series, which: Which) -> String {
-        // Upkeep also publishes descriptions that were added since.
-        self.upkeep();
-        self.handle.render() + &sums(series, which)
+    /// Everything but the listeners' sums, in the text format.
+    pub(super) fn render(&self) -> String {
+        self.handle.render()
     }
 
     fn counter(&self, name: &'static str, labels: Vec<Label>, value: u64) {
@@ -209,27 +232,7 @@ impl Exporter {
     }
 }
 
-/// The listeners' sums in the text format.
-fn sums(series: &Series, which: Which) -> String {
-    let recorder = PrometheusBuilder::new().build_recorder();
-    describe(&recorder);
-    for (key, totals) in series.totals() {
-        // A way in always: its first denial must be visible to rate().
-        if which == Which::All || key.direction == Direction::Inbound || totals != Totals::default() {
-            publish_totals(&recorder, key, &totals, which);
-        }
-    }
-    let handle = recorder.handle();
-    handle.run_upkeep();
-    handle.render()
-}
-
-fn publish_totals(recorder: &PrometheusRecorder, key: &Key, totals: &Totals, which: Which) {
-    let count = |name, labels, value| {
-        if value > 0 || which == Which::All {
-            counter(recorder, name, labels, value);
-        }
-    };
+fn publish_totals(recorder: &PrometheusRecorder, key: &Key, totals: &Totals) {
     let counters = [
         ("ringfence_connections_total", totals.connections),
         ("ringfence_handshakes_total", totals.handshakes),
@@ -238,18 +241,18 @@ fn publish_totals(recorder: &PrometheusRecorder, key: &Key, totals: &Totals, whi
         ("ringfence_connect_failures_total", totals.connect_failures),
     ];
     for (name, value) in counters {
-        count(name, labels(key), value);
+        counter(recorder, name, labels(key), value);
     }
     match key.direction {
-        Direction::Inbound => count("ringfence_connections_allowed_total", labels(key), totals.allowed),
-        Direction::Outbound => count("ringfence_ejections_total", labels(key), totals.ejections),
+        Direction::Inbound => counter(recorder, "ringfence_connections_allowed_total", labels(key), totals.allowed),
+        Direction::Outbound => counter(recorder, "ringfence_ejections_total", labels(key), totals.ejections),
     }
     for (flow, value) in [("from_mesh", totals.bytes_from_mesh), ("to_mesh", totals.bytes_to_mesh)] {
-        count("ringfence_bytes_total", with(labels(key), "flow", flow), value);
+        counter(recorder, "ringfence_bytes_total", with(labels(key), "flow", flow), value);
     }
     gauge(recorder, "ringfence_connections_active", labels(key), totals.active as f64);
     for (reason, value) in CloseReason::ALL.iter().zip(totals.closed) {
-        // Reasons that never happened would be most of the page, but for denials as above.
+        // Reasons that never happened would be most of the page. A first denial must be visible to rate(), though.
         let always = *reason == CloseReason::Denied && key.direction == Direction::Inbound;
         if value > 0 || always {
             counter(recorder, "ringfence_connections_closed_total", with(labels(key), "reason", reason.as_str()), value);
@@ -296,4 +299,4 @@ impl std::fmt::Debug for Exporter {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::watch;
 
 use super::channel::Receiver;
-use super::export::Exporter;
+use super::export::{Exporter, Sums};
 use super::log::{self, AccessLogs, ConnectionLog};
 use super::record::{ConnectionRecord, Event};
 use super::stats::Which;
@@ -310,16 +310,20 @@ impl Hub {
         ejections
     }
 
-    /// Everything in Prometheus' text format: the cells as they stand now, and what other rooms recorded. With [`Which::Used`]
-    /// upstreams that nothing was counted for are not named, nor counters of listeners that stayed zero, but for denials.
-    pub fn render(&mut self, which: Which) -> String {
+    /// Everything but the listeners' sums in Prometheus' text format: the cells as they stand now, and what other rooms recorded.
+    pub fn render(&mut self) -> String {
         self.exporter.publish_callers(&self.callers);
         for (worker, receiver) in self.receivers.iter().enumerate() {
             self.exporter.publish_worker(worker, &receiver.cells);
         }
         self.exporter.publish_listeners(&self.listeners);
         self.exporter.publish_log(self.log.counts() + self.access_log_counts());
-        self.exporter.render(&self.series, which)
+        self.exporter.render()
+    }
+
+    /// The listeners' sums as they stand now, to be written when nobody waits for the hub.
+    pub fn sums(&self, which: Which) -> Sums {
+        Sums::of(&self.series, which)
     }
 
     /// What became of the connection log's lines.

@@ -89,6 +89,7 @@ pub(super) fn resources(
         bootstrap_at: started,
         static_clusters,
         static_listeners,
+        static_secrets: Vec::new(),
         clusters,
         endpoints,
         listeners,

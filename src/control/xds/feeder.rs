@@ -23,7 +23,7 @@ use crate::config::envoy::{AccessLog, PageListener, Xds};
 use crate::control::{Command, ControlError, ServiceStatus, StatsWishes, Status, dump};
 use crate::mesh::{Identity, Snapshot};
 use crate::store::Publisher;
-use crate::telemetry::stats::Updates;
+use crate::telemetry::stats::{Answers, Changes, Updates};
 
 /// Events of the stream that may wait.
 const EVENTS_MAX: usize = 64;
@@ -63,7 +63,7 @@ pub(super) struct Feeder {
     notes: Vec<String>,
     pages: Vec<PageListener>,
     /// By kind, the answers that were taken and those that were not.
-    updates: [Updates; Kind::ALL.len()],
+    responses: [Answers; Kind::ALL.len()],
     rotations: u64,
 }
 
@@ -110,7 +110,7 @@ impl Feeder {
             refused: Default::default(),
             notes: Vec::new(),
             pages: Vec::new(),
-            updates: Default::default(),
+            responses: Default::default(),
             rotations: 0,
         })
     }
@@ -180,10 +180,10 @@ impl Feeder {
         let refused = match Kind::of_url(&response.type_url) {
             Some(kind) => {
                 let refused = self.held.apply(kind, response);
-                let updates = &mut self.updates[kind as usize];
+                let answers = &mut self.responses[kind as usize];
                 let (result, count) = match refused.is_empty() {
-                    true => ("accepted", &mut updates.accepted),
-                    false => ("rejected", &mut updates.rejected),
+                    true => ("accepted", &mut answers.accepted),
+                    false => ("rejected", &mut answers.rejected),
                 };
                 *count += 1;
                 metrics::counter!("ringfence_xds_updates_total", "type" => kind.short(), "result" => result).increment(1);
@@ -303,7 +303,7 @@ impl Feeder {
             access_logs,
             // A bootstrap says it all at the start.
             stats: StatsWishes::default(),
-            updates: Some(self.updates_told()),
+            updates: Some(self.updates()),
         };
         self.status.send_if_modified(|status| {
             let changed = *status != next;
@@ -314,13 +314,18 @@ impl Feeder {
         });
     }
 
-    /// What became of clusters and listeners.
-    fn updates_told(&self) -> (Updates, Updates) {
+    /// What became of clusters and listeners. Those of the bootstrap count as added, this process's own among them.
+    fn updates(&self) -> (Updates, Updates) {
+        let told = |kind: Kind, field: &str, changes: Changes, warming: usize| {
+            let fixed = self.bootstrap.0["static_resources"][field].as_array().map_or(0, Vec::len);
+            let changes = Changes { added: changes.added + fixed as u64, ..changes };
+            Updates { answers: self.responses[kind as usize], changes, warming: warming as u64 }
+        };
         let Held { clusters, listeners, .. } = &self.held;
-        let told =
-            |kind: Kind, changes, warming: usize| Updates { changes, warming: warming as u64, ..self.updates[kind as usize] };
-        let warming = (self.held.waiting_clusters().count(), self.held.waiting_listeners().count());
-        (told(Kind::Cluster, clusters.changes, warming.0), told(Kind::Listener, listeners.changes, warming.1))
+        (
+            told(Kind::Cluster, "clusters", clusters.changes, self.held.waiting_clusters().count()),
+            told(Kind::Listener, "listeners", listeners.changes, self.held.waiting_listeners().count()),
+        )
     }
 
     /// Tells of leaves that came into use.

@@ -84,7 +84,7 @@ pub(super) struct Held {
     pub(super) warming: BTreeMap<String, Newest>,
     pub(super) routes: Shelf<Routed>,
     /// What SDS servers have sent.
-    pub(super) secrets: BTreeMap<SecretName, Secret>,
+    pub(super) secrets: BTreeMap<SecretName, Arc<Secret>>,
     /// As [`crate::config::envoy::Xds::http_as_tcp`].
     pub(super) http_as_tcp: bool,
 }
@@ -124,6 +124,7 @@ pub(super) struct Shelf<T> {
     refused: BTreeMap<String, Arc<Refused>>,
     /// What of both is shown, until it changes.
     shown: Option<Arc<[ShownResource]>>,
+    /// Those of the bootstrap are not among it.
     pub(super) changes: Changes,
 }
 
@@ -157,7 +158,6 @@ impl<T> Shelf<T> {
     }
 
     fn fix(&mut self, name: String, value: T) {
-        self.changes.added += 1;
         self.entries.insert(name, Entry { value: Arc::new(value), came: None, outdated: false });
     }
 
@@ -302,7 +302,9 @@ impl Held {
     /// A certificate came by its name; one that nobody asked for, or does no more, is dropped.
     pub(super) fn take_secret(&mut self, name: SecretName, secret: Secret) {
         if self.secret_names().contains(&name) {
-            self.secrets.insert(name, secret);
+            let before = self.secrets.get(&name).map(|before| &before.came);
+            let secret = Secret { came: secret.came.in_place_of(before), ..secret };
+            self.secrets.insert(name, Arc::new(secret));
             self.promote();
         }
     }
@@ -421,9 +423,8 @@ impl Held {
     }
 
     /// The secrets that are asked for, each as it came; those without still wait.
-    pub(super) fn secrets_shown(&self) -> Vec<(String, Option<Arc<Came>>)> {
-        let came = |name| self.secrets.get(name).map(|secret| Arc::clone(&secret.came));
-        self.secret_names().iter().map(|name| (name.name.clone(), came(name))).collect()
+    pub(super) fn secrets_shown(&self) -> Vec<(String, Option<Arc<Secret>>)> {
+        self.secret_names().iter().map(|name| (name.name.clone(), self.secrets.get(name).cloned())).collect()
     }
 
     /// Clusters without their first endpoints: they are dialed by nobody.

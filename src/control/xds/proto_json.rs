@@ -13,6 +13,7 @@ use prost_reflect::{
     DescriptorPool, DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, ReflectMessage, SerializeOptions, Value,
 };
 use serde_json::Value as Json;
+use zeroize::Zeroize;
 
 /// Envoy's API, compiled by `build.rs`.
 static DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/envoy.binpb"));
@@ -229,8 +230,12 @@ impl Protos {
 
     fn redact_value(&self, value: &mut Value, secret: bool, depth: usize) {
         match value {
-            Value::String(text) if secret => REDACTED.clone_into(text),
-            Value::Bytes(bytes) if secret => *bytes = REDACTED.as_bytes().into(),
+            // A chain may come in one file with its key.
+            Value::String(text) if secret || holds_key(text.as_bytes()) => {
+                text.zeroize();
+                text.push_str(REDACTED);
+            }
+            Value::Bytes(bytes) if secret || holds_key(bytes) => *bytes = REDACTED.as_bytes().into(),
             Value::F64(number) if secret => *number = 0.0,
             Value::Message(message) => self.redact(message, secret, depth),
             Value::List(values) => values.iter_mut().for_each(|value| self.redact_value(value, secret, depth)),
@@ -324,6 +329,12 @@ fn wrong_value(json: &Json, path: &serde_path_to_error::Path, error: &serde_json
         _ => text,
     };
     ProtoJsonError::Value { place: or_top(&place), why, shown }
+}
+
+/// Whether a private key in PEM is among `bytes`, of whatever kind.
+fn holds_key(bytes: &[u8]) -> bool {
+    const END: &[u8] = b"PRIVATE KEY-----";
+    bytes.windows(END.len()).any(|part| part == END)
 }
 
 #[cfg(test)]
@@ -433,6 +444,24 @@ mod tests {
         let secret: Secret = protos.decode(&json).expect("it is a secret");
         let shown = protos.render(&secret).expect("it can be shown");
         assert_eq!(shown["generic_secret"]["secret"]["inline_bytes"], "W3JlZGFjdGVkXQ==");
+    }
+
+    #[test]
+    fn a_key_beside_a_chain_is_not_shown() {
+        let protos = Protos::load();
+        for field in ["inline_string", "inline_bytes"] {
+            let pem = "-----BEGIN CERTIFICATE-----\n-----BEGIN EC PRIVATE KEY-----\nSECRET";
+            let pem = if field == "inline_bytes" {
+                base64::Engine::encode(&base64::engine::general_purpose::STANDARD, pem)
+            } else {
+                pem.to_owned()
+            };
+            let json = json!({ "name": "s", "tls_certificate": { "certificate_chain": { field: pem } } });
+            let secret: Secret = protos.decode(&json).expect("it is a secret");
+            let shown = protos.render(&secret).expect("it can be shown");
+            let chain = &shown["tls_certificate"]["certificate_chain"];
+            assert!(["[redacted]", "W3JlZGFjdGVkXQ=="].contains(&chain[field].as_str().expect("text")), "{chain}");
+        }
     }
 
     #[test]

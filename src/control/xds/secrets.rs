@@ -4,7 +4,6 @@
 //! sends what cannot be used, the certificate that came last stays. Keys leave this room only in a [`Secret`], which prints none.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use envoy_types::pb::envoy::config::core::v3::Node;
@@ -36,7 +35,7 @@ const CERTIFICATES_MAX: usize = 64;
 #[derive(Debug)]
 pub(super) struct Secret {
     pub(super) shown: Shown,
-    pub(super) came: Arc<Came>,
+    pub(super) came: Came,
 }
 
 /// A name and what came under it.
@@ -208,7 +207,7 @@ impl Asking {
             match message.and_then(|message| secret(&message)) {
                 Ok(shown) => {
                     let name = SecretName { cluster: self.cluster.clone(), name };
-                    let came = Arc::new(Came::new(&response.version_info, any.value.clone(), SystemTime::now(), None));
+                    let came = Came::new(&response.version_info, any.value.clone(), SystemTime::now(), None);
                     self.sender.send((name, Secret { shown, came })).await.map_err(|_| String::new())?;
                 }
                 Err(why) => refused.push(format!("{SECRET} {name}: {why}")),

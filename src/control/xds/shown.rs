@@ -18,7 +18,7 @@ use zeroize::Zeroizing;
 use super::held::{Held, Kind};
 use super::proto_json::Protos;
 use super::refusal::type_url;
-use super::secrets::SECRET;
+use super::secrets::{SECRET, Secret};
 use crate::control::dump::{Accepted, Refused, Resource, Resources};
 
 /// A resource in force.
@@ -51,17 +51,21 @@ pub(super) struct Everything {
     sent: [Arc<[Shown]>; Kind::ALL.len()],
     waiting_clusters: Waiting,
     waiting_listeners: Waiting,
-    secrets: Vec<(String, Option<Arc<Came>>)>,
+    secrets: Vec<(String, Option<Arc<Secret>>)>,
 }
 
 impl Came {
     /// `before` is what it takes the place of: a resource that is sent again as it was has its old time.
     pub(super) fn new(version: &str, bytes: Vec<u8>, now: SystemTime, before: Option<&Self>) -> Self {
-        let mut came = Self { version: version.to_owned(), at: now, bytes: Zeroizing::new(bytes) };
-        if let Some(before) = before.filter(|before| came.is_same_as(before)) {
-            came.at = before.at;
+        Self { version: version.to_owned(), at: now, bytes: Zeroizing::new(bytes) }.in_place_of(before)
+    }
+
+    /// It has the time of `before` if that says the same.
+    pub(super) fn in_place_of(mut self, before: Option<&Self>) -> Self {
+        if let Some(before) = before.filter(|before| self.is_same_as(before)) {
+            self.at = before.at;
         }
-        came
+        self
     }
 
     /// Whether both say the same, whatever their versions.
@@ -98,13 +102,14 @@ impl Accepted for Everything {
         Resources {
             bootstrap: Json::clone(&self.bootstrap),
             bootstrap_at: self.bootstrap_at,
-            static_clusters: self.fixed("clusters", Kind::Cluster),
-            static_listeners: self.fixed("listeners", Kind::Listener),
+            static_clusters: self.fixed("clusters", Kind::Cluster.message()),
+            static_listeners: self.fixed("listeners", Kind::Listener.message()),
+            static_secrets: self.fixed("secrets", SECRET),
             clusters,
             endpoints,
             listeners,
             routes,
-            secrets: self.secrets.iter().map(|(name, came)| secret(name, came.as_deref(), &protos)).collect(),
+            secrets: self.secrets.iter().map(|(name, held)| secret(name, held.as_deref(), &protos)).collect(),
         }
     }
 }
@@ -123,13 +128,13 @@ impl Everything {
     }
 
     /// What the bootstrap has of a kind, the small listeners of this process's own and their clusters among it.
-    fn fixed(&self, field: &str, kind: Kind) -> Vec<Resource> {
+    fn fixed(&self, field: &str, message: &str) -> Vec<Resource> {
         let all = self.bootstrap.pointer(&format!("/static_resources/{field}")).and_then(Json::as_array);
         let resource = |json: &Json| Resource {
             name: json["name"].as_str().unwrap_or_default().to_owned(),
             version_info: String::new(),
             last_updated: self.bootstrap_at,
-            json: typed(kind.message(), json.clone()),
+            json: typed(message, json.clone()),
             warming: None,
             error_state: None,
         };
@@ -156,8 +161,8 @@ impl Shown {
     }
 }
 
-/// One that has not come is told by its name alone, with the version that Envoy gives it.
-fn secret(name: &str, came: Option<&Came>, protos: &Protos) -> Resource {
+/// One that has not come is told by its name alone, with the version that Envoy gives it, and of no time.
+fn secret(name: &str, held: Option<&Secret>, protos: &Protos) -> Resource {
     let version = |version_info: &str, last_updated, json| Resource {
         name: name.to_owned(),
         version_info: version_info.to_owned(),
@@ -166,7 +171,7 @@ fn secret(name: &str, came: Option<&Came>, protos: &Protos) -> Resource {
         warming: None,
         error_state: None,
     };
-    match came {
+    match held.map(|held| &held.came) {
         Some(came) => version(&came.version, came.at, json(SECRET, &came.bytes, protos)),
         None => {
             let waits = version("uninitialized", SystemTime::UNIX_EPOCH, typed(SECRET, json!({ "name": name })));

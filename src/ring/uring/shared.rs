@@ -19,7 +19,7 @@ pub(super) struct SharedBuffers {
     pub(super) leases: Vec<Lease>,
     addresses: Vec<u64>,
     /// How many were ever handed to the kernel.
-    provided: u16,
+    pub(super) provided: u16,
     tail: u16,
 }
 

@@ -1,6 +1,7 @@
 //! The ring on the real kernel, with sockets of loopback.
 
 use super::*;
+use crate::ring::{Errno, SHARED_BUFFERS};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 
@@ -99,6 +100,7 @@ fn shared_buffers_come_as_they_are_needed() {
         }
     }
     assert!(empty > 0, "the first step was enough for all");
+    assert!(ring.shared.provided < SHARED_BUFFERS, "{empty} that went without brought all of them");
     held.sort_unstable();
     held.dedup();
     assert_eq!(held.len(), SOCKETS as usize, "a buffer was handed out twice");

@@ -7,6 +7,7 @@ use super::*;
 use crate::mesh::Bind;
 use crate::telemetry::cells::{Direction, ListenerCells};
 use crate::telemetry::channel::{self, EVENTS_MAX, Sender};
+use crate::telemetry::export::tests::page;
 use crate::telemetry::log::tests::{inbound, said};
 use crate::telemetry::log::{Destination, Reopener};
 
@@ -191,12 +192,12 @@ fn rendering_sums_workers_and_keeps_removed_listeners() {
     }
     hub.drain();
     let sum = r#"ringfence_connections_total{direction="inbound",service="db"} 7"#;
-    assert!(hub.render(Which::All).lines().any(|line| line == sum));
-    assert!(hub.render(Which::All).lines().any(|line| line == r#"ringfence_worker_enters_total{worker="1"} 4"#));
+    assert!(page(&mut hub, Which::All).lines().any(|line| line == sum));
+    assert!(page(&mut hub, Which::All).lines().any(|line| line == r#"ringfence_worker_enters_total{worker="1"} 4"#));
     all.clear();
     for sender in &mut senders {
         sender.send(Event::ListenerDown { bind: tcp(20_000) });
     }
     hub.drain_at(Instant::now() + SWEEP_INTERVAL * 2);
-    assert!(hub.render(Which::All).lines().any(|line| line == sum), "counters of a removed listener stay");
+    assert!(page(&mut hub, Which::All).lines().any(|line| line == sum), "counters of a removed listener stay");
 }

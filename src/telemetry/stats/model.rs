@@ -3,8 +3,8 @@
 //! Invariant: a value is what was counted, or 0. These are 0 because this proxy has nothing that they could mean, or does not
 //! know: bytes buffered (a flow receives only when all it had was sent), flow control, flushes, drain closes apart from
 //! `ringfence_connections_closed_total`'s reasons, `ssl.fail_verify_*` but for the SAN (`ssl.connection_error` counts every
-//! other failed handshake), curves and signature algorithms, changes of listeners and clusters since the start (what is active
-//! is known), panic mode, degraded and excluded members, `server.version` (Envoy's commit), and watchdogs.
+//! other failed handshake), curves and signature algorithms, without xDS changes of listeners and clusters since the start
+//! (what is active is known), panic mode, degraded and excluded members, `server.version` (Envoy's commit), and watchdogs.
 //!
 //! A listener with routes has the sums of its routes ([`routes`]).
 //!
@@ -119,14 +119,22 @@ pub struct Process {
 /// Answers of a control plane with resources of one kind, and what became of these.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Updates {
-    /// Answers taken whole.
-    pub accepted: u64,
-    /// Answers refused, at least in part.
-    pub rejected: u64,
+    /// What became of the answers.
+    pub answers: Answers,
     /// What happened to the resources of this kind since the start.
     pub changes: Changes,
-    /// Resources whose newest version waits for what it needs, now.
+    /// Resources whose newest version waits for what it needs, now. Envoy waits no longer than `initial_fetch_timeout`, this
+    /// proxy until it comes.
     pub warming: u64,
+}
+
+/// How many answers there were.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Answers {
+    /// Taken whole.
+    pub accepted: u64,
+    /// Refused, at least in part.
+    pub rejected: u64,
 }
 
 /// Resources that came and went.
@@ -435,7 +443,7 @@ fn of_process(made: &mut Made, snapshot: &Snapshot, facts: &Facts, process: &Pro
     }
     let active = listeners.saturating_sub(facts.listeners_failed);
     // Without a stream of resources, each snapshot that was published replaced both kinds.
-    let published = || Updates { accepted: snapshot.generation, ..Updates::default() };
+    let published = || Updates { answers: Answers { accepted: snapshot.generation, rejected: 0 }, ..Updates::default() };
     let (cds, lds) = process.updates.unwrap_or_else(|| (published(), published()));
     scopes::managers(made, (cds, clusters as u64), (lds, active as u64), process.connected);
 }

@@ -291,7 +291,7 @@ fn a_secret_that_nobody_asked_for_is_dropped() {
             key_pem: key_pem(&bench.svid.key).into(),
             from: "<inline>".into(),
         },
-        came: Arc::new(Came::new("7", came.clone(), SystemTime::now(), None)),
+        came: Came::new("7", came.clone(), SystemTime::now(), None),
     };
     let (wanted, other) = (certificate(), certificate());
     let waits = bench.told(json!({})).secrets;

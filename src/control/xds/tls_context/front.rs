@@ -76,7 +76,7 @@ impl Front {
     }
 
     /// What is spoken, once the secret is there.
-    pub(in crate::control::xds) fn settings(&self, secrets: &BTreeMap<SecretName, Secret>) -> Option<FrontSettings> {
+    pub(in crate::control::xds) fn settings(&self, secrets: &BTreeMap<SecretName, Arc<Secret>>) -> Option<FrontSettings> {
         let certificate = match &self.certificate {
             Certificate::Inline(shown) => shown,
             Certificate::Secret(name) => &secrets.get(name)?.shown,

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::{Made, Memory, PROCESS, Process, Stat, Updates, Value, Which, closed, unix_seconds};
+use super::{Answers, Made, Memory, PROCESS, Process, Stat, Updates, Value, Which, closed, unix_seconds};
 use crate::config;
 use crate::mesh::{Identity, Upstream};
 use crate::telemetry::cells::{Direction, SUITES};
@@ -434,7 +434,7 @@ pub(super) fn managers(made: &mut Made, (cds, clusters): (Updates, u64), (lds, l
     for (prefix, of_one, updates) in
         [("cluster_manager.cds", "cluster_manager.cluster", cds), ("listener_manager.lds", "listener_manager.listener", lds)]
     {
-        let Updates { accepted, rejected, changes, warming: _ } = updates;
+        let Updates { answers: Answers { accepted, rejected }, changes, warming: _ } = updates;
         scope.counter(&format!("{prefix}.update_attempt"), accepted + rejected);
         scope.counter(&format!("{prefix}.update_success"), accepted);
         scope.counter(&format!("{prefix}.update_rejected"), rejected);

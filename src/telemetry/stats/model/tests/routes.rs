@@ -160,8 +160,9 @@ async fn a_transparent_proxy_has_upstreams_prefixes() {
 #[tokio::test]
 async fn updates_of_resources_have_the_names_of_envoys_managers() {
     let changes = Changes { added: 7, modified: 6, removed: 5 };
-    let clusters = Updates { accepted: 4, rejected: 1, changes, warming: 2 };
-    let listeners = Updates { accepted: 2, rejected: 3, changes: Changes { added: 9, ..changes }, warming: 1 };
+    let clusters = Updates { answers: Answers { accepted: 4, rejected: 1 }, changes, warming: 2 };
+    let listeners =
+        Updates { answers: Answers { accepted: 2, rejected: 3 }, changes: Changes { added: 9, ..changes }, warming: 1 };
     let updates = Some((clusters, listeners));
     let process = Process { connected: true, updates, ..Process::default() };
     let stats = build(&snapshot(Vec::new()), &Facts::capture(&hub(&[])), &process, Which::All).await;
