@@ -13,6 +13,7 @@ mod opaque;
 mod report;
 mod rotation;
 mod state;
+mod tally;
 #[cfg(feature = "xds")]
 pub mod xds;
 
@@ -28,7 +29,7 @@ use crate::config;
 use crate::config::envoy::{AccessLog, PageListener};
 use crate::mesh::Snapshot;
 use crate::store::Publisher;
-use crate::telemetry::stats::Updates;
+use crate::telemetry::stats::Told;
 
 /// What the control plane says of itself, for readiness and the admin port.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -43,8 +44,8 @@ pub struct Status {
     pub access_logs: Vec<AccessLog>,
     /// What the proxies' definitions say of stats.
     pub stats: StatsWishes,
-    /// Clusters and listeners, where an xDS server sends them: answers, what they changed, and what waits.
-    pub updates: Option<(Updates, Updates)>,
+    /// What was told of clusters, listeners and members, and what that changed.
+    pub told: Told,
 }
 
 /// What definitions say of stats, over all proxies: `envoy_stats_tags`, `envoy_statsd_url`, `envoy_dogstatsd_url` and

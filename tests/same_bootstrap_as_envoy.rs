@@ -53,6 +53,7 @@ struct Told {
     numbers: BTreeMap<&'static str, u64>,
     /// What the managers counted: after the start, and of changes.
     managed: Vec<[u64; 8]>,
+    members: Vec<[u64; 6]>,
     half_close: [String; 2],
     /// After the listeners were drained: a new connection, and one that was there.
     drained: [bool; 2],
@@ -84,6 +85,10 @@ const MANAGED: [&str; 8] = [
     "listener_manager.listener_removed",
     "listener_manager.total_listeners_warming",
 ];
+
+/// Stats of members that come and go.
+const MEMBERS: [&str; 6] =
+    ["membership_change", "membership_total", "update_attempt", "update_success", "update_rejected", "update_no_rebuild"];
 
 struct Scene {
     server: XdsServer,
@@ -136,6 +141,8 @@ impl Scene {
         let client = Client::new(admin, None);
         let first = || asked(self.upstream, ECHO, |stream| echoes(stream, 1)).map_err(|why| format!("{why}\n{}", process.tail()));
         wait_for("the first echo", PATIENCE, || client.try_get("/ready").and_then(|_| first()));
+        // A cluster that changes is made anew in Envoy, and its members come once more; so these are first.
+        let members = self.members(&client);
         let managed = self.managed(&client);
         client.post("/reset_counters", &Value::Null).ok("counters begin anew");
 
@@ -153,6 +160,7 @@ impl Scene {
             names: stats.lines().filter_map(|line| self.at_layer_four(line.split(": ").next()?)).collect(),
             numbers: NUMBERS.iter().map(|name| (*name, number(&stats, name))).collect(),
             managed,
+            members,
             half_close,
             drained: self.drained(&client),
             exit: None,
@@ -184,6 +192,27 @@ impl Scene {
             if counts[1] > changed[1] && counts[2] == 1 { Ok(counts) } else { Err(format!("{counts:?}")) }
         });
         vec![start, changed, gone]
+    }
+
+    /// What is counted of members: of the app's, and of a cluster's as one more comes, as it is told again, and as it goes.
+    fn members(&self, client: &Client) -> Vec<[u64; 6]> {
+        let now = |cluster: &str| {
+            let stats = client.get("/stats").ok("stats").body;
+            // What is asked for nowhere is not refused either: Envoy has no such stat then.
+            let is_there = |name: &str| stats.contains(&format!("cluster.{cluster}.{name}: "));
+            MEMBERS.map(|name| if is_there(name) { number(&stats, &format!("cluster.{cluster}.{name}")) } else { 0 })
+        };
+        let mut told = vec![now("local_app"), now(DB)];
+        let more = [(self.public, HealthStatus::Healthy), (ports::free_address(), HealthStatus::Unhealthy)];
+        for members in [&more[..], &more[..], &more[..1]] {
+            let accepted = told[told.len() - 1][3];
+            self.server.set(ENDPOINTS, DB, &resources::assignment(DB, members));
+            told.push(wait_for("members are told", PATIENCE, || {
+                let counts = now(DB);
+                if counts[3] > accepted { Ok(counts) } else { Err(format!("{counts:?}")) }
+            }));
+        }
+        told
     }
 
     /// A stat's name where it counts connections, bytes, TLS or decisions of what this proxy was told.
@@ -341,6 +370,9 @@ fn both_serve_and_tell_the_same() {
     assert_eq!(ours.managed, envoy.managed);
     // The bootstrap has two clusters and a listener besides the two of each that come.
     assert_eq!(envoy.managed[2], [5, 2, 1, 0, 3, 0, 0, 0]);
+    assert_eq!(ours.members, envoy.members);
+    assert_eq!(envoy.members[0], [1, 1, 0, 0, 0, 0], "the app's are told with its cluster");
+    assert_eq!(envoy.members[4], [3, 1, 5, 4, 0, 1]);
     assert_eq!(envoy.numbers["tcp.public_listener.downstream_cx_total"], ROUND_TRIPS + 2);
     assert_eq!((ours.drained, ours.exit), (envoy.drained, envoy.exit));
     assert_eq!((envoy.drained, envoy.exit), ([false, true], Some(0)));

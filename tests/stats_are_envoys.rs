@@ -72,6 +72,11 @@ fn counters_balance_under_churn() {
     assert!(number(&db, "connect_authz.rbac.allowed") >= 65);
     assert!(sum(&db, "listener.", "ssl.handshake") >= sum(&db, "listener.", "ssl.session_reused"));
     assert_eq!(sum(&db, "listener.", "ssl.versions.TLSv1.3"), sum(&db, "listener.", "ssl.handshake"));
+    let web = text(&pair.web, "");
+    assert_eq!(["cluster_manager.cluster_added", "listener_manager.listener_added"].map(|name| number(&web, name)), [2, 2]);
+    assert_eq!(["membership_change", "membership_total"].map(|name| sum(&web, "cluster.db.", name)), [1, 1]);
+    let fetched = ["update_attempt", "update_success"].map(|name| sum(&web, "cluster.db.", name));
+    assert!(fetched[1] >= 1 && fetched[0] == fetched[1] + 1, "{fetched:?}");
     pair.assert_healthy();
 }
 

@@ -101,9 +101,9 @@ async fn collect(shared: &Shared, which: Which) -> (Vec<Stat>, Arc<Snapshot>) {
         hub.drain();
         (Facts::capture(&hub), health::state(shared, &hub))
     };
-    let (connected, updates) = {
+    let (connected, told) = {
         let status = shared.status.borrow();
-        (status.agent_reachable, status.updates)
+        (status.agent_reachable, status.told.clone())
     };
     let process = Process {
         state: match state {
@@ -114,7 +114,7 @@ async fn collect(shared: &Shared, which: Which) -> (Vec<Stat>, Arc<Snapshot>) {
         },
         uptime: shared.start.elapsed(),
         connected,
-        updates,
+        told,
         memory: model::Memory::now(),
     };
     (model::build(&snapshot, &facts, &process, which).await, snapshot)

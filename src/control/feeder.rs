@@ -16,6 +16,7 @@ use super::consul::token::Token;
 use super::consul::watch::{self as consul_watch, Context, EVENTS_MAX, Event, Key};
 use super::consul::{login, token};
 use super::state::{State, Urgency};
+use super::tally::Tally;
 use super::{Command, ControlError, Status, build, report};
 use crate::config;
 use crate::mesh::Snapshot;
@@ -42,6 +43,7 @@ pub(crate) struct Feeder {
     reserved: Vec<Vec<Wanted>>,
     /// When what waits is published.
     publish_at: Option<Instant>,
+    tally: Tally,
 }
 
 struct Task {
@@ -86,6 +88,7 @@ impl Feeder {
             rotations: 0,
             reserved,
             publish_at: None,
+            tally: Tally::default(),
         })
     }
 
@@ -222,7 +225,9 @@ impl Feeder {
         let services = build::services(&self.state, &current.services);
         let identities = build::identities(&self.state, &current.identities);
         if !build::same(&services, &current.services) || !Arc::ptr_eq(&identities, &current.identities) {
-            let generation = self.publisher.publish(Snapshot { services, identities, ..Snapshot::default() });
+            let next = Snapshot { services, identities, ..Snapshot::default() };
+            self.tally.follow(&current, &next);
+            let generation = self.publisher.publish(next);
             metrics::gauge!("ringfence_snapshot_generation").set(as_f64(generation));
             tracing::debug!(generation, "snapshot published");
         }
@@ -230,7 +235,9 @@ impl Feeder {
 
     fn report(&mut self) {
         let published = self.publish_at.is_none();
+        let told = self.tally.told(self.publisher.generation());
         let next = report::status(&mut self.state, published, self.client.reachable(), SystemTime::now());
+        let next = Status { told, ..next };
         let rotations: u64 = next.services.iter().map(|service| service.rotations).sum();
         if rotations > self.rotations {
             metrics::counter!("ringfence_rotations_total").increment(rotations - self.rotations);

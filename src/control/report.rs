@@ -9,11 +9,12 @@ use super::{ServiceStatus, StatsWishes, Status};
 use crate::config;
 use crate::config::envoy::AccessLog;
 use crate::policy::DefaultPolicy;
+use crate::telemetry::stats::Told;
 
 /// Problems of one proxy that are shown; the rest is counted.
 const PROBLEMS_MAX: usize = 6;
 
-/// The status now. Marks proxies that are complete for the first time, once all that is known is also published.
+/// The status now, but for what is counted of snapshots. Marks proxies that are complete for the first time, once all that is known is also published.
 pub(crate) fn status(state: &mut State, published: bool, agent_reachable: bool, wall: SystemTime) -> Status {
     let complete: Vec<bool> = state.proxies.iter().map(|proxy| is_complete(state, proxy)).collect();
     for (proxy, complete) in state.proxies.iter_mut().zip(complete) {
@@ -26,7 +27,7 @@ pub(crate) fn status(state: &mut State, published: bool, agent_reachable: bool, 
         services,
         access_logs: access_logs(state),
         stats: stats_wishes(state),
-        updates: None,
+        told: Told::default(),
     }
 }
 

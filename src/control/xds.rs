@@ -25,6 +25,7 @@ mod rbac;
 mod refusal;
 mod resolver;
 mod secrets;
+mod shelf;
 mod shown;
 mod stream;
 mod subscription;

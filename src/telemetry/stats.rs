@@ -15,7 +15,7 @@ pub mod tags;
 pub mod text;
 
 pub use histogram::Histogram;
-pub use model::{Answers, Changes, Facts, Process, Stat, Updates, Value, Which};
+pub use model::{AllMembers, Answers, Changes, Facts, Fetched, Members, Process, Stat, Told, Updates, Value, Which};
 pub use tags::Tagger;
 
 /// Lets other tasks of this thread have their turn, and then whoever waits for its core: that may be a worker, for which the

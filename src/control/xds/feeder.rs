@@ -20,10 +20,11 @@ use super::shown::Everything;
 use super::stream::{Event, Opener};
 use super::subscription::{Subscription, answer};
 use crate::config::envoy::{AccessLog, PageListener, Xds};
+use crate::control::tally::Tally;
 use crate::control::{Command, ControlError, ServiceStatus, StatsWishes, Status, dump};
 use crate::mesh::{Identity, Snapshot};
 use crate::store::Publisher;
-use crate::telemetry::stats::{Answers, Changes, Updates};
+use crate::telemetry::stats::{AllMembers, Answers, Changes, Told, Updates};
 
 /// Events of the stream that may wait.
 const EVENTS_MAX: usize = 64;
@@ -65,6 +66,10 @@ pub(super) struct Feeder {
     /// By kind, the answers that were taken and those that were not.
     responses: [Answers; Kind::ALL.len()],
     rotations: u64,
+    tally: Tally,
+    /// What is told of members, and whether that is all there is to tell.
+    members: Arc<AllMembers>,
+    members_told: bool,
 }
 
 impl Feeder {
@@ -112,6 +117,9 @@ impl Feeder {
             pages: Vec::new(),
             responses: Default::default(),
             rotations: 0,
+            tally: Tally::default(),
+            members: Arc::default(),
+            members_told: false,
         })
     }
 
@@ -186,6 +194,7 @@ impl Feeder {
                     false => ("rejected", &mut answers.rejected),
                 };
                 *count += 1;
+                self.members_told &= kind != Kind::Endpoints;
                 metrics::counter!("ringfence_xds_updates_total", "type" => kind.short(), "result" => result).increment(1);
                 for why in &refused {
                     tracing::error!(resource = %why, "a resource is refused; the one before it, if any, stays, but a way in lets nobody in until it is understood");
@@ -277,6 +286,8 @@ impl Feeder {
             return;
         }
         let next = Snapshot { services: vec![service], routers, identities: Arc::clone(&current.identities), generation: 0 };
+        self.tally.follow(&current, &next);
+        self.members_told = false;
         let generation = self.publisher.publish(next);
         metrics::gauge!("ringfence_snapshot_generation").set(as_f64(generation));
         tracing::debug!(generation, "snapshot published");
@@ -303,7 +314,7 @@ impl Feeder {
             access_logs,
             // A bootstrap says it all at the start.
             stats: StatsWishes::default(),
-            updates: Some(self.updates()),
+            told: self.told(),
         };
         self.status.send_if_modified(|status| {
             let changed = *status != next;
@@ -315,17 +326,21 @@ impl Feeder {
     }
 
     /// What became of clusters and listeners. Those of the bootstrap count as added, this process's own among them.
-    fn updates(&self) -> (Updates, Updates) {
+    fn told(&mut self) -> Told {
+        if !std::mem::replace(&mut self.members_told, true) {
+            self.members = Arc::new(self.tally.members(|cluster| self.held.fetched(cluster)));
+        }
         let told = |kind: Kind, field: &str, changes: Changes, warming: usize| {
             let fixed = self.bootstrap.0["static_resources"][field].as_array().map_or(0, Vec::len);
             let changes = Changes { added: changes.added + fixed as u64, ..changes };
             Updates { answers: self.responses[kind as usize], changes, warming: warming as u64 }
         };
         let Held { clusters, listeners, .. } = &self.held;
-        (
-            told(Kind::Cluster, "clusters", clusters.changes, self.held.waiting_clusters().count()),
-            told(Kind::Listener, "listeners", listeners.changes, self.held.waiting_listeners().count()),
-        )
+        Told {
+            clusters: told(Kind::Cluster, "clusters", clusters.changes, self.held.waiting_clusters().count()),
+            listeners: told(Kind::Listener, "listeners", listeners.changes, self.held.waiting_listeners().count()),
+            members: Arc::clone(&self.members),
+        }
     }
 
     /// Tells of leaves that came into use.

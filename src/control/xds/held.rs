@@ -9,7 +9,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use envoy_types::pb::envoy::config::cluster::v3::Cluster as ClusterMessage;
 use envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment;
@@ -22,16 +21,11 @@ use super::endpoint::Assignment;
 use super::listener::{self, Destination, Listener, Role};
 use super::refusal::{Refusal, unpack};
 use super::secrets::Secret;
+use super::shelf::{Content, Shelf};
 use super::shown::{Came, Shown as ShownResource};
 use super::tls_context::SecretName;
 use crate::control::ControlError;
-use crate::control::dump::Refused;
-use crate::telemetry::stats::Changes;
-
-/// Resources of one kind; more is a mistake at the other end.
-const RESOURCES_MAX: usize = 20_000;
-/// Refused updates of one kind that are remembered, each under its resource's name.
-const REFUSED_MAX: usize = 100;
+use crate::telemetry::stats::Fetched;
 
 /// A kind of resource that is asked for, in the order in which it is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -98,7 +92,7 @@ pub(super) struct Newest {
 }
 
 /// A route configuration in which every request goes to one cluster.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct Routed {
     pub(super) cluster: String,
 }
@@ -114,140 +108,15 @@ impl Routed {
     }
 }
 
-/// The resources of one kind.
-#[derive(Debug)]
-pub(super) struct Shelf<T> {
-    entries: BTreeMap<String, Entry<T>>,
-    /// Whether the server has answered for this kind at all.
-    pub(super) answered: bool,
-    /// By name, the newest update where that was refused, whether or not there is an older one in force.
-    refused: BTreeMap<String, Arc<Refused>>,
-    /// What of both is shown, until it changes.
-    shown: Option<Arc<[ShownResource]>>,
-    /// Those of the bootstrap are not among it.
-    pub(super) changes: Changes,
-}
+impl Content for Cluster {}
 
-#[derive(Debug)]
-struct Entry<T> {
-    value: Arc<T>,
-    /// As the server sent it; none is from the bootstrap, and the server can neither change nor remove it.
-    came: Option<Arc<Came>>,
-    /// A newer version of it was refused.
-    outdated: bool,
-}
+impl Content for Listener {}
 
-impl<T> Default for Shelf<T> {
-    fn default() -> Self {
-        Self { entries: BTreeMap::new(), answered: false, refused: BTreeMap::new(), shown: None, changes: Changes::default() }
-    }
-}
+impl Content for Routed {}
 
-impl<T> Shelf<T> {
-    pub(super) fn get(&self, name: &str) -> Option<&Arc<T>> {
-        self.entries.get(name).map(|entry| &entry.value)
-    }
-
-    pub(super) fn values(&self) -> impl Iterator<Item = &Arc<T>> {
-        self.entries.values().map(|entry| &entry.value)
-    }
-
-    /// Those of which nothing newer was refused.
-    pub(super) fn up_to_date(&self) -> impl Iterator<Item = &Arc<T>> {
-        self.entries.values().filter(|entry| !entry.outdated).map(|entry| &entry.value)
-    }
-
-    fn fix(&mut self, name: String, value: T) {
-        self.entries.insert(name, Entry { value: Arc::new(value), came: None, outdated: false });
-    }
-
-    fn versions(&self) -> impl Iterator<Item = (String, String)> {
-        self.entries.iter().filter_map(|(name, entry)| Some((name.clone(), entry.came.as_ref()?.version.clone())))
-    }
-
-    /// Returns what was refused.
-    fn apply(
-        &mut self,
-        kind: Kind,
-        response: &DeltaDiscoveryResponse,
-        parse: impl Fn(&Resource) -> Result<T, Refusal>,
-    ) -> Vec<String> {
-        let mut refused = Vec::new();
-        let now = SystemTime::now();
-        for resource in &response.resources {
-            let Err(why) = self.take(resource, now, &parse) else {
-                self.refused.remove(&resource.name);
-                continue;
-            };
-            let why = format!("{} {}: {why}", kind.message(), resource.name);
-            if self.refused.len() < REFUSED_MAX || self.refused.contains_key(&resource.name) {
-                let told = Refused { at: now, details: why.clone(), version_info: resource.version.clone() };
-                self.refused.insert(resource.name.clone(), Arc::new(told));
-            }
-            refused.push(why);
-        }
-        let removed: BTreeSet<&String> = response.removed_resources.iter().collect();
-        let before = self.entries.len();
-        self.entries.retain(|name, entry| entry.came.is_none() || !removed.contains(name));
-        self.changes.removed += (before - self.entries.len()) as u64;
-        self.refused.retain(|name, _| !removed.contains(name));
-        self.answered = true;
-        self.shown = None;
-        refused
-    }
-
-    /// Puts one resource in the place of the one before it; otherwise says why not.
-    fn take(
-        &mut self,
-        resource: &Resource,
-        now: SystemTime,
-        parse: impl Fn(&Resource) -> Result<T, Refusal>,
-    ) -> Result<(), String> {
-        match self.entries.get(&resource.name) {
-            None if self.entries.len() >= RESOURCES_MAX => return Err(format!("more than {RESOURCES_MAX} resources")),
-            Some(Entry { came: None, .. }) => return Err("the bootstrap has one of this name".to_owned()),
-            _ => {}
-        }
-        let value = parse(resource).map_err(|why| {
-            if let Some(entry) = self.entries.get_mut(&resource.name) {
-                entry.outdated = true;
-            }
-            why.to_string()
-        })?;
-        let before = self.entries.get(&resource.name).and_then(|entry| entry.came.as_deref());
-        let bytes = resource.resource.as_ref().map(|any| any.value.clone()).unwrap_or_default();
-        let came = Came::new(&resource.version, bytes, now, before);
-        match before {
-            None => self.changes.added += 1,
-            Some(before) => self.changes.modified += u64::from(!came.is_same_as(before)),
-        }
-        self.entries.insert(resource.name.clone(), Entry { value: Arc::new(value), came: Some(Arc::new(came)), outdated: false });
-        Ok(())
-    }
-
-    fn keep_only(&mut self, names: &BTreeSet<String>) {
-        let before = (self.entries.len(), self.refused.len());
-        self.entries.retain(|name, _| names.contains(name));
-        self.refused.retain(|name, _| names.contains(name));
-        if (self.entries.len(), self.refused.len()) != before {
-            self.shown = None;
-        }
-    }
-
-    /// What the server has sent, in the order of names.
-    fn shown(&mut self) -> Arc<[ShownResource]> {
-        let Self { entries, refused, shown, .. } = self;
-        let make = || {
-            let told = |name: &String| refused.get(name).map(Arc::clone);
-            let held = entries.iter().filter_map(|(name, entry)| {
-                let came = Arc::clone(entry.came.as_ref()?);
-                Some(ShownResource { name: name.clone(), came: Some(came), refused: told(name) })
-            });
-            let never = refused.keys().filter(|name| entries.get(*name).is_none_or(|entry| entry.came.is_none()));
-            let never = never.map(|name| ShownResource { name: name.clone(), came: None, refused: told(name) });
-            held.chain(never).collect()
-        };
-        Arc::clone(shown.get_or_insert_with(make))
+impl Content for Assignment {
+    fn is_nothing(&self) -> bool {
+        self.places().next().is_none()
     }
 }
 
@@ -439,6 +308,14 @@ impl Held {
         let entries = self.listeners.entries.iter().filter(|(name, _)| !self.warming.contains_key(*name));
         let alone = entries.filter(|(_, entry)| self.waits(&entry.value).is_some()).map(|(name, _)| (name, None));
         alone.chain(behind)
+    }
+
+    /// What was told of a cluster's members, where that is told apart from it.
+    pub(super) fn fetched(&self, cluster: &str) -> Option<Fetched> {
+        match &self.clusters.get(cluster)?.discovery {
+            Discovery::Eds(name) => Some(self.endpoints.fetched(name)),
+            _ => None,
+        }
     }
 
     /// What is held of a kind, for a server that starts over.

@@ -3,8 +3,8 @@
 //! Invariant: a value is what was counted, or 0. These are 0 because this proxy has nothing that they could mean, or does not
 //! know: bytes buffered (a flow receives only when all it had was sent), flow control, flushes, drain closes apart from
 //! `ringfence_connections_closed_total`'s reasons, `ssl.fail_verify_*` but for the SAN (`ssl.connection_error` counts every
-//! other failed handshake), curves and signature algorithms, without xDS changes of listeners and clusters since the start
-//! (what is active is known), panic mode, degraded and excluded members, `server.version` (Envoy's commit), and watchdogs.
+//! other failed handshake), curves and signature algorithms, panic mode, degraded and excluded members, `server.version` (Envoy's
+//! commit), and watchdogs.
 //!
 //! A listener with routes has the sums of its routes ([`routes`]).
 //!
@@ -13,6 +13,7 @@
 
 mod routes;
 mod scopes;
+mod updates;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use crate::telemetry::close::CloseReason;
 use crate::telemetry::hub::{Ejection, Hub, Key, Share, Span, Totals};
 pub use routes::prefix as route_prefix;
 use scopes::{Cluster, Scope};
+pub use updates::{AllMembers, Answers, Changes, Fetched, Members, Told, Updates};
 
 /// Scopes made in a row before others get their turn.
 const SCOPES_IN_A_ROW_MAX: usize = 32;
@@ -102,7 +104,7 @@ pub struct Facts {
 }
 
 /// What only the process's other threads know.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Process {
     /// Envoy's `server.state`: 0 live, 1 draining, 2 before and 3 in initialisation.
     pub state: u64,
@@ -110,42 +112,10 @@ pub struct Process {
     pub uptime: Duration,
     /// Whether the control plane answers.
     pub connected: bool,
-    /// Updates of clusters and of listeners, where these come as resources.
-    pub updates: Option<(Updates, Updates)>,
+    /// What that has told.
+    pub told: Told,
     /// What it occupies.
     pub memory: Memory,
-}
-
-/// Answers of a control plane with resources of one kind, and what became of these.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Updates {
-    /// What became of the answers.
-    pub answers: Answers,
-    /// What happened to the resources of this kind since the start.
-    pub changes: Changes,
-    /// Resources whose newest version waits for what it needs, now. Envoy waits no longer than `initial_fetch_timeout`, this
-    /// proxy until it comes.
-    pub warming: u64,
-}
-
-/// How many answers there were.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Answers {
-    /// Taken whole.
-    pub accepted: u64,
-    /// Refused, at least in part.
-    pub rejected: u64,
-}
-
-/// Resources that came and went.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Changes {
-    /// There was none of the name. Those of the bootstrap count, as in Envoy.
-    pub added: u64,
-    /// Another version of one that was there. One that is sent again as it was is none.
-    pub modified: u64,
-    /// Taken away by the control plane.
-    pub removed: u64,
 }
 
 /// Memory in bytes, as `/proc/self/status` has it.
@@ -235,7 +205,8 @@ pub async fn build(snapshot: &Snapshot, facts: &Facts, process: &Process, which:
             breath.take().await;
         }
         clusters += sums.clusters.len();
-        sums.tell(&mut made, owner, &mut breath).await;
+        let members = proxy_id(snapshot, owner).and_then(|proxy| process.told.members.get(proxy));
+        sums.tell(&mut made, owner, members, &mut breath).await;
     }
     of_process(&mut made, snapshot, facts, process, clusters);
     let mut stats = made.stats;
@@ -268,7 +239,7 @@ impl Sums {
         *any |= limited;
     }
 
-    async fn tell(self, made: &mut Made, owner: usize, breath: &mut Breath) {
+    async fn tell(self, made: &mut Made, owner: usize, members: Option<&BTreeMap<Arc<str>, Members>>, breath: &mut Breath) {
         if let Some((totals, limited)) = &self.inbound {
             scopes::authorisation(made, owner, totals, *limited);
         }
@@ -277,7 +248,8 @@ impl Sums {
             breath.take().await;
         }
         for (name, cluster) in &self.clusters {
-            cluster.tell(&mut Scope::new(made, owner, &format!("cluster.{name}")));
+            let members = members.and_then(|members| members.get(name.as_str())).copied().unwrap_or_default();
+            cluster.tell(&mut Scope::new(made, owner, &format!("cluster.{name}")), members);
             breath.take().await;
         }
     }
@@ -417,6 +389,12 @@ pub fn sample_names(snapshot: &Snapshot) -> SampleNames {
     names
 }
 
+/// The registration that stats of this owner belong to.
+fn proxy_id(snapshot: &Snapshot, owner: usize) -> Option<&Arc<str>> {
+    let of_routers = || snapshot.routers.first().map(|router| &router.settings().proxy_id);
+    snapshot.services.get(owner).map(|service| &service.proxy_id).or_else(of_routers)
+}
+
 /// The fixed tags that Consul gives each service's sidecar.
 pub fn owners(snapshot: &Snapshot) -> Vec<Vec<(String, String)>> {
     let tag = |name: &str, value: &str| (name.to_owned(), value.to_owned());
@@ -442,9 +420,7 @@ fn of_process(made: &mut Made, snapshot: &Snapshot, facts: &Facts, process: &Pro
         server.gauge("days_until_first_cert_expiring", 0, false);
     }
     let active = listeners.saturating_sub(facts.listeners_failed);
-    // Without a stream of resources, each snapshot that was published replaced both kinds.
-    let published = || Updates { answers: Answers { accepted: snapshot.generation, rejected: 0 }, ..Updates::default() };
-    let (cds, lds) = process.updates.unwrap_or_else(|| (published(), published()));
+    let Told { clusters: cds, listeners: lds, .. } = process.told;
     scopes::managers(made, (cds, clusters as u64), (lds, active as u64), process.connected);
 }
 

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::{Answers, Made, Memory, PROCESS, Process, Stat, Updates, Value, Which, closed, unix_seconds};
+use super::{Made, Members, Memory, PROCESS, Process, Stat, Updates, Value, Which, closed, unix_seconds};
 use crate::config;
 use crate::mesh::{Identity, Upstream};
 use crate::telemetry::cells::{Direction, SUITES};
@@ -38,18 +38,14 @@ const TCP_UNKNOWN: [&str; 8] = [
     "route_delayed_total",
     "upstream_flush_total",
 ];
-const CLUSTER_UNKNOWN: [&str; 26] = [
+const CLUSTER_UNKNOWN: [&str; 22] = [
     "assignment_stale",
     "assignment_timeout_received",
     "assignment_use_cached",
     "bind_errors",
     "lb_healthy_panic",
-    "membership_change",
-    "update_attempt",
     "update_empty",
     "update_failure",
-    "update_no_rebuild",
-    "update_success",
     "upstream_cx_close_notify",
     "upstream_cx_connect_with_0_rtt",
     "upstream_cx_destroy_local",
@@ -367,7 +363,7 @@ impl Cluster {
         self.span.far_length.merge(&span.far_length);
     }
 
-    pub(super) fn tell(&self, scope: &mut Scope<'_>) {
+    pub(super) fn tell(&self, scope: &mut Scope<'_>, members: Members) {
         let totals = &self.totals;
         let seen = totals.connect_attempts > 0;
         scope.counter("upstream_cx_total", totals.connect_attempts);
@@ -385,6 +381,12 @@ impl Cluster {
         scope.gauge("circuit_breakers.default.cx_open", u64::from(self.full), seen);
         scope.gauge("membership_total", self.members, true);
         scope.gauge("membership_healthy", self.healthy.saturating_sub(self.ejected), true);
+        scope.counter("membership_change", members.changes);
+        let fetched = members.fetched.unwrap_or_default();
+        scope.counter("update_attempt", members.fetched.map_or(0, |fetched| fetched.answers.attempts()));
+        scope.counter("update_success", fetched.answers.accepted);
+        scope.counter("update_rejected", fetched.answers.rejected);
+        scope.counter("update_no_rebuild", fetched.unchanged);
         scope.histogram("upstream_cx_connect_ms", &self.span.connect);
         scope.histogram("upstream_cx_length_ms", &self.span.far_length);
         scope.zero(&CLUSTER_UNKNOWN, &CLUSTER_GAUGES_UNKNOWN);
@@ -434,10 +436,10 @@ pub(super) fn managers(made: &mut Made, (cds, clusters): (Updates, u64), (lds, l
     for (prefix, of_one, updates) in
         [("cluster_manager.cds", "cluster_manager.cluster", cds), ("listener_manager.lds", "listener_manager.listener", lds)]
     {
-        let Updates { answers: Answers { accepted, rejected }, changes, warming: _ } = updates;
-        scope.counter(&format!("{prefix}.update_attempt"), accepted + rejected);
-        scope.counter(&format!("{prefix}.update_success"), accepted);
-        scope.counter(&format!("{prefix}.update_rejected"), rejected);
+        let Updates { answers, changes, warming: _ } = updates;
+        scope.counter(&format!("{prefix}.update_attempt"), answers.attempts());
+        scope.counter(&format!("{prefix}.update_success"), answers.accepted);
+        scope.counter(&format!("{prefix}.update_rejected"), answers.rejected);
         scope.counter(&format!("{of_one}_added"), changes.added);
         scope.counter(&format!("{of_one}_modified"), changes.modified);
         scope.counter(&format!("{of_one}_removed"), changes.removed);

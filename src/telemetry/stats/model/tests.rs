@@ -158,7 +158,6 @@ async fn numbers_are_those_that_were_counted_and_balance() {
         ("connect_authz.rbac.allowed", 0),
         ("cluster.local_app.membership_healthy", 1),
         ("control_plane.connected_state", 1),
-        ("cluster_manager.cds.update_success", 3),
     ];
     for (name, value) in expected {
         assert_eq!(number(&stats, name), value, "{name}");

@@ -163,14 +163,16 @@ async fn updates_of_resources_have_the_names_of_envoys_managers() {
     let clusters = Updates { answers: Answers { accepted: 4, rejected: 1 }, changes, warming: 2 };
     let listeners =
         Updates { answers: Answers { accepted: 2, rejected: 3 }, changes: Changes { added: 9, ..changes }, warming: 1 };
-    let updates = Some((clusters, listeners));
-    let process = Process { connected: true, updates, ..Process::default() };
+    let fetched = Some(Fetched { answers: Answers { accepted: 6, rejected: 2 }, unchanged: 1 });
+    let of_members = [(Arc::from("local_app"), Members { changes: 3, fetched })].into();
+    let members = Arc::new([(Arc::from("airflow-worker-sidecar-proxy"), of_members)].into());
+    let process = Process { connected: true, told: Told { clusters, listeners, members }, ..Process::default() };
     let stats = build(&snapshot(Vec::new()), &Facts::capture(&hub(&[])), &process, Which::All).await;
     assert_numbers(
         &stats,
         &[
             ("control_plane.connected_state", 1),
-            ("cluster_manager.cds.update_attempt", 5),
+            ("cluster_manager.cds.update_attempt", 6),
             ("cluster_manager.cds.update_success", 4),
             ("cluster_manager.cds.update_rejected", 1),
             ("cluster_manager.cluster_added", 7),
@@ -183,6 +185,11 @@ async fn updates_of_resources_have_the_names_of_envoys_managers() {
             ("listener_manager.total_listeners_warming", 1),
             ("listener_manager.lds.update_success", 2),
             ("listener_manager.lds.update_rejected", 3),
+            ("cluster.local_app.membership_change", 3),
+            ("cluster.local_app.update_attempt", 9),
+            ("cluster.local_app.update_success", 6),
+            ("cluster.local_app.update_rejected", 2),
+            ("cluster.local_app.update_no_rebuild", 1),
         ],
     );
 }
