@@ -149,6 +149,32 @@ pub enum LogLevel {
     Off,
 }
 
+/// TCP keepalive of a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keepalive {
+    /// Dead peers are found by what is sent to them alone.
+    Off,
+    /// After so long without a word the peer is asked, so often until it counts as gone. What is none is the kernel's own.
+    On {
+        /// Before the first question.
+        idle: Option<Duration>,
+        /// Between two questions.
+        interval: Option<Duration>,
+        /// Questions without an answer.
+        probes: Option<u32>,
+    },
+}
+
+impl From<Duration> for Keepalive {
+    /// By its idle time; zero switches it off.
+    fn from(idle: Duration) -> Self {
+        if idle.is_zero() {
+            return Self::Off;
+        }
+        Self::On { idle: Some(idle), interval: Some((idle / 4).max(Duration::from_secs(1))), probes: Some(4) }
+    }
+}
+
 /// What the data plane needs to know, whatever the control plane is.
 #[derive(Debug, Clone)]
 pub struct DataPlane {

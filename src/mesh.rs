@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use self::router::Router;
+use crate::config::Keepalive;
 use crate::identity::{SpiffeId, Svid, TrustBundle};
 use crate::policy::Intentions;
 use crate::tls::{FrontTls, OutsideTls, WorkerTls};
@@ -162,6 +163,8 @@ pub struct Upstream {
     /// A connection that moves no byte either way for so long, or an eighth longer, is cut. `None` is never: Envoy's default of
     /// an hour cuts pooled database connections, and dead peers are found by keepalive.
     pub idle_timeout: Option<Duration>,
+    /// Keepalive towards its members; `None` is this proxy's own.
+    pub keepalive: Option<Keepalive>,
     /// Endpoints that one connection tries; `None` is this proxy's own number.
     pub connect_attempts: Option<u32>,
     /// What TLS clients must speak, where it is that of an ingress gateway; they speak in plain if none.

@@ -170,7 +170,7 @@ pub fn spawn(
         let wake = EventFd::new().map_err(start("eventfd"))?;
         workers.wakes.push(wake.try_clone().map_err(start("eventfd"))?);
         let mut pool = Pool::new(plane.buffer_bytes_max).map_err(start("mapping buffers"))?;
-        let mut ring = Uring::new(&mut pool, StreamOptions { keepalive: plane.keepalive }, wake)?;
+        let mut ring = Uring::new(&mut pool, StreamOptions { keepalive: plane.keepalive.into() }, wake)?;
         ring.inherit(hands.next().unwrap_or_default());
         // Fewer workers than cores leave the choice to the scheduler: several such processes would else meet on core 0.
         let core = (plane.pin && plane.workers >= cores.len()).then(|| cores.get(index % cores.len().max(1)).copied()).flatten();

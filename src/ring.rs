@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 pub use probe::{Probe, probe};
 
 use crate::buffer::{Lease, Span};
+use crate::config::Keepalive;
 use crate::sys::SocketOwner;
 
 /// Entries of the buffer ring that idle sockets receive into. The kernel gets them as they are needed.
@@ -197,8 +198,8 @@ pub enum RingError {
 pub trait Ring {
     /// Opens a listening socket.
     fn listen(&mut self, local: &Local) -> io::Result<Socket>;
-    /// Opens an unconnected stream socket for `remote`.
-    fn open(&mut self, remote: &Remote) -> io::Result<Socket>;
+    /// Opens an unconnected stream socket for `remote`, with a keepalive of its own where that is said.
+    fn open(&mut self, remote: &Remote, keepalive: Option<Keepalive>) -> io::Result<Socket>;
     /// The remote address of a connected TCP socket.
     fn peer_address(&mut self, socket: Socket) -> Option<SocketAddr>;
     /// Which of this host's addresses an accepted connection came in at.

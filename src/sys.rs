@@ -27,14 +27,16 @@ pub use text::{let_go_of_code, let_go_of_free_heap};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::config::Keepalive;
+
 /// Connections that wait for accept on one listener.
 const BACKLOG: i32 = 4_096;
 
 /// How a stream socket is set up. Accepted sockets inherit these from their listener.
 #[derive(Debug, Clone, Copy)]
 pub struct StreamOptions {
-    /// TCP keepalive's idle time; zero leaves it off.
-    pub keepalive: Duration,
+    /// How dead peers are found.
+    pub keepalive: Keepalive,
 }
 
 /// A listening TCP socket that shares its address with those of the other workers.
@@ -128,10 +130,11 @@ fn set_stream_options(socket: &SockRef<'_>, address: SocketAddr, options: Stream
         // kernel has Reno; one that refuses it only serves slower.
         let _ = socket.set_tcp_congestion(b"reno");
     }
-    if !options.keepalive.is_zero() {
-        let idle = options.keepalive;
-        let interval = (idle / 4).max(Duration::from_secs(1));
-        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(4))?;
+    if let Keepalive::On { idle, interval, probes } = options.keepalive {
+        let asks = TcpKeepalive::new();
+        let asks = idle.into_iter().fold(asks, TcpKeepalive::with_time);
+        let asks = interval.into_iter().fold(asks, TcpKeepalive::with_interval);
+        socket.set_tcp_keepalive(&probes.into_iter().fold(asks, TcpKeepalive::with_retries))?;
     }
     Ok(())
 }
@@ -372,7 +375,7 @@ mod tests {
     use super::*;
     use std::net::{Ipv4Addr, TcpListener};
 
-    const OPTIONS: StreamOptions = StreamOptions { keepalive: Duration::from_secs(60) };
+    const OPTIONS: StreamOptions = StreamOptions { keepalive: Keepalive::Off };
 
     #[test]
     fn a_port_that_somebody_else_has_is_refused() {
@@ -380,6 +383,22 @@ mod tests {
         let address = taken.local_addr().expect("its address");
         let error = listen_tcp(address, OPTIONS, true).expect_err("the port is taken");
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+    }
+
+    #[test]
+    fn a_socket_asks_as_often_as_it_is_told() {
+        let asks = |keepalive| {
+            let socket = stream_tcp("127.0.0.1:1".parse().expect("address"), StreamOptions { keepalive }).expect("a socket");
+            let socket = SockRef::from(&socket);
+            let of = |socket: &SockRef<'_>| Ok::<_, io::Error>((socket.tcp_keepalive_time()?, socket.tcp_keepalive_retries()?));
+            socket.keepalive().expect("readable").then(|| of(&socket).expect("readable"))
+        };
+        assert_eq!(asks(Keepalive::Off), None);
+        assert_eq!(asks(Duration::from_secs(60).into()), Some((Duration::from_secs(60), 4)));
+        let most = Keepalive::On { idle: Some(Duration::from_secs(32_767)), interval: None, probes: Some(127) };
+        assert_eq!(asks(most), Some((Duration::from_secs(32_767), 127)), "the kernel takes the most that is told it");
+        let kernels = asks(Keepalive::On { idle: None, interval: None, probes: None }).expect("on");
+        assert!(kernels.0 >= Duration::from_secs(1), "{kernels:?}");
     }
 
     #[test]

@@ -148,6 +148,7 @@ fn cluster(endpoints: &[SocketAddr], max_connections: Option<u32>) -> Upstream {
         max_connections,
         outlier: Outlier::default(),
         idle_timeout: None,
+        keepalive: None,
         connect_attempts: None,
         front: None,
         outside: None,

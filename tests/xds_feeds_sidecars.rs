@@ -13,7 +13,9 @@ mod xds_proxy;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use envoy_types::pb::envoy::config::core::v3::HealthStatus;
+use envoy_types::pb::envoy::config::cluster::v3::{Cluster, UpstreamConnectionOptions};
+use envoy_types::pb::envoy::config::core::v3::{HealthStatus, TcpKeepalive};
+use envoy_types::pb::google::protobuf::UInt32Value;
 use prost::Message as _;
 use ringfence::tls::fixtures::{Ca, Leaf, now};
 
@@ -133,6 +135,28 @@ fn a_new_leaf_is_used_and_touches_no_live_connection() {
     live.ping().expect("the live connection");
     round_trip(pair.upstream, b"with the new leaves").expect("a new connection");
     live.ping().expect("the live connection");
+    pair.stop();
+}
+
+#[test]
+fn a_cluster_has_a_keepalive_of_its_own() {
+    let app = Echo::start();
+    let pair = Pair::start(app.address);
+    let asks = |within: &str| {
+        let live = Live::open(pair.upstream);
+        let mut ss = std::process::Command::new("ss");
+        let told = ss.args(["-tnoH", "dst", &pair.public.to_string()]).output().expect("ss, of scripts/setup packages");
+        drop(live);
+        let text = String::from_utf8_lossy(&told.stdout).into_owned();
+        if text.contains(&format!("timer:(keepalive,{within}")) { Ok(()) } else { Err(text) }
+    };
+    asks("59sec").or_else(|_| asks("1min,")).expect("the process's own, 60 s");
+    let keepalive = TcpKeepalive { keepalive_time: Some(UInt32Value { value: 330 }), ..TcpKeepalive::default() };
+    let options = UpstreamConnectionOptions { tcp_keepalive: Some(keepalive), ..UpstreamConnectionOptions::default() };
+    let own = material(&pair.ca, &pair.ca.leaf("web"));
+    let cluster = resources::target_cluster("db", &own, pair.ca.id("db").as_str());
+    pair.web.server.set(CLUSTER, "db", &Cluster { upstream_connection_options: Some(options), ..cluster });
+    wait_for("the cluster's own, 330 s", PATIENCE, || asks("5min"));
     pair.stop();
 }
 

@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use self::table::Table;
 use super::{Bind, Service, Upstream};
+use crate::config::Keepalive;
 
 /// What a router is made of.
 #[derive(Debug, Clone)]
@@ -130,6 +131,8 @@ pub struct Original {
     pub max_connections: Option<u32>,
     /// As [`Upstream::idle_timeout`].
     pub idle_timeout: Option<Duration>,
+    /// As [`Upstream::keepalive`].
+    pub keepalive: Option<Keepalive>,
 }
 
 /// What is known of a connection when it is routed.

@@ -8,7 +8,7 @@
 //! `relay` the two byte directions, `idle` how long they may rest, `linger` the last word to a refused peer.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::close::{self, CloseReason, Side};
 use super::idle::Idle;
@@ -16,6 +16,7 @@ pub(super) use super::leg::{Leg, MESH, PLAIN};
 use super::refusal::Replying;
 use super::relay::Flow;
 use super::secure::Handshaking;
+use super::upstream::Dial;
 use crate::buffer::{Lease, Pool};
 use crate::mesh::{Address, Identity};
 use crate::policy::Authorized;
@@ -277,30 +278,18 @@ impl Connection {
     }
 
     /// Opens the app's leg, for TLS where a handshake waits. `_proof` is why it may.
-    pub(super) fn dial_app<R: Ring>(
-        &mut self,
-        io: &mut Io<'_, R>,
-        _proof: &Authorized,
-        app: &Address,
-        timeout: Duration,
-    ) -> Next {
-        self.deadline = Some(io.now + timeout);
-        self.dial(io, PLAIN, app)
+    pub(super) fn dial_app<R: Ring>(&mut self, io: &mut Io<'_, R>, _proof: &Authorized, app: &Address, how: Dial) -> Next {
+        self.dial(io, PLAIN, app, how)
     }
 
     /// Opens the mesh leg to an endpoint.
-    pub(super) fn dial_endpoint<R: Ring>(
-        &mut self,
-        io: &mut Io<'_, R>,
-        address: std::net::SocketAddr,
-        timeout: Duration,
-    ) -> Next {
-        self.deadline = Some(io.now + timeout);
+    pub(super) fn dial_endpoint<R: Ring>(&mut self, io: &mut Io<'_, R>, address: std::net::SocketAddr, how: Dial) -> Next {
         self.facts.attempts = self.facts.attempts.saturating_add(1);
-        self.dial(io, MESH, &Address::Tcp(address))
+        self.dial(io, MESH, &Address::Tcp(address), how)
     }
 
-    fn dial<R: Ring>(&mut self, io: &mut Io<'_, R>, leg: usize, address: &Address) -> Next {
+    fn dial<R: Ring>(&mut self, io: &mut Io<'_, R>, leg: usize, address: &Address, how: Dial) -> Next {
+        self.deadline = Some(io.now + how.timeout);
         let remote = match address {
             Address::Tcp(address) => Remote::Tcp(*address),
             Address::Unix(path) => Remote::Unix(path.clone()),
@@ -311,7 +300,7 @@ impl Connection {
         io.cells.connect_attempts.add(1);
         io.cells.far_active.add(1);
         self.far_open = true;
-        match io.ring.open(&remote) {
+        match io.ring.open(&remote, how.keepalive) {
             Ok(socket) => {
                 self.legs[leg].socket = Some(socket);
                 let (socket, token) = self.begin(Op::Connect, leg);

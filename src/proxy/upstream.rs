@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::limits::{DIALERS_MAX, EJECTION_MAX};
+use crate::config::Keepalive;
 use crate::mesh::{Balance, Identity, Outlier, Target, Upstream};
 use crate::tls::Dialer;
 
@@ -43,6 +44,21 @@ struct Seen {
 pub(super) struct Choice {
     pub(super) target: Arc<Target>,
     pub(super) address: SocketAddr,
+}
+
+/// How an endpoint is dialed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Dial {
+    /// Bound on all that it takes, TLS included.
+    pub(super) timeout: Duration,
+    /// Where that is not the process's own.
+    pub(super) keepalive: Option<Keepalive>,
+}
+
+impl Dial {
+    pub(super) fn to(upstream: &Upstream) -> Self {
+        Self { timeout: upstream.connect_timeout, keepalive: upstream.keepalive }
+    }
 }
 
 impl Balancer {
@@ -268,6 +284,7 @@ mod tests {
             max_connections: None,
             outlier: Outlier::default(),
             idle_timeout: None,
+            keepalive: None,
             connect_attempts: None,
             front: None,
             outside: None,

@@ -19,6 +19,7 @@ pub use network::{End, Faults, Network, Random};
 
 use super::{Completion, Local, Push, Remote, Ring, RingError, SHARED_BUFFERS, Socket, Token};
 use crate::buffer::{Class, HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES, Span};
+use crate::config::Keepalive;
 use crate::sys::SocketOwner;
 
 /// One worker's ring on a simulated network.
@@ -184,7 +185,7 @@ impl Ring for Sim {
         }
     }
 
-    fn open(&mut self, _remote: &Remote) -> io::Result<Socket> {
+    fn open(&mut self, _remote: &Remote, _keepalive: Option<Keepalive>) -> io::Result<Socket> {
         if self.network.chance(self.network.faults().no_descriptors) {
             return Err(io::Error::from_raw_os_error(libc::EMFILE));
         }

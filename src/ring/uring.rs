@@ -27,6 +27,7 @@ use socket2::SockAddr;
 
 use super::{Completion, Local, Op, Push, Remote, Ring, RingError, Socket, Token, probe};
 use crate::buffer::{HEADROOM_BYTES, Lease, Pool, RECORD_ROOM_BYTES, Span};
+use crate::config::Keepalive;
 use crate::sys::handover::Place;
 use crate::sys::{self, EventFd, SocketDiag, SocketOwner, StreamOptions};
 
@@ -244,9 +245,10 @@ impl Ring for Uring {
         Ok(Socket(fd.into_raw_fd()))
     }
 
-    fn open(&mut self, remote: &Remote) -> io::Result<Socket> {
+    fn open(&mut self, remote: &Remote, keepalive: Option<Keepalive>) -> io::Result<Socket> {
+        let keepalive = keepalive.unwrap_or(self.options.keepalive);
         let fd = match remote {
-            Remote::Tcp(address) => sys::stream_tcp(*address, self.options)?,
+            Remote::Tcp(address) => sys::stream_tcp(*address, StreamOptions { keepalive })?,
             Remote::Unix(_) => sys::stream_unix()?,
         };
         Ok(Socket(fd.into_raw_fd()))

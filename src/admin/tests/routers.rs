@@ -35,6 +35,7 @@ fn leads_to(name: &str, sni: &str, ports: &[u16]) -> Arc<Upstream> {
         max_connections: Some(9),
         outlier: Outlier::default(),
         idle_timeout: None,
+        keepalive: None,
         connect_attempts: None,
         front: None,
         outside: None,
@@ -87,8 +88,12 @@ fn routed() -> (Snapshot, String) {
     let terminate = Way::Terminate { service: service_of(&identity, Some(public)), app: None };
     let raw = Match { tls: Some(false), ..Match::default() };
     let originate = Way::Originate { service: service_of(&identity, None), upstream: leads_to(DB, DB, &[1, 2]) };
-    let original =
-        Way::Original(Original { connect_timeout: Duration::from_secs(3), max_connections: Some(4), idle_timeout: None });
+    let original = Way::Original(Original {
+        connect_timeout: Duration::from_secs(3),
+        max_connections: Some(4),
+        idle_timeout: None,
+        keepalive: None,
+    });
     let network = Network::new([10, 1, 0, 0].into(), 16).expect("a network");
     let to_db = Match { networks: vec![network], port: Some(5_432), ..Match::default() };
     let routers = vec![

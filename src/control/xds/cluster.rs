@@ -11,7 +11,7 @@ use envoy_types::pb::google::protobuf as well_known;
 use super::endpoint::Assignment;
 use super::refusal::{Refusal, message_name, unpack};
 use super::tls_context;
-use crate::config;
+use crate::config::{self, Keepalive};
 use crate::mesh::{Balance, Outlier};
 
 const AGGREGATE: &str = "envoy.extensions.clusters.aggregate.v3.ClusterConfig";
@@ -21,6 +21,10 @@ const DNS_REFRESH: Duration = Duration::from_secs(5);
 const DNS_REFRESH_MIN: Duration = Duration::from_millis(500);
 /// Envoy's `choice_count`.
 const CHOICES: u32 = 2;
+/// Linux's `MAX_TCP_KEEPIDLE` and `MAX_TCP_KEEPINTVL`.
+const KEEPALIVE_SECONDS_MAX: u32 = 32_767;
+/// Linux's `MAX_TCP_KEEPCNT`.
+const KEEPALIVE_PROBES_MAX: u32 = 127;
 /// Members of an aggregate.
 const AGGREGATED_MAX: usize = 64;
 
@@ -35,6 +39,8 @@ pub(super) struct Cluster {
     pub(super) max_connections: Option<u32>,
     pub(super) outlier: Outlier,
     pub(super) spoken: tls_context::Spoken,
+    /// As [`crate::mesh::Upstream::keepalive`].
+    pub(super) keepalive: Option<Keepalive>,
 }
 
 /// How members are found.
@@ -80,6 +86,7 @@ impl Cluster {
             max_connections: max_connections(message),
             outlier: outlier(message.outlier_detection.as_ref())?,
             spoken: tls_context::upstream(message.transport_socket.as_ref())?,
+            keepalive: keepalive(message),
         })
     }
 
@@ -164,6 +171,21 @@ fn max_connections(message: &pb::Cluster) -> Option<u32> {
     thresholds.filter(|one| one.priority == 0).find_map(|one| one.max_connections.as_ref()).map(|most| most.value)
 }
 
+/// Envoy switches it off where one of these is 0, and has what the kernel has where one is missing; beyond what a kernel takes
+/// nothing can be meant.
+fn keepalive(message: &pb::Cluster) -> Option<Keepalive> {
+    let told = message.upstream_connection_options.as_ref()?.tcp_keepalive.as_ref()?;
+    let value = |value: &Option<well_known::UInt32Value>, max| value.as_ref().map(|value| value.value.min(max));
+    let time = |told: &_| value(told, KEEPALIVE_SECONDS_MAX);
+    let (idle, interval, probes) =
+        (time(&told.keepalive_time), time(&told.keepalive_interval), value(&told.keepalive_probes, KEEPALIVE_PROBES_MAX));
+    if [idle, interval, probes].contains(&Some(0)) {
+        return Some(Keepalive::Off);
+    }
+    let seconds = |seconds: u32| Duration::from_secs(seconds.into());
+    Some(Keepalive::On { idle: idle.map(seconds), interval: interval.map(seconds), probes })
+}
+
 fn outlier(message: Option<&pb::OutlierDetection>) -> Result<Outlier, Refusal> {
     let default = Outlier::default();
     // A cluster without it ejects nobody.
@@ -199,7 +221,7 @@ pub(super) fn duration(value: Option<&well_known::Duration>, field: &str) -> Res
 pub(super) mod tests {
     use super::super::endpoint::tests::assignment;
     use super::*;
-    use envoy_types::pb::envoy::config::core::v3::HealthStatus;
+    use envoy_types::pb::envoy::config::core::v3::{HealthStatus, TcpKeepalive};
     use envoy_types::pb::google::protobuf::{Any, UInt32Value};
     use prost::Message as _;
 
@@ -228,6 +250,25 @@ pub(super) mod tests {
         assert_eq!(cluster.balance, Balance::LeastRequest { choices: 3 });
         assert_eq!(cluster.max_connections, Some(64));
         assert_eq!((cluster.outlier.max_failures, cluster.outlier.enforcing_percent), (3, 100));
+    }
+
+    #[test]
+    fn keepalive_is_the_clusters_own_where_it_is_told() {
+        let plain = of_type("db", pb::cluster::DiscoveryType::Eds);
+        assert_eq!(Cluster::parse(&plain).expect("fine").keepalive, None);
+        let told = |time: Option<u32>, probes: Option<u32>| {
+            let value = |value: Option<u32>| value.map(|value| UInt32Value { value });
+            let keepalive = TcpKeepalive { keepalive_time: value(time), keepalive_probes: value(probes), ..Default::default() };
+            let options = pb::UpstreamConnectionOptions { tcp_keepalive: Some(keepalive), ..Default::default() };
+            let message = pb::Cluster { upstream_connection_options: Some(options), ..plain.clone() };
+            Cluster::parse(&message).expect("fine").keepalive
+        };
+        let on =
+            |seconds: Option<u64>, probes| Some(Keepalive::On { idle: seconds.map(Duration::from_secs), interval: None, probes });
+        assert_eq!(told(None, None), on(None, None), "the kernel's own");
+        assert_eq!(told(Some(30), Some(3)), on(Some(30), Some(3)));
+        assert_eq!(told(Some(u32::MAX), Some(u32::MAX)), on(Some(32_767), Some(127)));
+        assert_eq!(told(Some(0), Some(3)), Some(Keepalive::Off));
     }
 
     #[test]

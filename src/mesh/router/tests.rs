@@ -14,6 +14,7 @@ fn cluster(name: &str) -> Way {
         max_connections: None,
         outlier: Outlier::default(),
         idle_timeout: None,
+        keepalive: None,
         connect_attempts: None,
         front: None,
         outside: None,
@@ -156,7 +157,8 @@ fn bytes_never_pass_intentions_unless_permissive_mode_says_so() {
     mixed.permissive = true;
     Router::new(mixed).expect("permissive mode");
     let mut passthrough = settings(vec![("public", tls(), ended())]);
-    let original = Original { connect_timeout: Duration::from_secs(5), max_connections: None, idle_timeout: None };
+    let original =
+        Original { connect_timeout: Duration::from_secs(5), max_connections: None, idle_timeout: None, keepalive: None };
     passthrough.fallback = Some(Arc::new(Route { name: "rest".into(), matches: raw(), way: Way::Original(original) }));
     assert!(matches!(Router::new(passthrough.clone()), Err(RouterError::PastIntentions { .. })));
     passthrough.routes.clear();

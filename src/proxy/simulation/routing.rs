@@ -32,6 +32,7 @@ pub(super) fn cluster(name: &str, endpoints: &[SocketAddr]) -> Arc<Upstream> {
         max_connections: None,
         outlier: Outlier::default(),
         idle_timeout: None,
+        keepalive: None,
         connect_attempts: None,
         front: None,
         outside: None,
@@ -291,7 +292,8 @@ fn redirected_connections_go_by_where_they_wanted_to_go() {
     let way = Way::Originate { service, upstream: Arc::new(upstream) };
     let network = crate::mesh::router::Network::new(virtual_address.ip(), 32).expect("a network");
     let matches = Match { networks: vec![network], ..Match::default() };
-    let original = Original { connect_timeout: Duration::from_secs(5), max_connections: Some(1), idle_timeout: None };
+    let original =
+        Original { connect_timeout: Duration::from_secs(5), max_connections: Some(1), idle_timeout: None, keepalive: None };
     let rest = Route { name: "original-destination".into(), matches: Match::default(), way: Way::Original(original) };
     mesh.publish_router(Some(RouterSettings {
         transparent: true,

@@ -9,7 +9,7 @@ use super::super::limits::{CONNECT_ATTEMPTS_MAX, HELD_MAX};
 use super::super::listener::Role;
 use super::super::secure::Handshaking;
 use super::super::timer::Owner;
-use super::super::upstream::Choice;
+use super::super::upstream::{Choice, Dial};
 use super::{Order, Worker, own_side};
 use crate::config::HANDSHAKE_TIMEOUT;
 use crate::mesh::{Address, Service};
@@ -122,12 +122,12 @@ impl<R: Ring> Worker<R> {
         match &self.listener(connection).role {
             Role::Forward(balancer) if balancer.upstream().targets.is_empty() => self.hold(connection),
             Role::Original(original) => {
-                let timeout = original.connect_timeout;
+                let how = Dial { timeout: original.connect_timeout, keepalive: original.keepalive };
                 let Some(address) = connection.facts.original else {
                     let why = "it came to a passthrough without being redirected; connect to the service's own address";
                     return self.end(connection, CloseReason::NoRoute, why);
                 };
-                self.with_io(connection, |connection, io| connection.dial_endpoint(io, address, timeout))
+                self.with_io(connection, |connection, io| connection.dial_endpoint(io, address, how))
             }
             _ => self.dial_next_endpoint(connection, CloseReason::NoEndpoint),
         }
@@ -223,7 +223,8 @@ impl<R: Ring> Worker<R> {
         let Some(app) = public.app.get(connection.app_index) else {
             return self.with_io(connection, |connection, io| connection.close(io, CloseReason::AppUnreachable, true));
         };
-        self.with_io(connection, |connection, io| connection.dial_app(io, &proof, app, public.local_connect_timeout))
+        let how = Dial { timeout: public.local_connect_timeout, keepalive: None };
+        self.with_io(connection, |connection, io| connection.dial_app(io, &proof, app, how))
     }
 
     fn dial_next_app(&mut self, connection: &mut Connection) -> Next {
@@ -236,7 +237,7 @@ impl<R: Ring> Worker<R> {
 
     /// Dials an app that is a set of endpoints.
     fn dial_app_endpoint(&mut self, connection: &mut Connection, proof: &Authorized) -> Next {
-        let (choice, timeout) = match self.choose(connection) {
+        let (choice, how) = match self.choose(connection) {
             Ok(chosen) => chosen,
             Err(nothing) => {
                 if connection.tried.is_empty() {
@@ -255,7 +256,7 @@ impl<R: Ring> Worker<R> {
             Some(None) => return self.end(connection, CloseReason::AppUnreachable, "no TLS configuration for this worker"),
         }
         let address = Address::Tcp(choice.address);
-        self.with_io(connection, |connection, io| connection.dial_app(io, proof, &address, timeout))
+        self.with_io(connection, |connection, io| connection.dial_app(io, proof, &address, how))
     }
 
     fn app_ready(&mut self, connection: &mut Connection) -> Next {
@@ -274,7 +275,7 @@ impl<R: Ring> Worker<R> {
     }
 
     fn dial_next_endpoint(&mut self, connection: &mut Connection, failure: CloseReason) -> Next {
-        let (choice, timeout) = match self.choose(connection) {
+        let (choice, how) = match self.choose(connection) {
             Ok(chosen) => chosen,
             Err(nothing) => {
                 if failure == CloseReason::NoEndpoint {
@@ -284,7 +285,7 @@ impl<R: Ring> Worker<R> {
             }
         };
         if connection.raw {
-            return self.with_io(connection, |connection, io| connection.dial_endpoint(io, choice.address, timeout));
+            return self.with_io(connection, |connection, io| connection.dial_endpoint(io, choice.address, how));
         }
         let (identity, index) = (connection.identity.clone(), self.index);
         let Role::Upstream(balancer) = &mut self.listener_mut(connection).role else {
@@ -294,7 +295,7 @@ impl<R: Ring> Worker<R> {
         match handshake {
             Some(Ok(handshake)) => self.with_io(connection, |connection, io| {
                 connection.handshaking = Some(Handshaking::new(handshake, MESH));
-                connection.dial_endpoint(io, choice.address, timeout)
+                connection.dial_endpoint(io, choice.address, how)
             }),
             Some(Err(error)) => self.end(connection, CloseReason::HandshakeFailed, &error.to_string()),
             None => self.end(connection, CloseReason::NoIdentity, "no certificate for this worker"),
@@ -302,7 +303,7 @@ impl<R: Ring> Worker<R> {
     }
 
     /// The endpoint to dial next and how long that may take, or why there is none. It counts as opened.
-    fn choose(&mut self, connection: &mut Connection) -> Result<(Choice, Duration), Box<str>> {
+    fn choose(&mut self, connection: &mut Connection) -> Result<(Choice, Dial), Box<str>> {
         let now = self.ring.now();
         let client = connection.facts.downstream.map(|address| address.ip().to_canonical());
         let Some(balancer) = self.listener_mut(connection).role.balancer_mut() else { return Err("no endpoints here".into()) };
@@ -322,7 +323,7 @@ impl<R: Ring> Worker<R> {
         }
         connection.endpoint = Some(choice.address);
         connection.tried.push(choice.address);
-        Ok((choice, balancer.upstream().connect_timeout))
+        Ok((choice, Dial::to(balancer.upstream())))
     }
 
     fn endpoint_failed(&mut self, connection: &mut Connection, reason: CloseReason) -> Next {

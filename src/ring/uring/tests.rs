@@ -7,7 +7,7 @@ use std::net::{TcpListener, TcpStream};
 
 fn uring(pool: &mut Pool) -> (Uring, EventFd) {
     let wake = EventFd::new().expect("eventfd");
-    let options = StreamOptions { keepalive: Duration::ZERO };
+    let options = StreamOptions { keepalive: Keepalive::Off };
     (Uring::new(pool, options, wake.try_clone().expect("dup")).expect("io_uring"), wake)
 }
 

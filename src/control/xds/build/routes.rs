@@ -108,9 +108,9 @@ impl Builder<'_> {
                 return Err(format!("cluster {name} leads to original destinations, and nothing is redirected here"));
             }
             Discovery::OriginalDestination if cluster.spoken == Spoken::Plain && passage.front.is_none() => {
-                let Cluster { connect_timeout, max_connections, .. } = *cluster;
+                let Cluster { connect_timeout, max_connections, keepalive, .. } = *cluster;
                 let idle_timeout = chain.tuning.idle_timeout;
-                return Ok(Way::Original(Original { connect_timeout, max_connections, idle_timeout }));
+                return Ok(Way::Original(Original { connect_timeout, max_connections, idle_timeout, keepalive }));
             }
             _ => {}
         }
@@ -223,6 +223,7 @@ fn nowhere(listener: &Listener, chain: &Chain) -> Arc<Upstream> {
         max_connections: None,
         outlier: Outlier::default(),
         idle_timeout: None,
+        keepalive: None,
         connect_attempts: None,
         front: None,
         outside: None,

@@ -129,7 +129,8 @@ async fn permissive_mode_is_one_way_in_to_the_app() {
 
 #[tokio::test]
 async fn a_transparent_proxy_has_upstreams_prefixes() {
-    let original = Original { connect_timeout: Duration::from_secs(1), max_connections: None, idle_timeout: None };
+    let original =
+        Original { connect_timeout: Duration::from_secs(1), max_connections: None, idle_timeout: None, keepalive: None };
     let mut to_db = Upstream::clone(&upstream(DB, 1, DB));
     let mut target = Target::clone(&to_db.targets[0]);
     let id = crate::identity::SpiffeId::service("97d2480b-024d-49f9-e76e-de4d1e3eb356.consul", "", "", "dc1", "db");
