@@ -163,6 +163,9 @@ pub struct Upstream {
     /// A connection that moves no byte either way for so long, or an eighth longer, is cut. `None` is never: Envoy's default of
     /// an hour cuts pooled database connections, and dead peers are found by keepalive.
     pub idle_timeout: Option<Duration>,
+    /// With a smaller share of healthy members than this, in per cent, all of them are used: Envoy's panic threshold. 0 is never,
+    /// which is Consul's setting for upstreams of a sidecar.
+    pub panic_percent: u32,
     /// Keepalive towards its members; `None` is this proxy's own.
     pub keepalive: Option<Keepalive>,
     /// Endpoints that one connection tries; `None` is this proxy's own number.
@@ -218,7 +221,7 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// 1 to 128.
     pub weight: u32,
-    /// Consul's health, computed as Envoy does; unhealthy ones are never dialed.
+    /// Consul's health, computed as Envoy does; unhealthy ones are not dialed but below [`Upstream::panic_percent`].
     pub healthy: bool,
 }
 

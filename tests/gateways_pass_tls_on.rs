@@ -148,6 +148,7 @@ fn cluster(endpoints: &[SocketAddr], max_connections: Option<u32>) -> Upstream {
         max_connections,
         outlier: Outlier::default(),
         idle_timeout: None,
+        panic_percent: 0,
         keepalive: None,
         connect_attempts: None,
         front: None,

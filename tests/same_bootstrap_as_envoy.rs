@@ -54,6 +54,8 @@ struct Told {
     /// What the managers counted: after the start, and of changes.
     managed: Vec<[u64; 8]>,
     members: Vec<[u64; 6]>,
+    /// Whether an unhealthy member is used where there is no other, and how often that was counted.
+    panics: (bool, u64),
     half_close: [String; 2],
     /// After the listeners were drained: a new connection, and one that was there.
     drained: [bool; 2],
@@ -111,9 +113,10 @@ impl Scene {
         let server = XdsServer::start();
         let endpoints = resources::assignment(DB, &[(public, HealthStatus::Healthy)]);
         let listener = resources::public_listener(public, &own, resources::allow(&["db"]));
+        let cluster = resources::target_cluster(DB, &own, ca.id("db").as_str());
         server.set_all(vec![
             (CLUSTER, "local_app".into(), resources::app_cluster(app.address).encode_to_vec()),
-            (CLUSTER, DB.into(), resources::target_cluster(DB, &own, ca.id("db").as_str()).encode_to_vec()),
+            (CLUSTER, DB.into(), Cluster { common_lb_config: None, ..cluster }.encode_to_vec()),
             (ENDPOINTS, DB.into(), endpoints.encode_to_vec()),
             (LISTENER, resources::public_name(public), listener.encode_to_vec()),
             (
@@ -143,6 +146,7 @@ impl Scene {
         wait_for("the first echo", PATIENCE, || client.try_get("/ready").and_then(|_| first()));
         // A cluster that changes is made anew in Envoy, and its members come once more; so these are first.
         let members = self.members(&client);
+        let panics = self.panics(&client);
         let managed = self.managed(&client);
         client.post("/reset_counters", &Value::Null).ok("counters begin anew");
 
@@ -161,6 +165,7 @@ impl Scene {
             numbers: NUMBERS.iter().map(|name| (*name, number(&stats, name))).collect(),
             managed,
             members,
+            panics,
             half_close,
             drained: self.drained(&client),
             exit: None,
@@ -213,6 +218,21 @@ impl Scene {
             }));
         }
         told
+    }
+
+    /// Whether the only member is used where it is told to be unhealthy, and how often that was counted.
+    fn panics(&self, client: &Client) -> (bool, u64) {
+        let told = |health| {
+            let accepted = || number(&client.get("/stats").ok("stats").body, &format!("cluster.{DB}.update_success"));
+            let before = accepted();
+            self.server.set(ENDPOINTS, DB, &resources::assignment(DB, &[(self.public, health)]));
+            wait_until("a health is told", PATIENCE, || accepted() > before);
+        };
+        told(HealthStatus::Unhealthy);
+        let is_used = asked(self.upstream, ECHO, |stream| echoes(stream, 1)).is_ok();
+        let panics = number(&client.get("/stats").ok("stats").body, &format!("cluster.{DB}.lb_healthy_panic"));
+        told(HealthStatus::Healthy);
+        (is_used, panics)
     }
 
     /// A stat's name where it counts connections, bytes, TLS or decisions of what this proxy was told.
@@ -371,6 +391,7 @@ fn both_serve_and_tell_the_same() {
     // The bootstrap has two clusters and a listener besides the two of each that come.
     assert_eq!(envoy.managed[2], [5, 2, 1, 0, 3, 0, 0, 0]);
     assert_eq!(ours.members, envoy.members);
+    assert_eq!((ours.panics, envoy.panics), ((true, 1), (true, 1)), "the cluster says nothing of a threshold, so it is a half");
     assert_eq!(envoy.members[0], [1, 1, 0, 0, 0, 0], "the app's are told with its cluster");
     assert_eq!(envoy.members[4], [3, 1, 5, 4, 0, 1]);
     assert_eq!(envoy.numbers["tcp.public_listener.downstream_cx_total"], ROUND_TRIPS + 2);

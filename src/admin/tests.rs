@@ -164,6 +164,7 @@ fn snapshot() -> Snapshot {
         max_connections: Some(3),
         outlier: Outlier::default(),
         idle_timeout: None,
+        panic_percent: 0,
         keepalive: None,
         connect_attempts: None,
         front: None,

@@ -140,6 +140,7 @@ fn upstream(
         max_connections: spec.max_connections,
         outlier: spec.outlier,
         idle_timeout: spec.tuning.idle_timeout,
+        panic_percent: 0,
         keepalive: None,
         connect_attempts: spec.tuning.connect_attempts,
         front: None,

@@ -6,8 +6,8 @@
 //! type, name, field and value, and the last good state stays (`held`).
 //!
 //! Invariant: whom a listener lets in and how it is encrypted in Envoy holds here too, or the listener is refused. What only
-//! tunes it has the process's own settings instead: balancing over workers, panic threshold. A changed leaf or RBAC closes no
-//! connection that is still allowed. Knows no proxy, and the HTTP API not at all.
+//! tunes it has the process's own settings instead: balancing over workers. A changed leaf or RBAC closes no connection that is
+//! still allowed. Knows no proxy, and the HTTP API not at all.
 
 pub mod access_log;
 pub mod bootstrap;

@@ -169,6 +169,7 @@ impl Mesh {
             max_connections: None,
             outlier: Outlier::default(),
             idle_timeout: None,
+            panic_percent: 0,
             keepalive: None,
             connect_attempts: None,
             front: None,

@@ -1,10 +1,11 @@
 //! Chooses an endpoint of an upstream, and remembers what this worker saw of each.
 //!
-//! Invariant: an endpoint that Consul calls unhealthy or that is ejected is never chosen; a target is used only when none
-//! before it has a usable endpoint. State lives per worker and survives snapshots by address.
+//! Invariant: an endpoint that Consul calls unhealthy or that is ejected is not chosen but in panic, below the cluster's own
+//! threshold; a target is used only when none before it has a usable endpoint. State lives per worker and survives snapshots by
+//! address.
 //!
 //! Source of the semantics: Envoy's cluster load balancing and outlier detection as Consul configures them
-//! (`agent/xds/config.go` ToOutlierDetection; panic threshold 0).
+//! (`agent/xds/config.go` ToOutlierDetection), and its panic (`recalculatePerPriorityPanic` of its load balancers).
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -14,8 +15,11 @@ use std::time::{Duration, Instant};
 
 use super::limits::{DIALERS_MAX, EJECTION_MAX};
 use crate::config::Keepalive;
-use crate::mesh::{Balance, Identity, Outlier, Target, Upstream};
+use crate::mesh::{Balance, Endpoint, Identity, Outlier, Target, Upstream};
 use crate::tls::Dialer;
+
+/// Envoy's `overprovisioning_factor`: what a healthy endpoint can take for those that are not.
+const OVERPROVISIONED_PERCENT: usize = 140;
 
 /// One upstream as this worker knows it.
 #[derive(Debug)]
@@ -44,6 +48,8 @@ struct Seen {
 pub(super) struct Choice {
     pub(super) target: Arc<Target>,
     pub(super) address: SocketAddr,
+    /// Whether unhealthy ones were among those to choose from.
+    pub(super) panics: bool,
 }
 
 /// How an endpoint is dialed.
@@ -88,28 +94,52 @@ impl Balancer {
     /// An endpoint that is not in `tried`, or `None` when no target has one left.
     pub(super) fn choose(&mut self, client: Option<IpAddr>, tried: &[SocketAddr], now: Instant) -> Option<Choice> {
         let upstream = Arc::clone(&self.upstream);
+        let mut any_is_usable = false;
         for target in &upstream.targets {
-            let usable: Vec<(SocketAddr, u32)> = target
-                .endpoints
-                .iter()
-                .filter(|endpoint| endpoint.healthy && !self.is_ejected(endpoint.address, now))
-                .map(|endpoint| (endpoint.address, endpoint.weight.max(1)))
-                .collect();
-            if usable.is_empty() {
+            let mut from = self.usable(target, now);
+            if from.is_empty() {
                 continue;
             }
-            let fresh: Vec<_> = usable.into_iter().filter(|(address, _)| !tried.contains(address)).collect();
-            if let Some(address) = self.pick(&fresh, client) {
-                return Some(Choice { target: Arc::clone(target), address });
+            any_is_usable = true;
+            let panics = self.panics(target, from.len(), now);
+            if panics {
+                from = everybody(target);
+            }
+            from.retain(|(address, _)| !tried.contains(address));
+            if let Some(address) = self.pick(&from, client) {
+                return Some(Choice { target: Arc::clone(target), address, panics });
             }
         }
-        None
+        if any_is_usable || upstream.panic_percent == 0 {
+            return None;
+        }
+        // Nobody is well anywhere: that may be the fault of who looks.
+        let target = upstream.targets.iter().find(|target| !target.endpoints.is_empty())?;
+        let mut from = everybody(target);
+        from.retain(|(address, _)| !tried.contains(address));
+        let address = self.pick(&from, client)?;
+        Some(Choice { target: Arc::clone(target), address, panics: true })
+    }
+
+    fn usable(&self, target: &Target, now: Instant) -> Vec<(SocketAddr, u32)> {
+        let usable = |endpoint: &&Endpoint| endpoint.healthy && !self.is_ejected(endpoint.address, now);
+        target.endpoints.iter().filter(usable).map(weighed).collect()
+    }
+
+    /// Whether so few of a target are usable, and of all others with it, that each is as good as any.
+    fn panics(&self, target: &Target, usable: usize, now: Instant) -> bool {
+        let is_below = usable * 100 < target.endpoints.len() * self.upstream.panic_percent as usize;
+        let share = |target: &Arc<Target>| match target.endpoints.len() {
+            0 => 0,
+            all => (self.usable(target, now).len() * OVERPROVISIONED_PERCENT / all).min(100),
+        };
+        is_below && self.upstream.targets.iter().map(share).sum::<usize>() < 100
     }
 
     /// Where a redirected connection wanted to go, of an upstream that leads there.
     pub(super) fn original(&self, wanted: SocketAddr) -> Option<Choice> {
         let target = self.upstream.targets.first()?;
-        Some(Choice { target: Arc::clone(target), address: wanted })
+        Some(Choice { target: Arc::clone(target), address: wanted, panics: false })
     }
 
     fn pick(&mut self, usable: &[(SocketAddr, u32)], client: Option<IpAddr>) -> Option<SocketAddr> {
@@ -249,6 +279,14 @@ impl Balancer {
     }
 }
 
+fn weighed(endpoint: &Endpoint) -> (SocketAddr, u32) {
+    (endpoint.address, endpoint.weight.max(1))
+}
+
+fn everybody(target: &Target) -> Vec<(SocketAddr, u32)> {
+    target.endpoints.iter().map(weighed).collect()
+}
+
 /// Weighted highest-random-weight hashing. It serves both ring hash and Maglev: what users rely on is that a client keeps
 /// its endpoint while the set stays and that few clients move when it changes; no table must be built on a worker.
 fn rendezvous(usable: &[(SocketAddr, u32)], client: IpAddr) -> Option<SocketAddr> {
@@ -268,7 +306,7 @@ fn rendezvous(usable: &[(SocketAddr, u32)], client: IpAddr) -> Option<SocketAddr
 mod tests {
     use super::*;
     use crate::identity::SpiffeId;
-    use crate::mesh::{Bind, DenyReply, Endpoint};
+    use crate::mesh::{Bind, DenyReply};
 
     fn endpoint(port: u16, weight: u32, healthy: bool) -> Endpoint {
         Endpoint { address: SocketAddr::from(([127, 0, 0, 1], port)), weight, healthy }
@@ -284,6 +322,7 @@ mod tests {
             max_connections: None,
             outlier: Outlier::default(),
             idle_timeout: None,
+            panic_percent: 0,
             keepalive: None,
             connect_attempts: None,
             front: None,
@@ -327,6 +366,31 @@ mod tests {
         let mut second = balancer(Balance::Random, vec![vec![endpoint(1, 1, false)], vec![endpoint(2, 1, true)]]);
         assert!(ports(&mut second, 50, None).iter().all(|&port| port == 2));
         assert!(balancer(Balance::Random, vec![vec![endpoint(1, 1, false)]]).choose(None, &[], Instant::now()).is_none());
+    }
+
+    #[test]
+    fn below_its_threshold_a_cluster_uses_everybody() {
+        let with = |percent, targets| {
+            let mut balancer = balancer(Balance::RoundRobin, targets);
+            Arc::get_mut(&mut balancer.upstream).expect("nobody else has it").panic_percent = percent;
+            balancer
+        };
+        let used = |balancer: &mut Balancer| -> Vec<u16> {
+            let used: std::collections::BTreeSet<u16> = ports(balancer, 60, None).into_iter().collect();
+            used.into_iter().collect()
+        };
+        let third = || vec![endpoint(1, 1, true), endpoint(2, 1, false), endpoint(3, 1, false)];
+        assert_eq!(used(&mut with(0, vec![third()])), [1]);
+        assert_eq!(used(&mut with(33, vec![third()])), [1], "a third is more than 33 %");
+        assert_eq!(used(&mut with(34, vec![third()])), [1, 2, 3]);
+        let nobody = || vec![endpoint(4, 1, false), endpoint(5, 1, false)];
+        assert_eq!(used(&mut with(1, vec![Vec::new(), nobody()])), [4, 5], "nobody is well anywhere");
+        assert!(used(&mut with(0, vec![nobody()])).is_empty());
+        let well = vec![endpoint(6, 1, true)];
+        assert_eq!(used(&mut with(50, vec![third(), well.clone()])), [1], "others can take what a target cannot");
+        assert_eq!(used(&mut with(50, vec![nobody(), well])), [6]);
+        let chosen = |balancer: &mut Balancer| balancer.choose(None, &[], Instant::now()).expect("one").panics;
+        assert!(chosen(&mut with(50, vec![third()])) && !chosen(&mut with(33, vec![third()])));
     }
 
     #[test]

@@ -107,6 +107,8 @@ pub struct ListenerCells {
     pub suites: [Cell; SUITES.len()],
     /// Endpoints ejected by passive health checking (total).
     pub ejections: Cell,
+    /// Choices among unhealthy endpoints as well, because too few were healthy.
+    pub panics: Cell,
     /// Connections ended, by reason.
     pub closed: [Cell; CloseReason::ALL.len()],
 }
@@ -146,6 +148,7 @@ impl ListenerCells {
             far_active: Cell::default(),
             suites: std::array::from_fn(|_| Cell::default()),
             ejections: Cell::default(),
+            panics: Cell::default(),
             closed: std::array::from_fn(|_| Cell::default()),
         }
     }

@@ -164,6 +164,7 @@ pub fn snapshot(warm: &[&str]) -> Snapshot {
         max_connections: None,
         outlier: Outlier::default(),
         idle_timeout: None,
+        panic_percent: 0,
         keepalive: None,
         connect_attempts: None,
         front: None,

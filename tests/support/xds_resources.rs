@@ -24,6 +24,7 @@ use envoy_types::pb::envoy::extensions::filters::network::rbac::v3::Rbac;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp_proxy;
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
 use envoy_types::pb::envoy::r#type::matcher::v3 as matcher;
+use envoy_types::pb::envoy::r#type::v3::Percent;
 use envoy_types::pb::google::protobuf::{Any, BoolValue};
 use prost::Message;
 
@@ -160,6 +161,11 @@ pub fn target_cluster(name: &str, material: &Material, expected: &str) -> cluste
         cluster_discovery_type: of_type(cluster::cluster::DiscoveryType::Eds),
         eds_cluster_config: Some(cluster::cluster::EdsClusterConfig { eds_config: Some(ads()), ..Default::default() }),
         transport_socket: socket("UpstreamTlsContext", &context),
+        // As Consul has it for what a sidecar calls.
+        common_lb_config: Some(cluster::cluster::CommonLbConfig {
+            healthy_panic_threshold: Some(Percent::default()),
+            ..Default::default()
+        }),
         ..Default::default()
     }
 }

@@ -35,6 +35,7 @@ fn leads_to(name: &str, sni: &str, ports: &[u16]) -> Arc<Upstream> {
         max_connections: Some(9),
         outlier: Outlier::default(),
         idle_timeout: None,
+        panic_percent: 0,
         keepalive: None,
         connect_attempts: None,
         front: None,

@@ -21,6 +21,7 @@ fn upstream(endpoints: &[Endpoint]) -> Upstream {
         max_connections: None,
         outlier: Outlier::default(),
         idle_timeout: None,
+        panic_percent: 0,
         keepalive: None,
         connect_attempts: None,
         front: None,

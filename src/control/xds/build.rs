@@ -284,6 +284,7 @@ impl Builder<'_> {
             max_connections: outer.max_connections.or(first.max_connections),
             outlier: first.outlier,
             idle_timeout: front.tuning.idle_timeout,
+            panic_percent: first.panic_percent,
             keepalive: first.keepalive,
             connect_attempts: front.tuning.connect_attempts,
             front: self.front(front.tls, old)?,

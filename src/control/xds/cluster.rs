@@ -21,6 +21,8 @@ const DNS_REFRESH: Duration = Duration::from_secs(5);
 const DNS_REFRESH_MIN: Duration = Duration::from_millis(500);
 /// Envoy's `choice_count`.
 const CHOICES: u32 = 2;
+/// Envoy's `healthy_panic_threshold`.
+const PANIC_PERCENT: u32 = 50;
 /// Linux's `MAX_TCP_KEEPIDLE` and `MAX_TCP_KEEPINTVL`.
 const KEEPALIVE_SECONDS_MAX: u32 = 32_767;
 /// Linux's `MAX_TCP_KEEPCNT`.
@@ -39,6 +41,8 @@ pub(super) struct Cluster {
     pub(super) max_connections: Option<u32>,
     pub(super) outlier: Outlier,
     pub(super) spoken: tls_context::Spoken,
+    /// As [`crate::mesh::Upstream::panic_percent`].
+    pub(super) panic_percent: u32,
     /// As [`crate::mesh::Upstream::keepalive`].
     pub(super) keepalive: Option<Keepalive>,
 }
@@ -86,6 +90,7 @@ impl Cluster {
             max_connections: max_connections(message),
             outlier: outlier(message.outlier_detection.as_ref())?,
             spoken: tls_context::upstream(message.transport_socket.as_ref())?,
+            panic_percent: panic_percent(message),
             keepalive: keepalive(message),
         })
     }
@@ -171,6 +176,13 @@ fn max_connections(message: &pb::Cluster) -> Option<u32> {
     thresholds.filter(|one| one.priority == 0).find_map(|one| one.max_connections.as_ref()).map(|most| most.value)
 }
 
+/// A part of one counts as the whole of it.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to 0 to 100; what is no number becomes 0")]
+fn panic_percent(message: &pb::Cluster) -> u32 {
+    let told = message.common_lb_config.as_ref().and_then(|config| config.healthy_panic_threshold.as_ref());
+    told.map_or(PANIC_PERCENT, |told| told.value.ceil().clamp(0.0, 100.0) as u32)
+}
+
 /// Envoy switches it off where one of these is 0, and has what the kernel has where one is missing; beyond what a kernel takes
 /// nothing can be meant.
 fn keepalive(message: &pb::Cluster) -> Option<Keepalive> {
@@ -222,6 +234,7 @@ pub(super) mod tests {
     use super::super::endpoint::tests::assignment;
     use super::*;
     use envoy_types::pb::envoy::config::core::v3::{HealthStatus, TcpKeepalive};
+    use envoy_types::pb::envoy::r#type::v3::Percent;
     use envoy_types::pb::google::protobuf::{Any, UInt32Value};
     use prost::Message as _;
 
@@ -269,6 +282,19 @@ pub(super) mod tests {
         assert_eq!(told(Some(30), Some(3)), on(Some(30), Some(3)));
         assert_eq!(told(Some(u32::MAX), Some(u32::MAX)), on(Some(32_767), Some(127)));
         assert_eq!(told(Some(0), Some(3)), Some(Keepalive::Off));
+    }
+
+    #[test]
+    fn the_panic_threshold_is_the_clusters_own_or_envoys() {
+        let plain = of_type("db", pb::cluster::DiscoveryType::Eds);
+        let told = |value: Option<f64>| {
+            let healthy_panic_threshold = value.map(|value| Percent { value });
+            let common = pb::cluster::CommonLbConfig { healthy_panic_threshold, ..Default::default() };
+            Cluster::parse(&pb::Cluster { common_lb_config: Some(common), ..plain.clone() }).expect("fine").panic_percent
+        };
+        assert_eq!(Cluster::parse(&plain).expect("fine").panic_percent, 50);
+        let tried = [None, Some(0.0), Some(33.4), Some(1e9), Some(-1.0), Some(f64::NAN)];
+        assert_eq!(tried.map(told), [50, 0, 34, 100, 0, 0]);
     }
 
     #[test]

@@ -14,6 +14,7 @@ fn cluster(name: &str) -> Way {
         max_connections: None,
         outlier: Outlier::default(),
         idle_timeout: None,
+        panic_percent: 0,
         keepalive: None,
         connect_attempts: None,
         front: None,

@@ -32,6 +32,7 @@ pub(super) fn cluster(name: &str, endpoints: &[SocketAddr]) -> Arc<Upstream> {
         max_connections: None,
         outlier: Outlier::default(),
         idle_timeout: None,
+        panic_percent: 0,
         keepalive: None,
         connect_attempts: None,
         front: None,

@@ -323,7 +323,11 @@ impl<R: Ring> Worker<R> {
         }
         connection.endpoint = Some(choice.address);
         connection.tried.push(choice.address);
-        Ok((choice, Dial::to(balancer.upstream())))
+        let how = Dial::to(balancer.upstream());
+        if choice.panics {
+            self.listener(connection).cells.panics.add(1);
+        }
+        Ok((choice, how))
     }
 
     fn endpoint_failed(&mut self, connection: &mut Connection, reason: CloseReason) -> Next {

@@ -223,6 +223,7 @@ fn nowhere(listener: &Listener, chain: &Chain) -> Arc<Upstream> {
         max_connections: None,
         outlier: Outlier::default(),
         idle_timeout: None,
+        panic_percent: 0,
         keepalive: None,
         connect_attempts: None,
         front: None,

@@ -38,12 +38,11 @@ const TCP_UNKNOWN: [&str; 8] = [
     "route_delayed_total",
     "upstream_flush_total",
 ];
-const CLUSTER_UNKNOWN: [&str; 22] = [
+const CLUSTER_UNKNOWN: [&str; 21] = [
     "assignment_stale",
     "assignment_timeout_received",
     "assignment_use_cached",
     "bind_errors",
-    "lb_healthy_panic",
     "update_empty",
     "update_failure",
     "upstream_cx_close_notify",
@@ -381,6 +380,7 @@ impl Cluster {
         scope.gauge("circuit_breakers.default.cx_open", u64::from(self.full), seen);
         scope.gauge("membership_total", self.members, true);
         scope.gauge("membership_healthy", self.healthy.saturating_sub(self.ejected), true);
+        scope.counter("lb_healthy_panic", totals.panics);
         scope.counter("membership_change", members.changes);
         let fetched = members.fetched.unwrap_or_default();
         scope.counter("update_attempt", members.fetched.map_or(0, |fetched| fetched.answers.attempts()));

@@ -24,6 +24,7 @@ fn upstream(name: &str, port: u16, sni: &str) -> Arc<Upstream> {
         max_connections: Some(2),
         outlier: Outlier::default(),
         idle_timeout: None,
+        panic_percent: 0,
         keepalive: None,
         connect_attempts: None,
         front: None,
