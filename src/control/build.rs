@@ -113,6 +113,7 @@ fn upstream(
     if matches!(spec.destination, Destination::Unsupported(_)) {
         return None;
     }
+    let spec = state.in_force(spec);
     let old = old_upstreams.iter().find(|old| old.bind == spec.bind && *old.name == *spec.label);
     let old_targets = old.map_or(&[][..], |old| &old.targets);
     let resolved = resolve_targets(state, definition, spec);

@@ -108,7 +108,7 @@ pub(crate) fn parse(service: &wire::Service, scrape: &Scrape) -> Result<Definiti
     };
     let mut upstreams = Vec::with_capacity(proxy.upstreams.len().min(UPSTREAMS_MAX));
     for wire in proxy.upstreams.iter().take(UPSTREAMS_MAX) {
-        if let Some(upstream) = upstream(wire, proxy, &name, &mut hatch_logs, &mut warnings)? {
+        if let Some(upstream) = upstream(wire, proxy, &name, &mut warnings)? {
             upstreams.push(upstream);
         }
     }
@@ -169,6 +169,8 @@ pub(crate) fn from_flags(flags: &config::ServiceProxy, settings: &config::Consul
             outlier: Outlier::default(),
             tuning: Tuning::default(),
             deny_reply: DenyReply::Close,
+            access_logs: Vec::new(),
+            unhatched: None,
         })
         .collect();
     unique_binds(public.as_ref(), &upstreams)?;
@@ -294,11 +296,16 @@ fn bind_ip(text: &str, default: Ipv4Addr, place: &str) -> Result<IpAddr, String>
     }
 }
 
-/// Two listeners on one address would fail later and less clearly.
+/// Two listeners on one address would fail later and less clearly. An upstream may have a second one, for when its hatches do not
+/// hold.
 fn unique_binds(public: Option<&Public>, upstreams: &[Upstream]) -> Result<(), String> {
     let mut seen: BTreeMap<String, &str> = BTreeMap::new();
     let all = public.iter().map(|public| (&public.bind, "the public listener"));
-    for (bind, who) in all.chain(upstreams.iter().map(|upstream| (&upstream.bind, upstream.label.as_str()))) {
+    let of_upstreams = upstreams.iter().flat_map(|upstream| {
+        let unhatched = upstream.unhatched.iter().map(|plain| &plain.bind).filter(|bind| **bind != upstream.bind);
+        std::iter::once(&upstream.bind).chain(unhatched).map(|bind| (bind, upstream.label.as_str()))
+    });
+    for (bind, who) in all.chain(of_upstreams) {
         if let Some(other) = seen.insert(bind.to_string(), who) {
             return Err(format!("{who} and {other} both want to listen on {bind}; change one of them"));
         }

@@ -34,7 +34,12 @@ pub(crate) fn status(state: &mut State, published: bool, agent_reachable: bool, 
 /// What the registrations ask for, each log once.
 fn access_logs(state: &State) -> Vec<AccessLog> {
     let mut logs: Vec<AccessLog> = Vec::new();
-    for log in state.proxies.iter().filter_map(|proxy| proxy.definition.as_ref()).flat_map(|definition| &definition.access_logs) {
+    let definitions = state.proxies.iter().filter_map(|proxy| proxy.definition.as_ref());
+    let all = definitions.flat_map(|definition| {
+        let of_upstreams = definition.upstreams.iter().flat_map(|upstream| &state.in_force(upstream).access_logs);
+        definition.access_logs.iter().chain(of_upstreams)
+    });
+    for log in all {
         if !logs.contains(log) {
             logs.push(log.clone());
         }
@@ -109,6 +114,9 @@ fn definition_problems(state: &State, definition: &Definition, wall: SystemTime,
     }
     for upstream in &definition.upstreams {
         let mut notes = Vec::new();
+        if !std::ptr::eq(state.in_force(upstream), upstream) {
+            notes.push("a discovery chain is configured for it, so its escape hatches do not hold, as in Consul".to_owned());
+        }
         match &upstream.destination {
             Destination::Unsupported(why) => notes.push(why.clone()),
             Destination::Query { name, datacenter } => {

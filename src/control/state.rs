@@ -369,6 +369,17 @@ impl State {
         identity.svid.id.service_name().map(|name| name.datacenter.to_string())
     }
 
+    /// An upstream as it is treated: without its escape hatches where a discovery chain is configured (Consul
+    /// `agent/xds/clusters.go`, `listeners.go`, `IsDefault`).
+    pub(crate) fn in_force<'a>(&self, upstream: &'a definition::Upstream) -> &'a definition::Upstream {
+        match &upstream.unhatched {
+            Some(plain) if chain_ask(upstream).and_then(|ask| self.chains.get(&ask)).is_some_and(|chain| !chain.is_default) => {
+                plain
+            }
+            _ => upstream,
+        }
+    }
+
     /// Where the gateways for `target` are listed, if it is reached through any.
     pub(crate) fn gateway_key(&self, target: &chain::Target, own: &str) -> Option<Key> {
         let datacenter = match target.gateway {
@@ -385,11 +396,13 @@ impl State {
 /// The question that resolves an upstream.
 pub(crate) fn chain_ask(upstream: &definition::Upstream) -> Option<chain::Ask> {
     let Destination::Service { name, datacenter } = &upstream.destination else { return None };
+    // Consul asks before it looks at escape hatches.
+    let plain = upstream.unhatched.as_deref().unwrap_or(upstream);
     Some(chain::Ask {
         name: name.clone(),
         datacenter: datacenter.clone(),
         protocol: upstream.protocol.clone(),
-        connect_timeout_ms: upstream.connect_timeout.and_then(|timeout| u64::try_from(timeout.as_millis()).ok()),
+        connect_timeout_ms: plain.connect_timeout.and_then(|timeout| u64::try_from(timeout.as_millis()).ok()),
         mesh_gateway: upstream.mesh_gateway.clone(),
     })
 }

@@ -80,6 +80,7 @@ impl Bench {
                 }],
                 connect_timeout: Some(Duration::from_secs(3)),
                 balance: Balance::RoundRobin,
+                is_default: true,
                 notes: Vec::new(),
             };
             self.tell(Key::Chain(ask), Update::Chain(chain));
@@ -223,6 +224,40 @@ fn a_prepared_query_accepts_whoever_it_names() {
     assert_eq!(targets[0].expected.to_vec(), [bench.ca.id("lake"), bench.ca.id("warehouse")]);
     assert_eq!(&*targets[0].sni, "warehouse-query.default.dc1.query.t.consul");
     assert_eq!(addresses(&targets[0]), [("10.0.0.1:1".to_owned(), true), ("10.0.0.2:2".to_owned(), true)]);
+}
+
+#[cfg(feature = "xds")]
+#[test]
+fn escape_hatches_hold_until_a_discovery_chain_is_configured() {
+    let mut bench = Bench::new();
+    let mut service = crate::control::fixture("agent-service-sidecar");
+    let log = serde_json::json!({"name": "envoy.file_access_log", "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog", "path": "/var/log/warehouse"}});
+    let hatch = serde_json::json!({
+        "@type": "type.googleapis.com/envoy.config.listener.v3.Listener",
+        "address": {"socket_address": {"address": "127.0.0.1", "port_value": 9001}}, "access_log": [log],
+        "filter_chains": [{"filters": [{"name": "envoy.filters.network.tcp_proxy", "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+            "stat_prefix": "warehouse", "cluster": "warehouse", "idle_timeout": "60s"}}]}]});
+    service["Proxy"]["Upstreams"][0]["Config"]["envoy_listener_json"] = hatch.to_string().into();
+    let service = serde_json::from_value(service).expect("parses");
+    bench.tell(Key::Definition(0), Update::Definition(Box::new(service)));
+    bench.identify();
+    bench.chains("dc1", chain::Gateway::None);
+    let told = |bench: &mut Bench| {
+        let upstream = Arc::clone(&bench.build()[0].upstreams[0]);
+        let status = report::status(&mut bench.state, true, true, now());
+        let problem = status.services[0].problem.clone().unwrap_or_default();
+        (
+            upstream.bind.to_string(),
+            upstream.idle_timeout,
+            status.access_logs.len(),
+            problem.contains("escape hatches do not hold"),
+        )
+    };
+    assert_eq!(told(&mut bench), ("127.0.0.1:9001".to_owned(), Some(Duration::from_secs(60)), 1, false));
+    bench.state.chains.values_mut().for_each(|chain| chain.is_default = false);
+    assert_eq!(told(&mut bench), ("127.0.0.1:15432".to_owned(), None, 0, true));
 }
 
 #[test]

@@ -271,6 +271,9 @@ pub(crate) struct ChainNode {
 pub(crate) struct Resolver {
     #[serde(default)]
     pub(crate) connect_timeout: Option<Value>,
+    /// There is no such entry.
+    #[serde(default)]
+    pub(crate) default: bool,
     pub(crate) target: String,
     #[serde(default)]
     pub(crate) failover: Option<Failover>,

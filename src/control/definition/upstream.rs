@@ -25,6 +25,10 @@ pub(crate) struct Upstream {
     pub(crate) outlier: Outlier,
     pub(crate) tuning: Tuning,
     pub(crate) deny_reply: DenyReply,
+    /// For its connections alone, from an escape hatch.
+    pub(crate) access_logs: Vec<AccessLog>,
+    /// What it is without its escape hatches, if it has any: Consul drops them where a discovery chain is configured.
+    pub(crate) unhatched: Option<Box<Self>>,
 }
 
 /// What only an escape hatch can say of an upstream.
@@ -55,7 +59,6 @@ pub(super) fn upstream(
     wire: &wire::Upstream,
     proxy: &wire::Proxy,
     own: &Name,
-    logs: &mut Vec<AccessLog>,
     warnings: &mut Vec<String>,
 ) -> Result<Option<Upstream>, String> {
     // Synthetic entries of central configuration have no listener.
@@ -82,9 +85,14 @@ pub(super) fn upstream(
         outlier: outlier(&config, &mut notes),
         tuning: Tuning::default(),
         deny_reply: deny_reply(&config, &mut notes),
+        access_logs: Vec::new(),
+        unhatched: None,
         label,
     };
-    hatches::of_upstream(&config, &mut upstream, (&own.service, &place), logs)?;
+    let unhatched = upstream.clone();
+    if hatches::of_upstream(&config, &mut upstream, (&own.service, &place))? {
+        upstream.unhatched = Some(Box::new(unhatched));
+    }
     config.ignore(&HARMLESS_KEYS);
     notes.extend(config.unread().iter().map(|key| format!("config.{} has no effect", key.escape_default())));
     warnings.extend(notes.into_iter().map(|note| format!("{place}: {note}")));

@@ -35,6 +35,8 @@ pub(crate) struct Chain {
     pub(crate) targets: Vec<Target>,
     pub(crate) connect_timeout: Option<Duration>,
     pub(crate) balance: Balance,
+    /// Nobody has configured anything of it.
+    pub(crate) is_default: bool,
     /// What was left out, for a person.
     pub(crate) notes: Vec<String>,
 }
@@ -118,6 +120,7 @@ fn reduce(chain: wire::Chain) -> Result<Chain, String> {
         targets,
         connect_timeout: resolver.connect_timeout.as_ref().and_then(go_duration).filter(|timeout| !timeout.is_zero()),
         balance: start.load_balancer.as_ref().map_or(Balance::RoundRobin, |lb| balance(lb, &mut notes)),
+        is_default: resolver.default,
         notes,
     })
 }
@@ -195,6 +198,7 @@ mod tests {
         assert_eq!((chain.targets[0].only_passing, chain.targets[1].only_passing), (false, true));
         assert!(chain.targets[0].sni.starts_with("v1.warehouse.default.dc1.internal."));
         assert_eq!(chain.balance, Balance::LeastRequest { choices: 3 });
+        assert!(!chain.is_default && capture("chain-default").is_default && !capture("chain-redirect").is_default);
         assert_eq!(chain.connect_timeout, Some(Duration::from_secs(3)));
         assert_eq!(capture("chain-override").connect_timeout, Some(Duration::from_millis(2_500)));
     }

@@ -72,16 +72,15 @@ fn limit(public: &mut Public, most: u32) -> Result<(), String> {
     Ok(())
 }
 
-/// One upstream. Consul drops its hatches where a discovery chain is configured, which is not known here: they hold there too.
-/// What they may say changes no destination.
+/// One upstream; whether it has any. What they may say changes no destination.
 pub(in super::super) fn of_upstream(
     config: &Opaque<'_>,
     upstream: &mut Upstream,
     (service, place): (&str, &str),
-    logs: &mut Vec<AccessLog>,
-) -> Result<(), String> {
+) -> Result<bool, String> {
     let refused = |key: &str, why: &str| format!("{place}.{key}: {why}; change it, or remove the key");
     let mut named = None;
+    let mut any = false;
     if let Some(text) = config.text(CLUSTER)? {
         let refused = |why: &str| refused(CLUSTER, why);
         let cluster = hatch::cluster(&text, Tls::Consuls).map_err(|why| refused(&why))?;
@@ -93,6 +92,7 @@ pub(in super::super) fn of_upstream(
         upstream.outlier = cluster.outlier;
         upstream.tuning.balance = Some(cluster.balance);
         named = Some(cluster.name);
+        any = true;
     }
     if let Some(text) = config.text(LISTENER)? {
         let refused = |why: &str| refused(LISTENER, why);
@@ -107,9 +107,10 @@ pub(in super::super) fn of_upstream(
         upstream.bind = listener.bind;
         upstream.tuning.idle_timeout = listener.tuning.idle_timeout;
         upstream.tuning.connect_attempts = listener.tuning.connect_attempts;
-        logs.extend(of_listener(listener.access_logs, service, Some(&upstream.label)));
+        upstream.access_logs.extend(of_listener(listener.access_logs, service, Some(&upstream.label)));
+        any = true;
     }
-    Ok(())
+    Ok(any)
 }
 
 /// Whether Consul would name a cluster so: `[HASH~]SERVICE.NAMESPACE[.PARTITION].DATACENTER.internal...`, `QUERY.default.DATACENTER
@@ -180,7 +181,7 @@ mod tests {
         mine["filter_chains"][0]["filters"][0]["config"]["access_log"] =
             json!([{"name": "envoy.file_access_log", "typed_config": file}]);
         let definition = with(&[], &[("envoy_listener_json", mine)]).expect("accepted");
-        let only: Vec<_> = definition.access_logs.iter().map(|log| log.only.clone()).collect();
+        let only: Vec<_> = definition.upstreams[0].access_logs.iter().map(|log| log.only.clone()).collect();
         let of = Logged { service: Some(definition.name.service), upstream: Some("warehouse".to_owned()) };
         assert_eq!(only, [Some([of].into())]);
     }
@@ -205,6 +206,12 @@ mod tests {
         assert_eq!(warehouse.connect_timeout, Some(Duration::from_secs(4)));
         assert_eq!(warehouse.tuning.balance, Some(Balance::Maglev));
         assert_eq!(warehouse.tuning.idle_timeout, Some(Duration::from_secs(60)));
+        let plain = warehouse.unhatched.as_deref().expect("what it is without");
+        assert_ne!(
+            (&plain.bind, plain.connect_timeout, plain.tuning),
+            (&warehouse.bind, warehouse.connect_timeout, warehouse.tuning)
+        );
+        assert!(definition.upstreams[1..].iter().all(|upstream| upstream.unhatched.is_none()));
         assert_eq!(definition.warnings, [""; 0]);
     }
 

@@ -10,13 +10,8 @@ pub(in super::super) fn of_public(config: &Opaque<'_>, _: &mut Public, _: &str, 
     refuse(config, &OF_PROXIES, "proxy.config")
 }
 
-pub(in super::super) fn of_upstream(
-    config: &Opaque<'_>,
-    _: &mut Upstream,
-    (_, place): (&str, &str),
-    _: &mut Vec<AccessLog>,
-) -> Result<(), String> {
-    refuse(config, &OF_UPSTREAMS, place)
+pub(in super::super) fn of_upstream(config: &Opaque<'_>, _: &mut Upstream, (_, place): (&str, &str)) -> Result<bool, String> {
+    refuse(config, &OF_UPSTREAMS, place).map(|()| false)
 }
 
 fn refuse(config: &Opaque<'_>, keys: &[&str], place: &str) -> Result<(), String> {
