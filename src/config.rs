@@ -25,7 +25,7 @@ pub const RESTART_DRAIN_TIME: Duration = Duration::from_secs(3);
 pub const HANDOVER_DRAIN: Duration = Duration::from_secs(24 * 3_600);
 /// How long a process that shall take over may need to become ready.
 pub const HANDOVER_TIMEOUT: Duration = Duration::from_secs(60);
-/// TCP keepalive on both legs.
+/// TCP keepalive on both legs, where a cluster has none of its own.
 pub const KEEPALIVE: Duration = Duration::from_secs(60);
 /// Public listener's handshake bound (built-in proxy's default; Envoy has none).
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -35,6 +35,8 @@ pub const LOCAL_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long an accepted connection waits for the first certificate or the first endpoints.
 pub const HOLD_TIME: Duration = Duration::from_secs(10);
+/// Envoy's `healthy_panic_threshold` of a cluster that says nothing of it.
+pub const PANIC_PERCENT: u32 = 50;
 /// Envoy's circuit breaker default for connections of a cluster.
 pub const UPSTREAM_CONNECTIONS_MAX: u32 = 1_024;
 /// Connections that one worker carries at once.
@@ -180,7 +182,7 @@ impl From<Duration> for Keepalive {
 pub struct DataPlane {
     /// Worker threads, at least 1.
     pub workers: usize,
-    /// TCP keepalive idle time on both legs; zero switches it off.
+    /// TCP keepalive idle time on both legs, where a cluster has none of its own; zero switches it off.
     pub keepalive: Duration,
     /// See [`HOLD_TIME`].
     pub hold_time: Duration,

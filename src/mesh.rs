@@ -137,6 +137,8 @@ pub struct PublicListener {
     pub app: Vec<Address>,
     /// Bound on opening a connection to the app.
     pub local_connect_timeout: Duration,
+    /// Keepalive towards the app; `None` is this proxy's own.
+    pub local_keepalive: Option<Keepalive>,
     /// Bound on the TLS handshake.
     pub handshake_timeout: Duration,
     /// Most connections at once over all workers; 0 is unlimited.
@@ -164,7 +166,7 @@ pub struct Upstream {
     /// an hour cuts pooled database connections, and dead peers are found by keepalive.
     pub idle_timeout: Option<Duration>,
     /// With a smaller share of healthy members than this, in per cent, all of them are used: Envoy's panic threshold. 0 is never,
-    /// which is Consul's setting for upstreams of a sidecar.
+    /// which is Consul's setting for what discovery chains of a sidecar lead to.
     pub panic_percent: u32,
     /// Keepalive towards its members; `None` is this proxy's own.
     pub keepalive: Option<Keepalive>,

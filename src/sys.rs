@@ -390,15 +390,23 @@ mod tests {
         let asks = |keepalive| {
             let socket = stream_tcp("127.0.0.1:1".parse().expect("address"), StreamOptions { keepalive }).expect("a socket");
             let socket = SockRef::from(&socket);
-            let of = |socket: &SockRef<'_>| Ok::<_, io::Error>((socket.tcp_keepalive_time()?, socket.tcp_keepalive_retries()?));
+            let of = |socket: &SockRef<'_>| {
+                let [idle, interval] =
+                    [socket.tcp_keepalive_time()?, socket.tcp_keepalive_interval()?].map(|time| time.as_secs());
+                Ok::<_, io::Error>((idle, interval, socket.tcp_keepalive_retries()?))
+            };
             socket.keepalive().expect("readable").then(|| of(&socket).expect("readable"))
         };
         assert_eq!(asks(Keepalive::Off), None);
-        assert_eq!(asks(Duration::from_secs(60).into()), Some((Duration::from_secs(60), 4)));
-        let most = Keepalive::On { idle: Some(Duration::from_secs(32_767)), interval: None, probes: Some(127) };
-        assert_eq!(asks(most), Some((Duration::from_secs(32_767), 127)), "the kernel takes the most that is told it");
+        assert_eq!(asks(Duration::from_secs(60).into()), Some((60, 15, 4)));
+        let most = Keepalive::On {
+            idle: Some(Duration::from_secs(32_767)),
+            interval: Some(Duration::from_secs(32_767)),
+            probes: Some(127),
+        };
+        assert_eq!(asks(most), Some((32_767, 32_767, 127)), "the kernel takes the most that is told it");
         let kernels = asks(Keepalive::On { idle: None, interval: None, probes: None }).expect("on");
-        assert!(kernels.0 >= Duration::from_secs(1), "{kernels:?}");
+        assert!(kernels.0 >= 1 && kernels.1 >= 1, "{kernels:?}");
     }
 
     #[test]

@@ -95,6 +95,7 @@ impl Gateway {
             app: vec![Address::Tcp(app)],
             local_connect_timeout: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(10),
+            local_keepalive: None,
             max_inbound_connections: 0,
             idle_timeout: None,
         };

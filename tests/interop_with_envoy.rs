@@ -136,3 +136,36 @@ fn envoy_dials_envoy() {
     let _client = Envoy::start(entry, middle, None, Some(client));
     echo(entry, &support::bytes(1, 200_000)).expect("an echo through two Envoys");
 }
+
+/// scripts/mixed-mesh lets Envoy hear an old Consul so.
+#[test]
+fn filters_that_are_told_by_name_alone_get_their_types() {
+    let folder = support::scratch();
+    let is_taken = |name: &str, bootstrap: &str| {
+        let file = folder.path().join(name);
+        std::fs::write(&file, bootstrap).expect("the bootstrap");
+        let envoy = support::tool(support::cache().join("envoy-1.40/envoy"));
+        let done = Command::new(envoy).args(["--mode", "validate", "-c"]).arg(&file).output().expect("Envoy runs");
+        let text = String::from_utf8_lossy(&done.stderr).into_owned();
+        if done.status.success() { Ok(()) } else { Err(text) }
+    };
+    let told = json!({"static_resources": {"listeners": [{
+        "name": "ready",
+        "address": {"socket_address": {"address": "127.0.0.1", "port_value": 0}},
+        "listener_filters": [{"name": "envoy.filters.listener.tls_inspector"}],
+        "filter_chains": [{"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+            "stat_prefix": "ready",
+            "route_config": {"name": "ready"},
+            "http_filters": [{"name": "envoy.filters.http.router"}],
+        }}]}],
+    }]}});
+    let refused = is_taken("told.json", &told.to_string()).expect_err("Envoy wants types");
+    assert!(refused.contains("Didn't find a registered implementation"), "{refused}");
+    let script = format!("{}/scripts/typed-xds", env!("CARGO_MANIFEST_DIR"));
+    std::fs::write(folder.path().join("untyped.json"), told.to_string()).expect("the bootstrap");
+    let input = std::fs::File::open(folder.path().join("untyped.json")).expect("the bootstrap");
+    let typed = Command::new(script).arg("--bootstrap").stdin(input).output().expect("the script runs");
+    assert!(typed.status.success(), "{}", String::from_utf8_lossy(&typed.stderr));
+    is_taken("typed.json", &String::from_utf8_lossy(&typed.stdout)).expect("Envoy takes it");
+}

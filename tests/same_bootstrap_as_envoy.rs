@@ -53,7 +53,7 @@ struct Told {
     numbers: BTreeMap<&'static str, u64>,
     /// What the managers counted: after the start, and of changes.
     managed: Vec<[u64; 8]>,
-    members: Vec<[u64; 6]>,
+    members: Vec<[u64; 7]>,
     /// Whether an unhealthy member is used where there is no other, and how often that was counted.
     panics: (bool, u64),
     half_close: [String; 2],
@@ -89,8 +89,15 @@ const MANAGED: [&str; 8] = [
 ];
 
 /// Stats of members that come and go.
-const MEMBERS: [&str; 6] =
-    ["membership_change", "membership_total", "update_attempt", "update_success", "update_rejected", "update_no_rebuild"];
+const MEMBERS: [&str; 7] = [
+    "membership_change",
+    "membership_total",
+    "update_attempt",
+    "update_success",
+    "update_rejected",
+    "update_no_rebuild",
+    "update_empty",
+];
 
 struct Scene {
     server: XdsServer,
@@ -200,7 +207,7 @@ impl Scene {
     }
 
     /// What is counted of members: of the app's, and of a cluster's as one more comes, as it is told again, and as it goes.
-    fn members(&self, client: &Client) -> Vec<[u64; 6]> {
+    fn members(&self, client: &Client) -> Vec<[u64; 7]> {
         let now = |cluster: &str| {
             let stats = client.get("/stats").ok("stats").body;
             // What is asked for nowhere is not refused either: Envoy has no such stat then.
@@ -217,6 +224,23 @@ impl Scene {
                 if counts[3] > accepted { Ok(counts) } else { Err(format!("{counts:?}")) }
             }));
         }
+        let mut beyond = resources::assignment(DB, &more[..1]);
+        beyond.endpoints[0].priority = 200;
+        self.server.set(ENDPOINTS, DB, &beyond);
+        told.push(wait_for("members are refused", PATIENCE, || {
+            let counts = now(DB);
+            if counts[4] == 1 { Ok(counts) } else { Err(format!("{counts:?}")) }
+        }));
+        self.server.remove(ENDPOINTS, DB);
+        told.push(wait_for("members are gone", PATIENCE, || {
+            let counts = now(DB);
+            if counts[6] == 1 { Ok(counts) } else { Err(format!("{counts:?}")) }
+        }));
+        self.server.set(ENDPOINTS, DB, &resources::assignment(DB, &more[..1]));
+        told.push(wait_for("members are back", PATIENCE, || {
+            let (counts, before) = (now(DB), told[told.len() - 1][3]);
+            if counts[3] > before { Ok(counts) } else { Err(format!("{counts:?}")) }
+        }));
         told
     }
 
@@ -392,8 +416,8 @@ fn both_serve_and_tell_the_same() {
     assert_eq!(envoy.managed[2], [5, 2, 1, 0, 3, 0, 0, 0]);
     assert_eq!(ours.members, envoy.members);
     assert_eq!((ours.panics, envoy.panics), ((true, 1), (true, 1)), "the cluster says nothing of a threshold, so it is a half");
-    assert_eq!(envoy.members[0], [1, 1, 0, 0, 0, 0], "the app's are told with its cluster");
-    assert_eq!(envoy.members[4], [3, 1, 5, 4, 0, 1]);
+    assert_eq!(envoy.members[0], [1, 1, 0, 0, 0, 0, 0], "the app's are told with its cluster");
+    assert_eq!(envoy.members[4], [3, 1, 5, 4, 0, 1, 0]);
     assert_eq!(envoy.numbers["tcp.public_listener.downstream_cx_total"], ROUND_TRIPS + 2);
     assert_eq!((ours.drained, ours.exit), (envoy.drained, envoy.exit));
     assert_eq!((envoy.drained, envoy.exit), ([false, true], Some(0)));

@@ -146,6 +146,7 @@ fn snapshot() -> Snapshot {
         app: vec![Address::Tcp(([127, 0, 0, 1], 5_432).into())],
         local_connect_timeout: Duration::from_secs(5),
         handshake_timeout: Duration::from_secs(10),
+        local_keepalive: None,
         max_inbound_connections: 7,
         idle_timeout: None,
     };

@@ -427,6 +427,7 @@ mod tests {
                 app: Vec::new(),
                 local_connect_timeout: config::LOCAL_CONNECT_TIMEOUT,
                 handshake_timeout: config::HANDSHAKE_TIMEOUT,
+                local_keepalive: None,
                 max_inbound_connections: 0,
                 idle_timeout: None,
             })),

@@ -127,7 +127,7 @@ struct Process {
     /// How long live connections go on after SIGTERM [default: 30s; 3s where systemd keeps the listening sockets, so that new connections wait]
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]
     drain_time: Option<Duration>,
-    /// TCP keepalive on both legs; 0 switches it off
+    /// TCP keepalive on both legs; 0 switches it off. Over xDS a cluster may have its own
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = values::duration)]
     keepalive: Duration,
     /// How long an accepted connection waits for the first certificate or endpoint

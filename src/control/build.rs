@@ -98,6 +98,7 @@ fn public_listener(state: &State, public: &definition::Public) -> Option<PublicL
         bind: public.bind.clone(),
         app,
         local_connect_timeout: public.local_connect_timeout,
+        local_keepalive: public.local_keepalive,
         handshake_timeout: public.handshake_timeout,
         max_inbound_connections: public.max_inbound_connections,
         idle_timeout: public.idle_timeout,
@@ -141,8 +142,12 @@ fn upstream(
         max_connections: spec.max_connections,
         outlier: spec.outlier,
         idle_timeout: spec.tuning.idle_timeout,
-        panic_percent: 0,
-        keepalive: None,
+        panic_percent: spec.tuning.panic_percent.unwrap_or(match spec.destination {
+            // Consul says nothing of it for these, and 0 for what a chain leads to.
+            Destination::Query { .. } => config::PANIC_PERCENT,
+            _ => 0,
+        }),
+        keepalive: spec.tuning.keepalive,
         connect_attempts: spec.tuning.connect_attempts,
         front: None,
         outside: None,

@@ -20,6 +20,7 @@ use super::consul::watch::chain::not_default;
 use super::consul::wire;
 use super::opaque::Opaque;
 use crate::config;
+use crate::config::Keepalive;
 use crate::config::envoy::{AccessLog, PageListener, Scrape};
 use crate::mesh::{Bind, DenyReply, Outlier};
 
@@ -54,6 +55,8 @@ pub(crate) struct Public {
     pub(crate) bind: Bind,
     pub(crate) app: App,
     pub(crate) local_connect_timeout: Duration,
+    /// From an escape hatch.
+    pub(crate) local_keepalive: Option<Keepalive>,
     pub(crate) handshake_timeout: Duration,
     pub(crate) max_inbound_connections: u32,
     pub(crate) idle_timeout: Option<Duration>,
@@ -147,6 +150,7 @@ pub(crate) fn from_flags(flags: &config::ServiceProxy, settings: &config::Consul
             bind: Bind::Tcp(listen),
             app: app_address(app)?,
             local_connect_timeout: config::LOCAL_CONNECT_TIMEOUT,
+            local_keepalive: None,
             handshake_timeout: config::HANDSHAKE_TIMEOUT,
             max_inbound_connections: 0,
             idle_timeout: None,
@@ -258,6 +262,7 @@ fn public(service: &wire::Service, config: &Opaque<'_>, warnings: &mut Vec<Strin
     Ok(Public {
         bind: Bind::Tcp(SocketAddr::new(ip, port)),
         app,
+        local_keepalive: None,
         local_connect_timeout: positive(
             lenient(config.millis("local_connect_timeout_ms"), warnings),
             config::LOCAL_CONNECT_TIMEOUT,

@@ -224,9 +224,12 @@ impl Feeder {
         let current = self.publisher.current();
         let services = build::services(&self.state, &current.services);
         let identities = build::identities(&self.state, &current.identities);
-        if !build::same(&services, &current.services) || !Arc::ptr_eq(&identities, &current.identities) {
+        let others = !build::same(&services, &current.services);
+        if others || !Arc::ptr_eq(&identities, &current.identities) {
             let next = Snapshot { services, identities, ..Snapshot::default() };
-            self.tally.follow(&current, &next);
+            if others {
+                self.tally.follow(&current, &next);
+            }
             let generation = self.publisher.publish(next);
             metrics::gauge!("ringfence_snapshot_generation").set(as_f64(generation));
             tracing::debug!(generation, "snapshot published");

@@ -2,17 +2,18 @@
 //!
 //! Envoy counts resources; over the HTTP API there are none, so that what one would say is compared: a cluster is how members
 //! are dialed and who may answer, a listener is where it is and whom it lets in. A rotated certificate changes neither here,
-//! because it is exchanged in place.
+//! because it is exchanged in place. Over xDS resources are counted as they come, and only members are compared here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::config::Keepalive;
 use crate::mesh::router::Way;
 use crate::mesh::{Address, DenyReply, Endpoint, PublicListener, Snapshot, Target, Upstream};
 use crate::policy::Intentions;
-use crate::telemetry::stats::{AllMembers, Answers, Changes, Fetched, Members, Told, Updates};
+use crate::telemetry::stats::{AllMembers, Answers, Changes, Members, Told, Updates};
 
 /// What Consul calls the cluster of the local app.
 const LOCAL_APP: &str = "local_app";
@@ -26,6 +27,33 @@ pub(super) struct Tally {
     clusters: Changes,
     listeners: Changes,
     members: Arc<AllMembers>,
+}
+
+/// What is compared of a cluster.
+#[derive(Debug)]
+enum Cluster<'a> {
+    App { addresses: &'a [Address], connect_timeout: Duration, keepalive: Option<Keepalive> },
+    Of(&'a Upstream),
+}
+
+impl PartialEq for Cluster<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        let target = |target: &Arc<Target>| (Arc::clone(&target.id), Arc::clone(&target.sni), Arc::clone(&target.expected));
+        let settings = |one: &Upstream| {
+            let dialed = (one.connect_timeout, one.max_connections, one.keepalive, one.outside.clone());
+            (dialed, one.balance, one.outlier, one.panic_percent)
+        };
+        match (self, other) {
+            (
+                Self::App { addresses, connect_timeout, keepalive },
+                Self::App { addresses: others, connect_timeout: timeout, keepalive: other },
+            ) => (addresses, connect_timeout, keepalive) == (others, timeout, other),
+            (Self::Of(one), Self::Of(other)) => {
+                settings(one) == settings(other) && one.targets.iter().map(target).eq(other.targets.iter().map(target))
+            }
+            _ => false,
+        }
+    }
 }
 
 /// What is compared of a listener.
@@ -67,12 +95,14 @@ impl Places<'_> {
 impl Tally {
     /// Counts what distinguishes two snapshots that are published one after the other.
     pub(super) fn follow(&mut self, before: &Snapshot, now: &Snapshot) {
-        count(&mut self.clusters, &clusters(before), &clusters(now), |before, now| is_same_cluster(before, now));
-        count(&mut self.listeners, &listeners(before), &listeners(now), PartialEq::eq);
-        self.follow_members(&places(before), &places(now));
+        count(&mut self.clusters, &clusters(before), &clusters(now));
+        count(&mut self.listeners, &listeners(before), &listeners(now));
+        self.follow_members(before, now);
     }
 
-    fn follow_members(&mut self, before: &ByCluster<'_, Places<'_>>, now: &ByCluster<'_, Places<'_>>) {
+    /// The same of members alone.
+    pub(super) fn follow_members(&mut self, before: &Snapshot, now: &Snapshot) {
+        let (before, now) = (&places(before), &places(now));
         if before == now {
             return;
         }
@@ -103,50 +133,50 @@ impl Tally {
         Told { clusters: updates(self.clusters), listeners: updates(self.listeners), members: Arc::clone(&self.members) }
     }
 
-    /// The same members with what was fetched of them, by cluster.
+    /// The same members with what was fetched of them, which is known by the clusters' own names: those here are of their stats.
     #[cfg(feature = "xds")]
-    pub(super) fn members(&self, fetched: impl Fn(&str) -> Option<Fetched>) -> AllMembers {
-        let with =
-            |(cluster, members): (&Arc<str>, &Members)| (Arc::clone(cluster), Members { fetched: fetched(cluster), ..*members });
+    pub(super) fn members(
+        &self,
+        snapshot: &Snapshot,
+        fetched: impl Fn(&str) -> Option<crate::telemetry::stats::Fetched>,
+    ) -> AllMembers {
+        let first = snapshot.all_upstreams().filter_map(|upstream| upstream.targets.first());
+        let own = first.map(|target| (target.cluster(), target.id.split('#').next().unwrap_or_default()));
+        let own: BTreeMap<&str, &str> = own.collect();
+        let with = |(cluster, members): (&Arc<str>, &Members)| {
+            let fetched = fetched(own.get(&**cluster).copied().unwrap_or(cluster));
+            (Arc::clone(cluster), Members { fetched, ..*members })
+        };
         self.members.iter().map(|(proxy, clusters)| (Arc::clone(proxy), clusters.iter().map(with).collect())).collect()
     }
 }
 
-fn count<K: Ord, V>(changes: &mut Changes, before: &BTreeMap<K, V>, now: &BTreeMap<K, V>, same: impl Fn(&V, &V) -> bool) {
+fn count<K: Ord, V: PartialEq>(changes: &mut Changes, before: &BTreeMap<K, V>, now: &BTreeMap<K, V>) {
     for (key, value) in now {
         match before.get(key) {
             None => changes.added += 1,
-            Some(old) => changes.modified += u64::from(!same(old, value)),
+            Some(old) => changes.modified += u64::from(old != value),
         }
     }
     changes.removed += before.keys().filter(|key| !now.contains_key(key)).count() as u64;
 }
 
-/// Upstreams by their clusters; the app's has none.
-fn clusters(snapshot: &Snapshot) -> ByCluster<'_, Option<&Upstream>> {
+/// The first of several listeners that lead to a cluster tells of it.
+fn clusters(snapshot: &Snapshot) -> ByCluster<'_, Cluster<'_>> {
     let mut clusters = BTreeMap::new();
     for service in &snapshot.services {
-        if service.public.is_some() {
-            clusters.insert((&service.proxy_id, LOCAL_APP), None);
+        if let Some(public) = &service.public {
+            let PublicListener { local_connect_timeout: connect_timeout, local_keepalive: keepalive, .. } = **public;
+            let app = Cluster::App { addresses: &public.app, connect_timeout, keepalive };
+            clusters.insert((&service.proxy_id, LOCAL_APP), app);
         }
         for upstream in &service.upstreams {
             if let Some(target) = upstream.targets.first() {
-                clusters.insert((&service.proxy_id, target.cluster()), Some(&**upstream));
+                clusters.entry((&service.proxy_id, target.cluster())).or_insert(Cluster::Of(upstream));
             }
         }
     }
     clusters
-}
-
-fn is_same_cluster(before: &Option<&Upstream>, now: &Option<&Upstream>) -> bool {
-    let (before, now) = match (before, now) {
-        (Some(before), Some(now)) => (before, now),
-        (None, None) => return true,
-        _ => return false,
-    };
-    let target = |target: &Arc<Target>| (Arc::clone(&target.id), Arc::clone(&target.sni), Arc::clone(&target.expected));
-    let settings = |one: &Upstream| (one.connect_timeout, one.balance, one.max_connections, one.outlier, one.outside.clone());
-    settings(before) == settings(now) && before.targets.iter().map(target).eq(now.targets.iter().map(target))
 }
 
 /// By proxy id and address.

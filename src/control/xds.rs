@@ -3,7 +3,7 @@
 //! One stream carries clusters, their endpoints, listeners and their routes; certificates for clients of ingress gateways come on
 //! streams of their own (`secrets`). Each resource is understood at L4 (`cluster`, `endpoint`,
 //! `listener`, `tls_context`, `rbac`) into values that `build` makes a snapshot of; what cannot be served is refused with its
-//! type, name, field and value, and the last good state stays (`held`).
+//! type, name, field and value, and the last good state stays (`shelf`, `held`).
 //!
 //! Invariant: whom a listener lets in and how it is encrypted in Envoy holds here too, or the listener is refused. What only
 //! tunes it has the process's own settings instead: balancing over workers. A changed leaf or RBAC closes no connection that is

@@ -212,6 +212,7 @@ impl Mesh {
             app: vec![Address::Tcp(APP)],
             local_connect_timeout: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(10),
+            local_keepalive: None,
             max_inbound_connections: 0,
             idle_timeout: self.idle_timeout,
         };

@@ -18,7 +18,8 @@ use crate::config::Keepalive;
 use crate::mesh::{Balance, Endpoint, Identity, Outlier, Target, Upstream};
 use crate::tls::Dialer;
 
-/// Envoy's `overprovisioning_factor`: what a healthy endpoint can take for those that are not.
+/// Envoy's `overprovisioning_factor`: what a healthy endpoint can take for those that are not. Consul sends another one only
+/// where the threshold is 0.
 const OVERPROVISIONED_PERCENT: usize = 140;
 
 /// One upstream as this worker knows it.
@@ -49,7 +50,7 @@ pub(super) struct Choice {
     pub(super) target: Arc<Target>,
     pub(super) address: SocketAddr,
     /// Whether unhealthy ones were among those to choose from.
-    pub(super) panics: bool,
+    pub(super) in_panic: bool,
 }
 
 /// How an endpoint is dialed.
@@ -96,18 +97,18 @@ impl Balancer {
         let upstream = Arc::clone(&self.upstream);
         let mut any_is_usable = false;
         for target in &upstream.targets {
-            let mut from = self.usable(target, now);
+            let mut from: Vec<_> = self.usable(target, now).collect();
             if from.is_empty() {
                 continue;
             }
             any_is_usable = true;
-            let panics = self.panics(target, from.len(), now);
-            if panics {
+            let in_panic = self.is_in_panic(target, from.len(), now);
+            if in_panic {
                 from = everybody(target);
             }
             from.retain(|(address, _)| !tried.contains(address));
             if let Some(address) = self.pick(&from, client) {
-                return Some(Choice { target: Arc::clone(target), address, panics });
+                return Some(Choice { target: Arc::clone(target), address, in_panic });
             }
         }
         if any_is_usable || upstream.panic_percent == 0 {
@@ -118,20 +119,20 @@ impl Balancer {
         let mut from = everybody(target);
         from.retain(|(address, _)| !tried.contains(address));
         let address = self.pick(&from, client)?;
-        Some(Choice { target: Arc::clone(target), address, panics: true })
+        Some(Choice { target: Arc::clone(target), address, in_panic: true })
     }
 
-    fn usable(&self, target: &Target, now: Instant) -> Vec<(SocketAddr, u32)> {
-        let usable = |endpoint: &&Endpoint| endpoint.healthy && !self.is_ejected(endpoint.address, now);
-        target.endpoints.iter().filter(usable).map(weighed).collect()
+    fn usable<'a>(&'a self, target: &'a Target, now: Instant) -> impl Iterator<Item = (SocketAddr, u32)> + 'a {
+        let usable = move |endpoint: &&Endpoint| endpoint.healthy && !self.is_ejected(endpoint.address, now);
+        target.endpoints.iter().filter(usable).map(weighed)
     }
 
     /// Whether so few of a target are usable, and of all others with it, that each is as good as any.
-    fn panics(&self, target: &Target, usable: usize, now: Instant) -> bool {
+    fn is_in_panic(&self, target: &Target, usable: usize, now: Instant) -> bool {
         let is_below = usable * 100 < target.endpoints.len() * self.upstream.panic_percent as usize;
         let share = |target: &Arc<Target>| match target.endpoints.len() {
             0 => 0,
-            all => (self.usable(target, now).len() * OVERPROVISIONED_PERCENT / all).min(100),
+            all => (self.usable(target, now).count() * OVERPROVISIONED_PERCENT / all).min(100),
         };
         is_below && self.upstream.targets.iter().map(share).sum::<usize>() < 100
     }
@@ -139,7 +140,7 @@ impl Balancer {
     /// Where a redirected connection wanted to go, of an upstream that leads there.
     pub(super) fn original(&self, wanted: SocketAddr) -> Option<Choice> {
         let target = self.upstream.targets.first()?;
-        Some(Choice { target: Arc::clone(target), address: wanted, panics: false })
+        Some(Choice { target: Arc::clone(target), address: wanted, in_panic: false })
     }
 
     fn pick(&mut self, usable: &[(SocketAddr, u32)], client: Option<IpAddr>) -> Option<SocketAddr> {
@@ -389,7 +390,13 @@ mod tests {
         let well = vec![endpoint(6, 1, true)];
         assert_eq!(used(&mut with(50, vec![third(), well.clone()])), [1], "others can take what a target cannot");
         assert_eq!(used(&mut with(50, vec![nobody(), well])), [6]);
-        let chosen = |balancer: &mut Balancer| balancer.choose(None, &[], Instant::now()).expect("one").panics;
+        let mut one_left = with(50, vec![third()]);
+        let tried = [1, 2].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+        assert_eq!(one_left.choose(None, &tried, Instant::now()).expect("one").address.port(), 3);
+        let mut ejected = with(60, vec![vec![endpoint(1, 1, true), endpoint(2, 1, true)]]);
+        assert_eq!((0..5).filter_map(|_| ejected.failed(tried[0], Instant::now())).count(), 1);
+        assert_eq!(used(&mut ejected), [1, 2], "an ejected one is as unhealthy as any");
+        let chosen = |balancer: &mut Balancer| balancer.choose(None, &[], Instant::now()).expect("one").in_panic;
         assert!(chosen(&mut with(50, vec![third()])) && !chosen(&mut with(33, vec![third()])));
     }
 

@@ -108,7 +108,7 @@ pub struct ListenerCells {
     /// Endpoints ejected by passive health checking (total).
     pub ejections: Cell,
     /// Choices among unhealthy endpoints as well, because too few were healthy.
-    pub panics: Cell,
+    pub in_panic: Cell,
     /// Connections ended, by reason.
     pub closed: [Cell; CloseReason::ALL.len()],
 }
@@ -148,7 +148,7 @@ impl ListenerCells {
             far_active: Cell::default(),
             suites: std::array::from_fn(|_| Cell::default()),
             ejections: Cell::default(),
-            panics: Cell::default(),
+            in_panic: Cell::default(),
             closed: std::array::from_fn(|_| Cell::default()),
         }
     }

@@ -218,7 +218,10 @@ fn cluster(cluster: &Cluster<'_>) -> Value {
     if let Some(identity) = tls {
         json["transport_socket"] = tls::upstream(identity, &target.sni, &target.expected);
     }
-    json["common_lb_config"] = json!({"healthy_panic_threshold": {}});
+    json["common_lb_config"] = match upstream.panic_percent {
+        0 => json!({"healthy_panic_threshold": {}}),
+        percent => json!({"healthy_panic_threshold": {"value": percent}}),
+    };
     json["alt_stat_name"] = json!(cluster.name);
     json
 }

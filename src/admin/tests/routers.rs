@@ -83,6 +83,7 @@ fn routed() -> (Snapshot, String) {
         app: vec![Address::Tcp(([127, 0, 0, 1], 8_080).into())],
         local_connect_timeout: Duration::from_secs(5),
         handshake_timeout: Duration::from_secs(5),
+        local_keepalive: None,
         max_inbound_connections: 7,
         idle_timeout: None,
     };

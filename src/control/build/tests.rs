@@ -223,6 +223,10 @@ fn a_prepared_query_accepts_whoever_it_names() {
     let targets = bench.targets("prepared_query:warehouse-query");
     assert_eq!(targets[0].expected.to_vec(), [bench.ca.id("lake"), bench.ca.id("warehouse")]);
     assert_eq!(&*targets[0].sni, "warehouse-query.default.dc1.query.t.consul");
+    for upstream in &bench.build()[0].upstreams {
+        let wanted = if upstream.name.starts_with("prepared_query:") { config::PANIC_PERCENT } else { 0 };
+        assert_eq!(upstream.panic_percent, wanted, "{}: as Consul tells Envoy", upstream.name);
+    }
     assert_eq!(addresses(&targets[0]), [("10.0.0.1:1".to_owned(), true), ("10.0.0.2:2".to_owned(), true)]);
 }
 

@@ -247,6 +247,10 @@ pub(crate) struct ChainAnswer {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Chain {
+    #[serde(default)]
+    pub(crate) service_name: String,
+    #[serde(default)]
+    pub(crate) namespace: String,
     #[serde(default, deserialize_with = "nullable")]
     pub(crate) protocol: String,
     pub(crate) start_node: String,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{HARMLESS_KEYS, bind_ip, hatches, lenient, positive, refuse_keys};
+use crate::config::Keepalive;
 use crate::config::envoy::AccessLog;
 use crate::control::consul::watch::Name;
 use crate::control::consul::watch::chain::not_default;
@@ -38,6 +39,8 @@ pub(crate) struct Tuning {
     pub(crate) connect_attempts: Option<u32>,
     /// Instead of what the discovery chain says.
     pub(crate) balance: Option<Balance>,
+    pub(crate) panic_percent: Option<u32>,
+    pub(crate) keepalive: Option<Keepalive>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

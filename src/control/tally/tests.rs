@@ -4,6 +4,7 @@ use super::*;
 use crate::config;
 use crate::mesh::{Balance, Bind, Outlier, Service};
 use crate::policy::{DefaultPolicy, Intentions};
+use crate::telemetry::stats::Fetched;
 
 const DB: &str = "db.default.dc1.internal.t.consul";
 
@@ -38,6 +39,7 @@ fn snapshot(intentions: Intentions, upstreams: Vec<Upstream>) -> Snapshot {
         app: vec![Address::Tcp(([127, 0, 0, 1], 80).into())],
         local_connect_timeout: config::LOCAL_CONNECT_TIMEOUT,
         handshake_timeout: config::HANDSHAKE_TIMEOUT,
+        local_keepalive: None,
         max_inbound_connections: 0,
         idle_timeout: None,
     };
@@ -96,7 +98,8 @@ fn what_comes_changes_and_goes_is_counted_as_in_envoy() {
 #[test]
 fn members_change_when_some_come_or_go() {
     let with = |endpoints: &[Endpoint]| snapshot(Intentions::unknown(), vec![upstream(endpoints)]);
-    let fetched = |accepted, unchanged| Some(Fetched { answers: Answers { accepted, rejected: 0 }, unchanged });
+    let fetched =
+        |accepted, unchanged| Some(Fetched { answers: Answers { accepted, rejected: 0 }, unchanged, ..Fetched::default() });
     let one = told(vec![with(&[endpoint(1, true)])]);
     assert_eq!(members(&one, DB), Members { changes: 1, fetched: fetched(1, 0) });
     assert_eq!(members(&one, LOCAL_APP), Members { changes: 1, fetched: None });
@@ -112,4 +115,27 @@ fn members_change_when_some_come_or_go() {
     ]);
     assert_eq!(members(&told, DB), Members { changes: 4, fetched: fetched(5, 0) }, "another health is told, and is no change");
     assert_eq!(members(&told, LOCAL_APP).changes, 1);
+}
+
+#[cfg(feature = "xds")]
+#[test]
+fn what_was_fetched_is_found_by_the_clusters_own_name() {
+    let mut custom = upstream(&[endpoint(1, true)]);
+    let target = Target { id: "1a2b3c4d~db#0".into(), ..Target::clone(&custom.targets[0]) };
+    custom.targets = vec![Arc::new(target)];
+    let now = snapshot(Intentions::unknown(), vec![custom]);
+    let mut tally = Tally::default();
+    tally.follow_members(&Snapshot::default(), &now);
+    let seven = Fetched { unchanged: 7, ..Fetched::default() };
+    let members = tally.members(&now, |cluster| (cluster == "1a2b3c4d~db").then_some(seven));
+    assert_eq!(members["web-sidecar-proxy"][DB], Members { changes: 1, fetched: Some(seven) });
+    assert_eq!(members["web-sidecar-proxy"][LOCAL_APP].fetched, None);
+}
+
+#[test]
+fn a_cluster_that_comes_back_begins_anew() {
+    let with = |upstreams| snapshot(Intentions::unknown(), upstreams);
+    let db = || vec![upstream(&[endpoint(1, true)])];
+    let told = told(vec![with(db()), with(Vec::new()), with(db())]);
+    assert_eq!((told.clusters.changes, members(&told, DB).changes), (changes(3, 0, 1), 1));
 }

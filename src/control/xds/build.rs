@@ -5,7 +5,7 @@
 
 mod routes;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -103,6 +103,7 @@ impl Builder<'_> {
         let (mut public, mut intentions) = (None, None);
         let mut upstreams: Vec<Arc<Upstream>> = Vec::new();
         let old_upstreams = old.map_or(&[][..], |old| &old.upstreams);
+        let old_upstreams: HashMap<_, _> = old_upstreams.iter().map(|old| ((&old.bind, &*old.name), old)).collect();
         let identity = self.identity().map(Arc::clone);
         for listener in self.held.listeners.values() {
             let built = match &listener.role {
@@ -112,7 +113,7 @@ impl Builder<'_> {
                     intentions = Some(keep((*ending.intentions).clone(), old.map(|old| &old.intentions)));
                 }),
                 Role::Upstream { label, passage } => {
-                    let old = old_upstreams.iter().find(|old| old.bind == listener.bind && *old.name == **label);
+                    let old = old_upstreams.get(&(&listener.bind, label.as_str())).copied();
                     let front = Front { label, bind: &listener.bind, tuning: listener.tuning, tls: passage.front.as_deref() };
                     let next = self.named(&passage.to).and_then(|to| self.upstream(to, front, Allowed::Mesh, old));
                     next.map(|next| upstreams.push(next))
@@ -167,6 +168,7 @@ impl Builder<'_> {
             bind: listener.bind.clone(),
             app,
             local_connect_timeout: cluster.connect_timeout,
+            local_keepalive: cluster.keepalive,
             handshake_timeout: config::HANDSHAKE_TIMEOUT,
             max_inbound_connections: ending.max_connections,
             idle_timeout: listener.tuning.idle_timeout,

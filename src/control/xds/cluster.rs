@@ -21,8 +21,6 @@ const DNS_REFRESH: Duration = Duration::from_secs(5);
 const DNS_REFRESH_MIN: Duration = Duration::from_millis(500);
 /// Envoy's `choice_count`.
 const CHOICES: u32 = 2;
-/// Envoy's `healthy_panic_threshold`.
-const PANIC_PERCENT: u32 = 50;
 /// Linux's `MAX_TCP_KEEPIDLE` and `MAX_TCP_KEEPINTVL`.
 const KEEPALIVE_SECONDS_MAX: u32 = 32_767;
 /// Linux's `MAX_TCP_KEEPCNT`.
@@ -90,7 +88,7 @@ impl Cluster {
             max_connections: max_connections(message),
             outlier: outlier(message.outlier_detection.as_ref())?,
             spoken: tls_context::upstream(message.transport_socket.as_ref())?,
-            panic_percent: panic_percent(message),
+            panic_percent: panic_percent(message)?,
             keepalive: keepalive(message),
         })
     }
@@ -176,11 +174,24 @@ fn max_connections(message: &pb::Cluster) -> Option<u32> {
     thresholds.filter(|one| one.priority == 0).find_map(|one| one.max_connections.as_ref()).map(|most| most.value)
 }
 
-/// A part of one counts as the whole of it.
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to 0 to 100; what is no number becomes 0")]
-fn panic_percent(message: &pb::Cluster) -> u32 {
-    let told = message.common_lb_config.as_ref().and_then(|config| config.healthy_panic_threshold.as_ref());
-    told.map_or(PANIC_PERCENT, |told| told.value.ceil().clamp(0.0, 100.0) as u32)
+/// A part of one is dropped, as in Envoy.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "within 0 to 100")]
+fn panic_percent(message: &pb::Cluster) -> Result<u32, Refusal> {
+    use pb::cluster::common_lb_config::LocalityConfigSpecifier as Locality;
+    let Some(common) = &message.common_lb_config else { return Ok(config::PANIC_PERCENT) };
+    if let Some(Locality::ZoneAwareLbConfig(zones)) = &common.locality_config_specifier
+        && zones.fail_traffic_on_panic
+    {
+        let wanted = "in panic every member is used: expected false";
+        return Err(Refusal::new("common_lb_config.zone_aware_lb_config.fail_traffic_on_panic", "true", wanted));
+    }
+    match common.healthy_panic_threshold.as_ref().map(|told| told.value) {
+        None => Ok(config::PANIC_PERCENT),
+        Some(percent) if (0.0..=100.0).contains(&percent) => Ok(percent as u32),
+        Some(other) => {
+            Err(Refusal::new("common_lb_config.healthy_panic_threshold", other, "expected a percentage from 0 to 100"))
+        }
+    }
 }
 
 /// Envoy switches it off where one of these is 0, and has what the kernel has where one is missing; beyond what a kernel takes
@@ -290,11 +301,19 @@ pub(super) mod tests {
         let told = |value: Option<f64>| {
             let healthy_panic_threshold = value.map(|value| Percent { value });
             let common = pb::cluster::CommonLbConfig { healthy_panic_threshold, ..Default::default() };
-            Cluster::parse(&pb::Cluster { common_lb_config: Some(common), ..plain.clone() }).expect("fine").panic_percent
+            let parsed = Cluster::parse(&pb::Cluster { common_lb_config: Some(common), ..plain.clone() });
+            parsed.map(|cluster| cluster.panic_percent).map_err(|why| why.to_string())
         };
         assert_eq!(Cluster::parse(&plain).expect("fine").panic_percent, 50);
-        let tried = [None, Some(0.0), Some(33.4), Some(1e9), Some(-1.0), Some(f64::NAN)];
-        assert_eq!(tried.map(told), [50, 0, 34, 100, 0, 0]);
+        assert_eq!([None, Some(0.0), Some(0.5), Some(33.4), Some(100.0)].map(told), [50, 0, 0, 33, 100].map(Ok));
+        for beyond in [100.1, -1.0, f64::NAN, f64::INFINITY] {
+            assert!(told(Some(beyond)).expect_err("refused").starts_with("common_lb_config.healthy_panic_threshold: "));
+        }
+        let zones = pb::cluster::common_lb_config::ZoneAwareLbConfig { fail_traffic_on_panic: true, ..Default::default() };
+        let zones = pb::cluster::common_lb_config::LocalityConfigSpecifier::ZoneAwareLbConfig(zones);
+        let common = pb::cluster::CommonLbConfig { locality_config_specifier: Some(zones), ..Default::default() };
+        let told = Cluster::parse(&pb::Cluster { common_lb_config: Some(common), ..plain.clone() }).expect_err("refused");
+        assert!(told.to_string().contains("fail_traffic_on_panic"), "{told}");
     }
 
     #[test]

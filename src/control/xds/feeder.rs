@@ -129,26 +129,34 @@ impl Feeder {
         let opener = self.settings.server.as_ref().map(|server| Opener::new(&self.settings, server)).transpose()?;
         let stream = opener.map(|opener| tokio::spawn(Arc::new(opener).run(sender)));
         self.show();
-        self.settle();
+        self.settle(true);
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            let mut changed = false;
             tokio::select! {
                 command = commands.recv() => match command {
                     // The token comes from the bootstrap, and callers are not told apart.
                     Some(Command::Reload | Command::Warm(_)) => {}
                     Some(Command::Stop) | None => break,
                 },
-                Some(event) = events.recv() => self.take(event),
-                Some((host, answer)) = self.answers.recv() => self.resolved(host, answer),
+                Some(event) = events.recv() => {
+                    self.take(event);
+                    changed = true;
+                }
+                Some((host, answer)) = self.answers.recv() => {
+                    self.resolved(host, answer);
+                    changed = true;
+                }
                 Some((name, secret)) = self.certificates.recv() => {
                     tracing::info!(secret = %name, "a certificate for clients came by SDS");
                     self.held.take_secret(name, secret);
                     self.show();
+                    changed = true;
                 }
                 _ = tick.tick() => {}
             }
-            self.settle();
+            self.settle(changed);
         }
         if let Some(stream) = stream {
             stream.abort();
@@ -250,14 +258,17 @@ impl Feeder {
         }
     }
 
-    /// Puts what is held in force.
-    fn settle(&mut self) {
-        let names = build::names(&self.held);
-        self.hosts.retain(|name, _| names.contains_key(name));
-        self.resolver.follow(&names);
-        self.secrets.follow(&self.held.secret_names());
-        self.identities.offer(build::materials(&self.held), SystemTime::now());
-        self.publish();
+    /// Puts what is held in force, where that changed or a certificate can be used by now.
+    fn settle(&mut self, changed: bool) {
+        if changed {
+            let names = build::names(&self.held);
+            self.hosts.retain(|name, _| names.contains_key(name));
+            self.resolver.follow(&names);
+            self.secrets.follow(&self.held.secret_names());
+        }
+        if self.identities.offer(build::materials(&self.held), SystemTime::now()) || changed {
+            self.publish();
+        }
         self.report();
     }
 
@@ -286,7 +297,7 @@ impl Feeder {
             return;
         }
         let next = Snapshot { services: vec![service], routers, identities: Arc::clone(&current.identities), generation: 0 };
-        self.tally.follow(&current, &next);
+        self.tally.follow_members(&current, &next);
         self.members_told = false;
         let generation = self.publisher.publish(next);
         metrics::gauge!("ringfence_snapshot_generation").set(as_f64(generation));
@@ -325,10 +336,11 @@ impl Feeder {
         });
     }
 
-    /// What became of clusters and listeners. Those of the bootstrap count as added, this process's own among them.
+    /// What became of clusters, listeners and members. Those of the bootstrap count as added, this process's own among them.
     fn told(&mut self) -> Told {
         if !std::mem::replace(&mut self.members_told, true) {
-            self.members = Arc::new(self.tally.members(|cluster| self.held.fetched(cluster)));
+            let snapshot = self.publisher.current();
+            self.members = Arc::new(self.tally.members(&snapshot, |cluster| self.held.fetched(cluster)));
         }
         let told = |kind: Kind, field: &str, changes: Changes, warming: usize| {
             let fixed = self.bootstrap.0["static_resources"][field].as_array().map_or(0, Vec::len);

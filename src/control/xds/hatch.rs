@@ -16,6 +16,7 @@ use super::cluster::{self, Discovery};
 use super::endpoint::Host;
 use super::listener::Plain;
 use super::proto_json::Protos;
+use crate::config::Keepalive;
 use crate::control::definition::App;
 use crate::mesh::{Balance, Outlier};
 
@@ -27,6 +28,8 @@ pub(in crate::control) struct Cluster {
     pub(in crate::control) balance: Balance,
     pub(in crate::control) max_connections: Option<u32>,
     pub(in crate::control) outlier: Outlier,
+    pub(in crate::control) panic_percent: u32,
+    pub(in crate::control) keepalive: Option<Keepalive>,
     pub(in crate::control) members: Members,
 }
 
@@ -78,6 +81,8 @@ const CLUSTER: &[&str] = &[
     "load_assignment",
     "circuit_breakers",
     "outlier_detection",
+    "common_lb_config",
+    "upstream_connection_options",
     "dns_refresh_rate",
     "dns_lookup_family",
 ];
@@ -112,8 +117,8 @@ pub(in crate::control) fn cluster(text: &str, tls: Tls) -> Result<Cluster, Strin
         Discovery::Static(told) | Discovery::Dns(told, _) => Members::Told(told.places().map(|place| app(&place.host)).collect()),
         Discovery::Aggregate(_) | Discovery::OriginalDestination => Members::Other,
     };
-    let cluster::Cluster { name, connect_timeout, balance, max_connections, outlier, .. } = cluster;
-    Ok(Cluster { name, connect_timeout, balance, max_connections, outlier, members })
+    let cluster::Cluster { name, connect_timeout, balance, max_connections, outlier, panic_percent, keepalive, .. } = cluster;
+    Ok(Cluster { name, connect_timeout, balance, max_connections, outlier, panic_percent, keepalive, members })
 }
 
 fn app(host: &Host) -> App {

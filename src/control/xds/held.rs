@@ -21,7 +21,7 @@ use super::endpoint::Assignment;
 use super::listener::{self, Destination, Listener, Role};
 use super::refusal::{Refusal, unpack};
 use super::secrets::Secret;
-use super::shelf::{Content, Shelf};
+use super::shelf::Shelf;
 use super::shown::{Came, Shown as ShownResource};
 use super::tls_context::SecretName;
 use crate::control::ControlError;
@@ -72,6 +72,10 @@ pub(super) struct Held {
     pub(super) clusters: Shelf<Cluster>,
     /// By the name that EDS knows the cluster by.
     pub(super) endpoints: Shelf<Assignment>,
+    /// What was told under these names, whatever became of it.
+    fetched: BTreeMap<String, Fetched>,
+    /// Those that were taken away and are still dialed.
+    gone: BTreeMap<String, Arc<Assignment>>,
     pub(super) listeners: Shelf<Listener>,
     /// By name, newest listeners that wait for their routes or secrets: what was there before serves until these have come, as in
     /// Envoy. A way in is none of them: whom its newest denies is denied now.
@@ -92,7 +96,7 @@ pub(super) struct Newest {
 }
 
 /// A route configuration in which every request goes to one cluster.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) struct Routed {
     pub(super) cluster: String,
 }
@@ -105,18 +109,6 @@ impl Routed {
             Refusal::new("virtual_hosts[0].routes", format!("{} of them, by path or with a rewrite", routes.len()), wanted)
         })?;
         Ok(Self { cluster: cluster.to_owned() })
-    }
-}
-
-impl Content for Cluster {}
-
-impl Content for Listener {}
-
-impl Content for Routed {}
-
-impl Content for Assignment {
-    fn is_nothing(&self) -> bool {
-        self.places().next().is_none()
     }
 }
 
@@ -144,12 +136,13 @@ impl Held {
     /// Takes what is good of a response; returns what is not, each with its type, name, field, value and what would do.
     pub(super) fn apply(&mut self, kind: Kind, response: &DeltaDiscoveryResponse) -> Vec<String> {
         let before = self.in_force(kind, response);
+        if kind == Kind::Endpoints {
+            self.count_fetched(response);
+        }
         let Self { clusters, endpoints, listeners, routes, http_as_tcp, .. } = self;
         let refused = match kind {
             Kind::Cluster => clusters.apply(kind, response, |resource| Cluster::parse(&body::<ClusterMessage>(resource, kind)?)),
-            Kind::Endpoints => {
-                endpoints.apply(kind, response, |resource| Assignment::parse(&body::<ClusterLoadAssignment>(resource, kind)?))
-            }
+            Kind::Endpoints => endpoints.apply(kind, response, members_in),
             Kind::Routes => routes.apply(kind, response, |resource| Routed::parse(&body::<RouteConfiguration>(resource, kind)?)),
             Kind::Listener => {
                 let refused = listeners.apply(kind, response, |resource| {
@@ -166,6 +159,30 @@ impl Held {
         before.into_iter().for_each(|(name, before)| self.warm(name, before));
         self.promote();
         refused
+    }
+
+    /// Counts what a response says of members, before it is taken.
+    fn count_fetched(&mut self, response: &DeltaDiscoveryResponse) {
+        for resource in &response.resources {
+            let told = self.fetched.entry(resource.name.clone()).or_default();
+            match members_in(resource) {
+                Err(_) => told.answers.rejected += 1,
+                Ok(next) => {
+                    let before = self.endpoints.get(&resource.name).or_else(|| self.gone.get(&resource.name));
+                    let unchanged = before.map_or_else(|| next.places().next().is_none(), |before| **before == next);
+                    told.answers.accepted += 1;
+                    told.unchanged += u64::from(unchanged);
+                }
+            }
+        }
+        for name in &response.removed_resources {
+            if let Some(members) = self.endpoints.get(name) {
+                self.gone.insert(name.clone(), Arc::clone(members));
+            }
+            let told = self.fetched.entry(name.clone()).or_default();
+            told.answers.accepted += 1;
+            told.empty += 1;
+        }
     }
 
     /// A certificate came by its name; one that nobody asked for, or does no more, is dropped.
@@ -282,6 +299,8 @@ impl Held {
         let secrets = self.secret_names();
         self.secrets.retain(|name, _| secrets.contains(name));
         let (endpoints, routes) = (self.names(Kind::Endpoints), self.names(Kind::Routes));
+        self.fetched.retain(|name, _| endpoints.contains(name));
+        self.gone.retain(|name, _| endpoints.contains(name) && self.endpoints.get(name).is_none());
         self.endpoints.keep_only(&endpoints);
         self.routes.keep_only(&routes);
     }
@@ -313,7 +332,7 @@ impl Held {
     /// What was told of a cluster's members, where that is told apart from it.
     pub(super) fn fetched(&self, cluster: &str) -> Option<Fetched> {
         match &self.clusters.get(cluster)?.discovery {
-            Discovery::Eds(name) => Some(self.endpoints.fetched(name)),
+            Discovery::Eds(name) => Some(self.fetched.get(name).copied().unwrap_or_default()),
             _ => None,
         }
     }
@@ -335,6 +354,10 @@ fn decode<T: prost::Message + Default>(bytes: &[u8], kind: Kind) -> Result<T, Co
 
 fn unusable(kind: Kind, name: &str, why: &Refusal) -> ControlError {
     ControlError::Config(format!("the bootstrap's {} {name} cannot be served: {why}", kind.message()))
+}
+
+fn members_in(resource: &Resource) -> Result<Assignment, Refusal> {
+    Assignment::parse(&body::<ClusterLoadAssignment>(resource, Kind::Endpoints)?)
 }
 
 fn body<T: prost::Message + Default>(resource: &Resource, kind: Kind) -> Result<T, Refusal> {

@@ -65,8 +65,9 @@ impl Identities {
         self.by_id.values().filter_map(|candidate| candidate.refused.as_deref())
     }
 
-    /// Every context that is held now. Looks at them only when they are others than before, or did not do before.
-    pub(super) fn offer<'a>(&mut self, materials: impl Iterator<Item = &'a Arc<Material>>, now: SystemTime) {
+    /// Every context that is held now. Looks at them only when they are others than before, or did not do before. Whether another
+    /// identity came into use.
+    pub(super) fn offer<'a>(&mut self, materials: impl Iterator<Item = &'a Arc<Material>>, now: SystemTime) -> bool {
         let mut offered: BTreeMap<&SpiffeId, Vec<Arc<Material>>> = BTreeMap::new();
         for material in materials {
             let of_id = offered.entry(&material.leaf).or_default();
@@ -76,13 +77,17 @@ impl Identities {
         }
         // Nothing at all is what a server that starts over tells: what was in use is good until its end.
         if offered.is_empty() {
-            return;
+            return false;
         }
+        let mut changed = false;
         self.by_id.retain(|id, _| offered.contains_key(id));
         for (id, materials) in offered {
             let candidate = self.by_id.entry(id.clone()).or_default();
+            let before = candidate.current.as_ref().map(Arc::as_ptr);
             self.rotations += u64::from(candidate.offer(materials, self.workers, now));
+            changed |= candidate.current.as_ref().map(Arc::as_ptr) != before;
         }
+        changed
     }
 }
 

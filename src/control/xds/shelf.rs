@@ -12,7 +12,7 @@ use super::held::Kind;
 use super::refusal::Refusal;
 use super::shown::{Came, Shown as ShownResource};
 use crate::control::dump::Refused;
-use crate::telemetry::stats::{Answers, Changes, Fetched};
+use crate::telemetry::stats::Changes;
 
 /// Resources of one kind; more is a mistake at the other end.
 const RESOURCES_MAX: usize = 20_000;
@@ -31,8 +31,6 @@ pub(super) struct Shelf<T> {
     shown: Option<Arc<[ShownResource]>>,
     /// Those of the bootstrap are not among it.
     pub(super) changes: Changes,
-    /// By name, how many updates were refused.
-    rejections: BTreeMap<String, u64>,
 }
 
 #[derive(Debug)]
@@ -42,39 +40,15 @@ pub(super) struct Entry<T> {
     pub(super) came: Option<Arc<Came>>,
     /// A newer version of it was refused.
     pub(super) outdated: bool,
-    /// Updates that were taken, and how many of these said nothing new.
-    taken: u64,
-    unchanged: u64,
 }
 
 impl<T> Default for Shelf<T> {
     fn default() -> Self {
-        Self {
-            entries: BTreeMap::new(),
-            answered: false,
-            refused: BTreeMap::new(),
-            shown: None,
-            changes: Changes::default(),
-            rejections: BTreeMap::new(),
-        }
-    }
-}
-
-/// What one resource says.
-pub(super) trait Content: PartialEq {
-    /// Whether that is no more than none would say.
-    fn is_nothing(&self) -> bool {
-        false
+        Self { entries: BTreeMap::new(), answered: false, refused: BTreeMap::new(), shown: None, changes: Changes::default() }
     }
 }
 
 impl<T> Shelf<T> {
-    /// What was told of one name so far.
-    pub(super) fn fetched(&self, name: &str) -> Fetched {
-        let rejected = self.rejections.get(name).copied().unwrap_or_default();
-        let (accepted, unchanged) = self.entries.get(name).map_or((0, 0), |entry| (entry.taken, entry.unchanged));
-        Fetched { answers: Answers { accepted, rejected }, unchanged }
-    }
     pub(super) fn get(&self, name: &str) -> Option<&Arc<T>> {
         self.entries.get(name).map(|entry| &entry.value)
     }
@@ -89,7 +63,7 @@ impl<T> Shelf<T> {
     }
 
     pub(super) fn fix(&mut self, name: String, value: T) {
-        self.entries.insert(name, Entry { value: Arc::new(value), came: None, outdated: false, taken: 0, unchanged: 0 });
+        self.entries.insert(name, Entry { value: Arc::new(value), came: None, outdated: false });
     }
 
     pub(super) fn versions(&self) -> impl Iterator<Item = (String, String)> {
@@ -101,15 +75,12 @@ impl<T> Shelf<T> {
         &mut self,
         kind: Kind,
         response: &DeltaDiscoveryResponse,
-        parse: impl Fn(&Resource) -> Result<T, Refusal>,
-    ) -> Vec<String>
-    where
-        T: Content,
-    {
+        mut parse: impl FnMut(&Resource) -> Result<T, Refusal>,
+    ) -> Vec<String> {
         let mut refused = Vec::new();
         let now = SystemTime::now();
         for resource in &response.resources {
-            let Err(why) = self.take(resource, now, &parse) else {
+            let Err(why) = self.take(resource, now, &mut parse) else {
                 self.refused.remove(&resource.name);
                 continue;
             };
@@ -117,7 +88,6 @@ impl<T> Shelf<T> {
             if self.refused.len() < REFUSED_MAX || self.refused.contains_key(&resource.name) {
                 let told = Refused { at: now, details: why.clone(), version_info: resource.version.clone() };
                 self.refused.insert(resource.name.clone(), Arc::new(told));
-                *self.rejections.entry(resource.name.clone()).or_default() += 1;
             }
             refused.push(why);
         }
@@ -126,7 +96,6 @@ impl<T> Shelf<T> {
         self.entries.retain(|name, entry| entry.came.is_none() || !removed.contains(name));
         self.changes.removed += (before - self.entries.len()) as u64;
         self.refused.retain(|name, _| !removed.contains(name));
-        self.rejections.retain(|name, _| !removed.contains(name));
         self.answered = true;
         self.shown = None;
         refused
@@ -137,11 +106,8 @@ impl<T> Shelf<T> {
         &mut self,
         resource: &Resource,
         now: SystemTime,
-        parse: impl Fn(&Resource) -> Result<T, Refusal>,
-    ) -> Result<(), String>
-    where
-        T: Content,
-    {
+        parse: impl FnOnce(&Resource) -> Result<T, Refusal>,
+    ) -> Result<(), String> {
         match self.entries.get(&resource.name) {
             None if self.entries.len() >= RESOURCES_MAX => return Err(format!("more than {RESOURCES_MAX} resources")),
             Some(Entry { came: None, .. }) => return Err("the bootstrap has one of this name".to_owned()),
@@ -160,16 +126,7 @@ impl<T> Shelf<T> {
             None => self.changes.added += 1,
             Some(before) => self.changes.modified += u64::from(!came.is_same_as(before)),
         }
-        let entry = self.entries.get(&resource.name);
-        let (taken, unchanged) = entry.map_or((0, 0), |entry| (entry.taken, entry.unchanged));
-        let says_nothing_new = entry.map_or_else(|| value.is_nothing(), |entry| *entry.value == value);
-        let entry = Entry {
-            value: Arc::new(value),
-            came: Some(Arc::new(came)),
-            outdated: false,
-            taken: taken + 1,
-            unchanged: unchanged + u64::from(says_nothing_new),
-        };
+        let entry = Entry { value: Arc::new(value), came: Some(Arc::new(came)), outdated: false };
         self.entries.insert(resource.name.clone(), entry);
         Ok(())
     }
@@ -178,7 +135,6 @@ impl<T> Shelf<T> {
         let before = (self.entries.len(), self.refused.len());
         self.entries.retain(|name, _| names.contains(name));
         self.refused.retain(|name, _| names.contains(name));
-        self.rejections.retain(|name, _| names.contains(name));
         if (self.entries.len(), self.refused.len()) != before {
             self.shown = None;
         }

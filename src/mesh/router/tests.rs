@@ -31,6 +31,7 @@ fn ended() -> Way {
         app: Vec::new(),
         local_connect_timeout: Duration::from_secs(5),
         handshake_timeout: Duration::from_secs(10),
+        local_keepalive: None,
         max_inbound_connections: 0,
         idle_timeout: None,
     };

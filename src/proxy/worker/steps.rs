@@ -223,7 +223,7 @@ impl<R: Ring> Worker<R> {
         let Some(app) = public.app.get(connection.app_index) else {
             return self.with_io(connection, |connection, io| connection.close(io, CloseReason::AppUnreachable, true));
         };
-        let how = Dial { timeout: public.local_connect_timeout, keepalive: None };
+        let how = Dial { timeout: public.local_connect_timeout, keepalive: public.local_keepalive };
         self.with_io(connection, |connection, io| connection.dial_app(io, &proof, app, how))
     }
 
@@ -324,8 +324,8 @@ impl<R: Ring> Worker<R> {
         connection.endpoint = Some(choice.address);
         connection.tried.push(choice.address);
         let how = Dial::to(balancer.upstream());
-        if choice.panics {
-            self.listener(connection).cells.panics.add(1);
+        if choice.in_panic {
+            self.listener(connection).cells.in_panic.add(1);
         }
         Ok((choice, how))
     }

@@ -85,7 +85,7 @@ pub struct Totals {
     /// Endpoints ejected.
     pub ejections: u64,
     /// Choices in panic.
-    pub panics: u64,
+    pub in_panic: u64,
     /// Connections ended, by reason.
     pub closed: [u64; CloseReason::ALL.len()],
 }
@@ -117,7 +117,7 @@ impl Totals {
             (&mut self.connect_timeouts, other.connect_timeouts),
             (&mut self.far_active, other.far_active),
             (&mut self.ejections, other.ejections),
-            (&mut self.panics, other.panics),
+            (&mut self.in_panic, other.in_panic),
         ];
         let lists = self.suites.iter_mut().zip(other.suites).chain(self.closed.iter_mut().zip(other.closed));
         for (mine, theirs) in pairs.into_iter().chain(lists) {
@@ -141,7 +141,7 @@ impl Totals {
         add(&mut self.connect_timeouts, &cells.connect_timeouts);
         add(&mut self.far_active, &cells.far_active);
         add(&mut self.ejections, &cells.ejections);
-        add(&mut self.panics, &cells.panics);
+        add(&mut self.in_panic, &cells.in_panic);
         for (sum, cell) in self.suites.iter_mut().zip(&cells.suites) {
             add(sum, cell);
         }

@@ -3,8 +3,8 @@
 //! Invariant: a value is what was counted, or 0. These are 0 because this proxy has nothing that they could mean, or does not
 //! know: bytes buffered (a flow receives only when all it had was sent), flow control, flushes, drain closes apart from
 //! `ringfence_connections_closed_total`'s reasons, `ssl.fail_verify_*` but for the SAN (`ssl.connection_error` counts every
-//! other failed handshake), curves and signature algorithms, panic mode, degraded and excluded members, `server.version` (Envoy's
-//! commit), and watchdogs.
+//! other failed handshake), curves and signature algorithms, `update_*` of members that are found by DNS, degraded and excluded
+//! members, `server.version` (Envoy's commit), and watchdogs.
 //!
 //! A listener with routes has the sums of its routes ([`routes`]).
 //!

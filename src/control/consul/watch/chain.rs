@@ -120,9 +120,18 @@ fn reduce(chain: wire::Chain) -> Result<Chain, String> {
         targets,
         connect_timeout: resolver.connect_timeout.as_ref().and_then(go_duration).filter(|timeout| !timeout.is_zero()),
         balance: start.load_balancer.as_ref().map_or(Balance::RoundRobin, |lb| balance(lb, &mut notes)),
-        is_default: resolver.default,
+        is_default: is_default(&chain, resolver),
         notes,
     })
+}
+
+/// As Consul's `IsDefault`: a redirect may lead to a service of which nothing is configured.
+fn is_default(chain: &wire::Chain, resolver: &wire::Resolver) -> bool {
+    let target = chain.targets.get(&resolver.target);
+    let here = |target: &wire::ChainTarget| {
+        target.service == chain.service_name && not_default(&target.namespace) == not_default(&chain.namespace)
+    };
+    resolver.default && target.is_some_and(here)
 }
 
 fn target(id: &str, wire: &wire::ChainTarget) -> Result<Target, String> {
@@ -209,6 +218,19 @@ mod tests {
         assert_eq!(chain.targets.len(), 1);
         assert_eq!(chain.targets[0].name.service, "warehouse");
         assert_eq!(capture("chain-default").targets[0].name.namespace, "");
+    }
+
+    #[test]
+    fn a_redirect_to_what_nobody_configured_is_no_default() {
+        let chain = |target: &str| {
+            let text = format!(
+                r#"{{"ServiceName":"a","Namespace":"default","StartNode":"r","Nodes":{{"r":{{"Type":"resolver","Resolver":
+                    {{"Default":true,"Target":"{target}"}}}}}},
+                    "Targets":{{"{target}":{{"Service":"{target}","Namespace":"default","Datacenter":"dc1","SNI":"x"}}}}}}"#
+            );
+            of(&text).expect("a chain").is_default
+        };
+        assert!(chain("a") && !chain("b"));
     }
 
     #[test]

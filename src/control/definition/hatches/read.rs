@@ -34,6 +34,7 @@ pub(in super::super) fn of_public(
             }
         };
         public.local_connect_timeout = cluster.connect_timeout;
+        public.local_keepalive = cluster.keepalive;
         if let Some(most) = cluster.max_connections {
             limit(public, most).map_err(|why| refused(&format!("circuit_breakers.{why}")))?;
         }
@@ -91,6 +92,8 @@ pub(in super::super) fn of_upstream(
         upstream.max_connections = cluster.max_connections;
         upstream.outlier = cluster.outlier;
         upstream.tuning.balance = Some(cluster.balance);
+        upstream.tuning.panic_percent = Some(cluster.panic_percent);
+        upstream.tuning.keepalive = cluster.keepalive;
         named = Some(cluster.name);
         any = true;
     }
@@ -141,6 +144,7 @@ mod tests {
 
     use serde_json::{Value, json};
 
+    use crate::config::Keepalive;
     use crate::config::envoy::{Logged, Scrape};
     use crate::control::consul::wire;
     use crate::control::definition::{App, Definition, parse};
@@ -193,7 +197,9 @@ mod tests {
             "circuit_breakers": {"thresholds": [{"max_connections": 5}]}}));
         let hatches = [("envoy_public_listener_json", listener(9_000, "local_app")), ("envoy_local_cluster_json", app)];
         let sni = "warehouse.default.dc1.internal.11111111-2222-3333-4444-555555555555.consul";
-        let of_cluster = json!({"name": sni, "type": "EDS", "connect_timeout": "4s", "lb_policy": "MAGLEV"});
+        let of_cluster = json!({"name": sni, "type": "EDS", "connect_timeout": "4s", "lb_policy": "MAGLEV",
+            "common_lb_config": {"healthy_panic_threshold": {"value": 20}},
+            "upstream_connection_options": {"tcp_keepalive": {"keepalive_probes": 0}}});
         let of_warehouse = [("envoy_listener_json", listener(9_001, sni)), ("envoy_cluster_json", of_cluster)];
         let definition = with(&hatches, &of_warehouse).expect("accepted");
         let public = definition.public.expect("a public listener");
@@ -206,6 +212,7 @@ mod tests {
         assert_eq!(warehouse.connect_timeout, Some(Duration::from_secs(4)));
         assert_eq!(warehouse.tuning.balance, Some(Balance::Maglev));
         assert_eq!(warehouse.tuning.idle_timeout, Some(Duration::from_secs(60)));
+        assert_eq!((warehouse.tuning.panic_percent, warehouse.tuning.keepalive), (Some(20), Some(Keepalive::Off)));
         let plain = warehouse.unhatched.as_deref().expect("what it is without");
         assert_ne!(
             (&plain.bind, plain.connect_timeout, plain.tuning),

@@ -3,7 +3,7 @@
 //! Invariant: a chain that cannot be served takes its connections and ends them, rather than that they fall to a chain which
 //! takes more; only it is named. Where TLS ends, no chain leads bytes past it but one that Consul sent as such.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::{Allowed, Builder, Front, keep_service, same_parts};
@@ -16,22 +16,27 @@ use crate::mesh::router::{Match, Original, Route, Router, RouterSettings, Server
 use crate::mesh::{Address, Balance, DenyReply, Outlier, PublicListener, Service, Target, Upstream};
 use crate::policy::Intentions;
 
+/// The routes that a listener had, by their names.
+type OldRoutes<'a> = HashMap<&'a str, &'a Arc<Route>>;
+
 impl Builder<'_> {
     /// The router of a listener; none where its chains cannot be told apart.
     pub(super) fn router(&mut self, listener: &Listener, routes: &Routes, old: &[Arc<Router>]) -> Option<Arc<Router>> {
         let of_old = |old: &&Arc<Router>| *old.settings().name == *listener.name && old.settings().bind == listener.bind;
         let old = old.iter().find(of_old);
+        let old_routes = old.iter().flat_map(|old| old.routes()).map(|route| (&*route.name, route)).collect();
+        let old_routes = &old_routes;
         let ends_tls = routes.all().any(|chain| matches!(chain.way, listener::Way::End(_)));
         let by_name = |chain: &&Chain| matches!(chain.way, listener::Way::ServerName);
         let told = routes.chains.iter().filter(|chain| !by_name(chain));
-        let mut next: Vec<Arc<Route>> = told.map(|chain| self.route(listener, routes, chain, old)).collect();
+        let mut next: Vec<Arc<Route>> = told.map(|chain| self.route(listener, routes, chain, old_routes)).collect();
         // Consul ends the chains of a terminating gateway with one to no cluster, to have unknown names reset. A cluster of the
         // name that a client asks for would be reached past the intentions.
         if !ends_tls && routes.all().any(|chain| by_name(&chain)) {
-            next.extend(self.by_server_name(listener, routes, old));
+            next.extend(self.by_server_name(listener, routes, old_routes));
         }
         let fallback = routes.fallback.as_ref().filter(|chain| !by_name(chain));
-        let fallback = fallback.map(|chain| self.route(listener, routes, chain, old));
+        let fallback = fallback.map(|chain| self.route(listener, routes, chain, old_routes));
         let settings = RouterSettings {
             name: keep_text(old.map(|old| &old.settings().name), &listener.name),
             service: keep_text(old.map(|old| &old.settings().service), self.around.cluster),
@@ -52,7 +57,7 @@ impl Builder<'_> {
     }
 
     /// `sni_cluster`: a route for each cluster whose name a client may ask for and no other chain takes.
-    fn by_server_name(&mut self, listener: &Listener, routes: &Routes, old: Option<&Arc<Router>>) -> Vec<Arc<Route>> {
+    fn by_server_name(&mut self, listener: &Listener, routes: &Routes, old: &OldRoutes<'_>) -> Vec<Arc<Route>> {
         let by_name = routes.all().find(|chain| matches!(chain.way, listener::Way::ServerName));
         let tuning = by_name.map_or_else(Tuning::default, |chain| chain.tuning);
         let taken = |name: &str| routes.all().flat_map(|chain| &chain.matches.server_names).any(|known| known.takes(name));
@@ -66,18 +71,18 @@ impl Builder<'_> {
                 Ok(_) | Err(_) => None,
             })
             .collect();
+        let named: HashSet<&str> = routes.all().map(|chain| chain.name.as_str()).collect();
         let route = |(cluster, name): (String, ServerName)| {
             let matches = Match { server_names: vec![name], ..Match::default() };
-            let named = routes.all().any(|chain| chain.name == cluster);
-            let name = if named { format!("{cluster} by its name") } else { cluster.clone() };
+            let name = if named.contains(cluster.as_str()) { format!("{cluster} by its name") } else { cluster.clone() };
             let way = listener::Way::Pass(Passage { to: Destination::Cluster(cluster), front: None });
             self.route(listener, routes, &Chain { name, matches, way, tuning }, old)
         };
         names.into_iter().map(route).collect()
     }
 
-    fn route(&mut self, listener: &Listener, routes: &Routes, chain: &Chain, old: Option<&Arc<Router>>) -> Arc<Route> {
-        let old = old.and_then(|old| old.routes().find(|old| *old.name == *chain.name));
+    fn route(&mut self, listener: &Listener, routes: &Routes, chain: &Chain, old: &OldRoutes<'_>) -> Arc<Route> {
+        let old = old.get(chain.name.as_str()).copied();
         let way = match &chain.way {
             listener::Way::End(ending) => self.end(listener, chain, ending, old),
             listener::Way::Pass(passage) => self.pass(listener, routes, chain, passage, old).unwrap_or_else(|why| {
@@ -147,11 +152,12 @@ impl Builder<'_> {
             (Vec::new(), Some(nowhere(listener, chain)))
         });
         let (app, upstream) = behind;
-        let connect_timeout = self.named(&ending.to).and_then(|name| self.cluster(name)).map(|cluster| cluster.connect_timeout);
+        let cluster = self.named(&ending.to).and_then(|name| self.cluster(name)).ok();
         let public = PublicListener {
             bind: listener.bind.clone(),
             app,
-            local_connect_timeout: connect_timeout.unwrap_or(config::CONNECT_TIMEOUT),
+            local_connect_timeout: cluster.map_or(config::CONNECT_TIMEOUT, |cluster| cluster.connect_timeout),
+            local_keepalive: cluster.and_then(|cluster| cluster.keepalive),
             handshake_timeout: config::HANDSHAKE_TIMEOUT,
             max_inbound_connections: ending.max_connections,
             idle_timeout: chain.tuning.idle_timeout,

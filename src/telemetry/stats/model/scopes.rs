@@ -38,12 +38,11 @@ const TCP_UNKNOWN: [&str; 8] = [
     "route_delayed_total",
     "upstream_flush_total",
 ];
-const CLUSTER_UNKNOWN: [&str; 21] = [
+const CLUSTER_UNKNOWN: [&str; 20] = [
     "assignment_stale",
     "assignment_timeout_received",
     "assignment_use_cached",
     "bind_errors",
-    "update_empty",
     "update_failure",
     "upstream_cx_close_notify",
     "upstream_cx_connect_with_0_rtt",
@@ -380,13 +379,14 @@ impl Cluster {
         scope.gauge("circuit_breakers.default.cx_open", u64::from(self.full), seen);
         scope.gauge("membership_total", self.members, true);
         scope.gauge("membership_healthy", self.healthy.saturating_sub(self.ejected), true);
-        scope.counter("lb_healthy_panic", totals.panics);
+        scope.counter("lb_healthy_panic", totals.in_panic);
         scope.counter("membership_change", members.changes);
         let fetched = members.fetched.unwrap_or_default();
         scope.counter("update_attempt", members.fetched.map_or(0, |fetched| fetched.answers.attempts()));
         scope.counter("update_success", fetched.answers.accepted);
         scope.counter("update_rejected", fetched.answers.rejected);
         scope.counter("update_no_rebuild", fetched.unchanged);
+        scope.counter("update_empty", fetched.empty);
         scope.histogram("upstream_cx_connect_ms", &self.span.connect);
         scope.histogram("upstream_cx_length_ms", &self.span.far_length);
         scope.zero(&CLUSTER_UNKNOWN, &CLUSTER_GAUGES_UNKNOWN);

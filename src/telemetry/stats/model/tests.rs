@@ -54,6 +54,7 @@ fn service(upstreams: Vec<Arc<Upstream>>) -> Service {
             app: vec![crate::mesh::Address::Tcp(([127, 0, 0, 1], 8_793).into())],
             local_connect_timeout: config::LOCAL_CONNECT_TIMEOUT,
             handshake_timeout: config::HANDSHAKE_TIMEOUT,
+            local_keepalive: None,
             max_inbound_connections: 100,
             idle_timeout: None,
         })),

@@ -66,6 +66,8 @@ pub struct Fetched {
     pub answers: Answers,
     /// Of those accepted, the ones that changed nothing, not even a health.
     pub unchanged: u64,
+    /// Of those accepted, the ones that told of no members any more; those before stay.
+    pub empty: u64,
 }
 
 impl Answers {

@@ -164,7 +164,7 @@ async fn updates_of_resources_have_the_names_of_envoys_managers() {
     let clusters = Updates { answers: Answers { accepted: 4, rejected: 1 }, changes, warming: 2 };
     let listeners =
         Updates { answers: Answers { accepted: 2, rejected: 3 }, changes: Changes { added: 9, ..changes }, warming: 1 };
-    let fetched = Some(Fetched { answers: Answers { accepted: 6, rejected: 2 }, unchanged: 1 });
+    let fetched = Some(Fetched { answers: Answers { accepted: 6, rejected: 2 }, unchanged: 1, empty: 4 });
     let of_members = [(Arc::from("local_app"), Members { changes: 3, fetched })].into();
     let members = Arc::new([(Arc::from("airflow-worker-sidecar-proxy"), of_members)].into());
     let process = Process { connected: true, told: Told { clusters, listeners, members }, ..Process::default() };
@@ -191,6 +191,7 @@ async fn updates_of_resources_have_the_names_of_envoys_managers() {
             ("cluster.local_app.update_success", 6),
             ("cluster.local_app.update_rejected", 2),
             ("cluster.local_app.update_no_rebuild", 1),
+            ("cluster.local_app.update_empty", 4),
         ],
     );
 }
