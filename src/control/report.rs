@@ -14,7 +14,8 @@ use crate::telemetry::stats::Told;
 /// Problems of one proxy that are shown; the rest is counted.
 const PROBLEMS_MAX: usize = 6;
 
-/// The status now, but for what is counted of snapshots. Marks proxies that are complete for the first time, once all that is known is also published.
+/// The status now, but for what is counted of snapshots. Marks proxies that are complete for the first time, once all that is known
+/// is also published.
 pub(crate) fn status(state: &mut State, published: bool, agent_reachable: bool, wall: SystemTime) -> Status {
     let complete: Vec<bool> = state.proxies.iter().map(|proxy| is_complete(state, proxy)).collect();
     for (proxy, complete) in state.proxies.iter_mut().zip(complete) {

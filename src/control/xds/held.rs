@@ -136,13 +136,10 @@ impl Held {
     /// Takes what is good of a response; returns what is not, each with its type, name, field, value and what would do.
     pub(super) fn apply(&mut self, kind: Kind, response: &DeltaDiscoveryResponse) -> Vec<String> {
         let before = self.in_force(kind, response);
-        if kind == Kind::Endpoints {
-            self.count_fetched(response);
-        }
-        let Self { clusters, endpoints, listeners, routes, http_as_tcp, .. } = self;
+        let Self { clusters, listeners, routes, http_as_tcp, .. } = self;
         let refused = match kind {
             Kind::Cluster => clusters.apply(kind, response, |resource| Cluster::parse(&body::<ClusterMessage>(resource, kind)?)),
-            Kind::Endpoints => endpoints.apply(kind, response, members_in),
+            Kind::Endpoints => self.apply_members(response),
             Kind::Routes => routes.apply(kind, response, |resource| Routed::parse(&body::<RouteConfiguration>(resource, kind)?)),
             Kind::Listener => {
                 let refused = listeners.apply(kind, response, |resource| {
@@ -161,28 +158,33 @@ impl Held {
         refused
     }
 
-    /// Counts what a response says of members, before it is taken.
-    fn count_fetched(&mut self, response: &DeltaDiscoveryResponse) {
-        for resource in &response.resources {
-            let told = self.fetched.entry(resource.name.clone()).or_default();
-            match members_in(resource) {
+    /// Takes members, and counts what is said of them.
+    fn apply_members(&mut self, response: &DeltaDiscoveryResponse) -> Vec<String> {
+        let Self { endpoints, fetched, gone, .. } = self;
+        let known = |name: &String| endpoints.get(name).or_else(|| gone.get(name)).map(|known| (name.clone(), Arc::clone(known)));
+        let before: BTreeMap<_, _> = response.resources.iter().filter_map(|resource| known(&resource.name)).collect();
+        for name in &response.removed_resources {
+            if let Some(members) = endpoints.get(name) {
+                gone.insert(name.clone(), Arc::clone(members));
+            }
+            let told = fetched.entry(name.clone()).or_default();
+            told.answers.accepted += 1;
+            told.empty += 1;
+        }
+        endpoints.apply(Kind::Endpoints, response, |resource| {
+            let told = fetched.entry(resource.name.clone()).or_default();
+            let parsed = body::<ClusterLoadAssignment>(resource, Kind::Endpoints).and_then(|message| Assignment::parse(&message));
+            match &parsed {
                 Err(_) => told.answers.rejected += 1,
                 Ok(next) => {
-                    let before = self.endpoints.get(&resource.name).or_else(|| self.gone.get(&resource.name));
-                    let unchanged = before.map_or_else(|| next.places().next().is_none(), |before| **before == next);
+                    let before = before.get(&resource.name);
+                    let unchanged = before.map_or_else(|| next.places().next().is_none(), |before| **before == *next);
                     told.answers.accepted += 1;
                     told.unchanged += u64::from(unchanged);
                 }
             }
-        }
-        for name in &response.removed_resources {
-            if let Some(members) = self.endpoints.get(name) {
-                self.gone.insert(name.clone(), Arc::clone(members));
-            }
-            let told = self.fetched.entry(name.clone()).or_default();
-            told.answers.accepted += 1;
-            told.empty += 1;
-        }
+            parsed
+        })
     }
 
     /// A certificate came by its name; one that nobody asked for, or does no more, is dropped.
@@ -354,10 +356,6 @@ fn decode<T: prost::Message + Default>(bytes: &[u8], kind: Kind) -> Result<T, Co
 
 fn unusable(kind: Kind, name: &str, why: &Refusal) -> ControlError {
     ControlError::Config(format!("the bootstrap's {} {name} cannot be served: {why}", kind.message()))
-}
-
-fn members_in(resource: &Resource) -> Result<Assignment, Refusal> {
-    Assignment::parse(&body::<ClusterLoadAssignment>(resource, Kind::Endpoints)?)
 }
 
 fn body<T: prost::Message + Default>(resource: &Resource, kind: Kind) -> Result<T, Refusal> {

@@ -302,7 +302,7 @@ impl<R: Ring> Worker<R> {
         }
     }
 
-    /// The endpoint to dial next and how long that may take, or why there is none. It counts as opened.
+    /// The endpoint to dial next and how, or why there is none. It counts as opened.
     fn choose(&mut self, connection: &mut Connection) -> Result<(Choice, Dial), Box<str>> {
         let now = self.ring.now();
         let client = connection.facts.downstream.map(|address| address.ip().to_canonical());
