@@ -5,12 +5,13 @@ mod support;
 
 use std::collections::BTreeSet;
 use std::net::UdpSocket;
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use support::sidecar::Metrics;
 use support::traffic::{self, Live};
-use support::{Agent, Definition, Echo, Pair, Sidecar, bytes, wait_for, wait_until};
+use support::{Agent, Definition, Echo, Pair, Sidecar, bytes, tool_on_path, wait_for, wait_until};
 
 /// A stat's value on the text page.
 fn number(page: &str, name: &str) -> u64 {
@@ -116,6 +117,34 @@ fn pages_are_asked_for_as_envoys_are() {
     wait_until("counted again", support::PATIENCE, || number(&text(&pair.web, ""), counted) == 1);
     let ours = pair.web.metrics().sum("ringfence_connections_total", &[("upstream", "db")]);
     assert_eq!(ours, before + 1, "ringfence's own counters only grow");
+}
+
+/// As Prometheus asks; Envoy answers in full whoever asks.
+#[test]
+fn a_scrape_is_compressed_for_whoever_asks_for_it() {
+    let app = Echo::start();
+    let pair = Pair::local(app.address).wait_open();
+    let curl = |path: &str| {
+        let url = format!("http://{}{path}", pair.web.admin);
+        let mut command = Command::new(tool_on_path("curl"));
+        command.args(["-sf", "--noproxy", "*", "--compressed", "-w", "\n%header{content-encoding} %{size_download}", &url]);
+        let answer = command.output().expect("curl runs");
+        assert!(answer.status.success(), "{path}: {answer:?}");
+        let answer = String::from_utf8(answer.stdout).expect("a page in UTF-8");
+        let (page, how) = answer.rsplit_once('\n').expect("what -w writes");
+        let (encoding, sent) = how.split_once(' ').expect("two words");
+        (page.to_owned(), encoding.to_owned(), sent.parse::<usize>().expect("bytes"))
+    };
+    let series = |page: &str| -> BTreeSet<String> {
+        page.lines().map(|line| line.rsplit_once(' ').map_or(line, |(series, _)| series).to_owned()).collect()
+    };
+    for path in ["/stats/prometheus", "/stats?format=prometheus"] {
+        let plain = pair.web.client().get(path).ok("stats").body;
+        let (page, encoding, sent) = curl(path);
+        assert_eq!((&*encoding, series(&page)), ("gzip", series(&plain)), "{path}");
+        assert!(sent * 10 < page.len(), "{path}: {sent} bytes for {}", page.len());
+    }
+    assert_eq!(curl("/ready"), ("LIVE\n".to_owned(), String::new(), 5), "what is small anyway stays as it is");
 }
 
 /// The selectors of Consul 1.10's UI (prometheus.js), for a service at layer 4.

@@ -18,6 +18,9 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, any, post};
 use serde::Serialize;
+use tower_http::CompressionLevel;
+use tower_http::compression::CompressionLayer;
+use tower_http::compression::predicate::SizeAbove;
 
 use super::commands::{self, COMMANDS};
 use super::health::{self, Problem};
@@ -34,6 +37,9 @@ const HTML: &str = "text/html; charset=UTF-8";
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 const NOSNIFF: HeaderName = HeaderName::from_static("x-content-type-options");
 
+/// Bodies above this are compressed for whoever asks for it. What fits into a packet is not worth it.
+const COMPRESSED_BYTES_MIN: u64 = 1_400;
+
 pub(super) type Admin = State<Arc<Shared>>;
 /// What stands behind the `?`, in order.
 pub(super) type Parameters = Vec<(String, String)>;
@@ -41,7 +47,12 @@ pub(super) type Parameters = Vec<(String, String)>;
 pub(super) fn router(shared: Arc<Shared>) -> Router {
     let router = COMMANDS.iter().fold(Router::new(), |router, command| router.route(command.path, handler(command.path)));
     let router = router.merge(page::parts());
-    router.fallback(unknown).layer(middleware::from_fn_with_state(Arc::clone(&shared), around)).with_state(shared)
+    router
+        .fallback(unknown)
+        // Consul's labels are most of a scrape, and much the same on every line: a twentieth is left of it at the fastest level.
+        .layer(CompressionLayer::new().quality(CompressionLevel::Fastest).compress_when(SizeAbove::new(COMPRESSED_BYTES_MIN)))
+        .layer(middleware::from_fn_with_state(Arc::clone(&shared), around))
+        .with_state(shared)
 }
 
 fn handler(path: &'static str) -> MethodRouter<Arc<Shared>> {
