@@ -16,10 +16,11 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::Request;
-use axum::http::uri::PathAndQuery;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
+use axum::http::uri::{Authority, PathAndQuery};
+use axum::http::{HeaderName, HeaderValue, StatusCode, Uri, Version, header};
 use axum::response::{IntoResponse, Response};
-use hyper_util::rt::TokioIo;
+use hyper::client::conn as client;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
@@ -38,7 +39,7 @@ use crate::mesh::router::Network;
 const RETRY: Duration = Duration::from_millis(200);
 /// Wait for a backend: connecting, and the head of its answer.
 const BACKEND_TIMEOUT: Duration = Duration::from_secs(10);
-/// Headers of one connection (RFC 9110, 7.6.1), and of a body, which there is none of.
+/// Headers of one connection (RFC 9110, 7.6.1), and the length, which hyper tells of the body itself.
 const HOP_BY_HOP: [HeaderName; 9] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
@@ -50,6 +51,8 @@ const HOP_BY_HOP: [HeaderName; 9] = [
     header::UPGRADE,
     header::CONTENT_LENGTH,
 ];
+/// The value of `TE` that says so.
+const TRAILERS: &str = "trailers";
 /// Listeners at once.
 const LISTENERS_MAX: usize = 64;
 
@@ -205,22 +208,17 @@ async fn serve(routes: &[PageRoute], mut admin: Router, mut request: Request) ->
     match &route.answer {
         PageAnswer::Status(status) => StatusCode::from_u16(*status).unwrap_or(StatusCode::NOT_FOUND).into_response(),
         PageAnswer::Admin { rewrite } => {
-            let Some(uri) = rewritten(request.uri(), rest, rewrite.as_deref()) else { return bad_path() };
-            *request.uri_mut() = uri;
+            let Some(path) = rewritten(request.uri(), rest, rewrite.as_deref()) else { return bad_path() };
+            *request.uri_mut() = path.into();
             // A router answers everything.
             match admin.call(request).await {
                 Ok(response) => response,
                 Err(never) => match never {},
             }
         }
-        // Bodies are not read, so a method that brings one is not for here.
-        PageAnswer::Backend { .. } if !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS) => {
-            let text = "GET, HEAD and OPTIONS are passed on here: paths are exposed for checks and scrapes\n".to_owned();
-            routes::answer(StatusCode::METHOD_NOT_ALLOWED, TEXT, text)
-        }
-        PageAnswer::Backend { address, rewrite } => {
-            let Some(uri) = rewritten(request.uri(), rest, rewrite.as_deref()) else { return bad_path() };
-            backend(*address, uri, request.method().clone(), request.headers().clone()).await
+        PageAnswer::Backend { address, rewrite, http2 } => {
+            let Some(path) = rewritten(request.uri(), rest, rewrite.as_deref()) else { return bad_path() };
+            backend(*address, *http2, path, request).await
         }
     }
 }
@@ -234,44 +232,67 @@ fn rest<'a>(matched: &PathMatch, path: &'a str) -> Option<&'a str> {
 }
 
 /// The path to ask for, with the query as it came.
-fn rewritten(uri: &Uri, rest: &str, rewrite: Option<&str>) -> Option<Uri> {
+fn rewritten(uri: &Uri, rest: &str, rewrite: Option<&str>) -> Option<PathAndQuery> {
     let path = rewrite.map_or_else(|| uri.path().to_owned(), |rewrite| format!("{rewrite}{rest}"));
     let text = uri.query().map_or_else(|| path.clone(), |query| format!("{path}?{query}"));
-    let parsed: PathAndQuery = text.parse().ok()?;
-    Some(Uri::from(parsed))
+    text.parse().ok()
 }
 
 fn bad_path() -> Response {
     StatusCode::BAD_REQUEST.into_response()
 }
 
-/// Asks another local server in the asker's place, without a body.
-async fn backend(address: SocketAddr, uri: Uri, method: Method, headers: HeaderMap) -> Response {
-    match tokio::time::timeout(BACKEND_TIMEOUT, forward(address, uri, method, &headers)).await {
+/// Asks another local server in the asker's place.
+async fn backend(address: SocketAddr, http2: bool, path: PathAndQuery, request: Request) -> Response {
+    match tokio::time::timeout(BACKEND_TIMEOUT, forward(address, http2, path, request)).await {
         Ok(Ok(response)) => response,
         Ok(Err(error)) => unavailable(address, &error),
         Err(_) => unavailable(address, &io::Error::from(io::ErrorKind::TimedOut)),
     }
 }
 
-async fn forward(address: SocketAddr, uri: Uri, method: Method, headers: &HeaderMap) -> io::Result<Response> {
-    let stream = TcpStream::connect(address).await?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(io::Error::other)?;
-    // Ends with the answer's body, or when the asker goes away.
-    tokio::spawn(connection);
-    let mut asked = axum::http::Request::new(Body::empty());
-    (*asked.method_mut(), *asked.uri_mut()) = (method, uri);
-    // A check has its own Host and credentials; what is of this connection stays here.
-    *asked.headers_mut() = headers.clone();
+/// Body and trailers pass as they come, either way.
+async fn forward(address: SocketAddr, http2: bool, path: PathAndQuery, request: Request) -> io::Result<Response> {
+    let stream = TokioIo::new(TcpStream::connect(address).await?);
+    let request = addressed(address, http2, path, request).map_err(io::Error::other)?;
+    // Either connection ends with the answer's body, or when the asker goes away.
+    let answer = if http2 {
+        let connecting = client::http2::handshake(TokioExecutor::new(), stream).await;
+        let (mut sender, connection) = connecting.map_err(io::Error::other)?;
+        tokio::spawn(connection);
+        sender.send_request(request).await
+    } else {
+        let (mut sender, connection) = client::http1::handshake(stream).await.map_err(io::Error::other)?;
+        tokio::spawn(connection);
+        sender.send_request(request).await
+    };
+    Ok(answer.map_err(io::Error::other)?.map(Body::new))
+}
+
+/// The request as the backend gets it. A check has its own Host and credentials; what is of the asker's connection stays here.
+fn addressed(address: SocketAddr, http2: bool, path: PathAndQuery, mut request: Request) -> Result<Request, axum::http::Error> {
+    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+    let asked = host.or_else(|| request.uri().authority().map(Authority::as_str)).map(str::to_owned);
+    let authority = asked.unwrap_or_else(|| address.to_string());
+    let trailers = request.headers().get(header::TE).is_some_and(|te| te == TRAILERS);
+    let headers = request.headers_mut();
     for name in HOP_BY_HOP {
-        asked.headers_mut().remove(name);
+        headers.remove(name);
     }
-    if !asked.headers().contains_key(header::HOST) {
-        let host = HeaderValue::from_str(&address.to_string()).map_err(io::Error::other)?;
-        asked.headers_mut().insert(header::HOST, host);
+    if http2 {
+        headers.remove(header::HOST);
+        // The one value that HTTP/2 knows (RFC 9113, 8.2.2), and that gRPC servers insist on.
+        if trailers {
+            headers.insert(header::TE, HeaderValue::from_static(TRAILERS));
+        }
+        *request.uri_mut() = Uri::builder().scheme("http").authority(authority).path_and_query(path).build()?;
+        *request.version_mut() = Version::HTTP_2;
+    } else {
+        headers.insert(header::HOST, HeaderValue::try_from(authority)?);
+        *request.uri_mut() = path.into();
+        *request.version_mut() = Version::HTTP_11;
     }
-    let answer = sender.send_request(asked).await.map_err(io::Error::other)?;
-    Ok(answer.map(Body::new))
+    Ok(request)
 }
 
 fn unavailable(address: SocketAddr, error: &io::Error) -> Response {

@@ -1,8 +1,8 @@
-//! HTTP/1.1 under bounds.
+//! HTTP/1.1 and, for whoever begins with it, HTTP/2, under bounds.
 //!
 //! Invariant: at most [`CONNECTIONS_MAX`] connections at once, each with [`HEAD_BYTES_MAX`] of request head, a wait of
 //! [`HEAD_TIMEOUT`] for it, and a life of [`CONNECTION_LIFE_MAX`]. Further clients wait in the kernel's backlog. So a slow
-//! or hostile client costs a bounded amount of memory, for a bounded time. Bodies are never read: no route has one.
+//! or hostile client costs a bounded amount of memory, for a bounded time. No body is kept: what is not read waits with its client.
 //!
 //! Knows routes only as a service. A failed accept is retried after a pause; a failed connection concerns its client alone.
 
@@ -12,9 +12,9 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::ConnectInfo;
-use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
@@ -25,7 +25,11 @@ use tokio_rustls::TlsAcceptor;
 /// Connections served at once.
 pub(super) const CONNECTIONS_MAX: usize = 64;
 /// Bytes of a request's head, and of the buffer for reading.
-const HEAD_BYTES_MAX: usize = 16 << 10;
+const HEAD_BYTES_MAX: u32 = 16 << 10;
+/// Requests of an HTTP/2 connection at once.
+const STREAMS_MAX: u32 = 16;
+/// Bytes of bodies that a client may send over HTTP/2 before they are read, a request and a connection.
+const WINDOW_BYTES: u32 = 64 << 10;
 /// Wait for a whole request head, and between two requests of a connection.
 pub(super) const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// After this a connection may finish its request and is closed.
@@ -110,12 +114,19 @@ async fn connection(
         asked.send_replace(true);
         router.call(request)
     });
-    let serving = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
-        .max_buf_size(HEAD_BYTES_MAX)
-        .serve_connection(TokioIo::new(stream), service);
-    let mut serving = std::pin::pin!(serving);
+    let mut http = auto::Builder::new(TokioExecutor::new());
+    http.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES_MAX as usize);
+    let mut http2 = http.http2();
+    http2.max_concurrent_streams(STREAMS_MAX).max_header_list_size(HEAD_BYTES_MAX);
+    http2.initial_stream_window_size(WINDOW_BYTES).initial_connection_window_size(WINDOW_BYTES);
+    let mut serving = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service));
+    // Until it is known which HTTP it is, no timer of hyper's runs.
+    let mut first = begun.clone();
+    let silent = async {
+        if tokio::time::timeout(HEAD_TIMEOUT, first.wait_for(|begun| *begun)).await.is_ok() {
+            std::future::pending().await
+        }
+    };
     let ending = async {
         // An error means the end as well.
         let _ = shutdown.wait_for(|shutdown| *shutdown).await;
@@ -125,6 +136,7 @@ async fn connection(
     };
     tokio::select! {
         _ = serving.as_mut() => return,
+        () = silent => return,
         () = tokio::time::sleep(CONNECTION_LIFE_MAX) => {}
         () = ending => {}
     }
@@ -135,6 +147,8 @@ async fn connection(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
@@ -154,6 +168,25 @@ mod tests {
         client.read_to_string(&mut answer).await.expect("an answer and the end");
         assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("here"), "{answer}");
         serving.await.expect("no panic");
+    }
+
+    /// Whatever a client begins with: until then nobody knows which HTTP it speaks.
+    #[tokio::test]
+    async fn who_asks_nothing_is_cut_off() {
+        let (_close, closed) = watch::channel(false);
+        let of = |begin: &'static [u8]| {
+            let (mut client, server) = tokio::io::duplex(1 << 16);
+            let closed = closed.clone();
+            async move {
+                client.write_all(begin).await.expect("it is open");
+                connection(server, ([127, 0, 0, 1], 1).into(), Router::new(), closed).await;
+            }
+        };
+        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+        let all = async { tokio::join!(of(b""), of(b"PRI * HT"), of(preface), of(b"GET / HTTP/1.1\r\n")) };
+        let start = Instant::now();
+        tokio::time::timeout(HEAD_TIMEOUT * 2, all).await.expect("all are closed");
+        assert!(start.elapsed() > HEAD_TIMEOUT / 2, "not before they had their time");
     }
 
     /// One that asks nothing is closed in time.

@@ -127,12 +127,14 @@ pub enum PageAnswer {
         /// `prefix_rewrite`.
         rewrite: Option<String>,
     },
-    /// Another local HTTP server (`-prometheus-backend-port`).
+    /// Another local HTTP server (`-prometheus-backend-port`, `expose`).
     Backend {
         /// Where.
         address: SocketAddr,
         /// `prefix_rewrite`.
         rewrite: Option<String>,
+        /// It speaks HTTP/2 without TLS and from the first byte, as gRPC does; otherwise HTTP/1.1.
+        http2: bool,
     },
     /// A fixed status without a body.
     Status(u16),

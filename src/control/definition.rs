@@ -24,6 +24,7 @@ use crate::config::Keepalive;
 use crate::config::envoy::{AccessLog, PageListener, Scrape};
 use crate::mesh::{Bind, DenyReply, Outlier};
 
+pub(crate) use pages::Checks;
 use upstream::upstream;
 pub(crate) use upstream::{Destination, Tuning, Upstream};
 
@@ -43,6 +44,8 @@ pub(crate) struct Definition {
     pub(crate) access_logs: Vec<AccessLog>,
     /// Listeners for pages of the admin port.
     pub(crate) pages: Vec<PageListener>,
+    /// `expose.checks`.
+    pub(crate) checks: Option<Checks>,
     /// What it says of stats.
     pub(crate) stats: StatsWishes,
     /// What has no effect here or could not be read, for one line of log.
@@ -102,6 +105,7 @@ pub(crate) fn parse(service: &wire::Service, scrape: &Scrape) -> Result<Definiti
     hatches::of_public(&config, &mut public, &proxy.destination_service_name, &mut hatch_logs)?;
     let mut pages = pages::of(&config, scrape, &mut warnings);
     pages.extend(pages::exposed(service, &config, &mut warnings));
+    let checks = if proxy.expose.checks { pages::checks(service, &config, &mut warnings) } else { None };
     let stats = stats::wishes(&config, &environment, &mut warnings);
     note_ignored(proxy, &config, &mut warnings);
     let name = Name {
@@ -126,6 +130,7 @@ pub(crate) fn parse(service: &wire::Service, scrape: &Scrape) -> Result<Definiti
         upstreams,
         access_logs,
         pages,
+        checks,
         stats,
         warnings,
     })
@@ -187,6 +192,7 @@ pub(crate) fn from_flags(flags: &config::ServiceProxy, settings: &config::Consul
         upstreams,
         access_logs: Vec::new(),
         pages: Vec::new(),
+        checks: None,
         stats: StatsWishes::default(),
         warnings: Vec::new(),
     })
@@ -281,11 +287,6 @@ fn note_ignored(proxy: &wire::Proxy, config: &Opaque<'_>, warnings: &mut Vec<Str
     }
     config.ignore(&HARMLESS_KEYS);
     warnings.extend(config.unread().iter().map(|key| format!("proxy.config.{} has no effect", key.escape_default())));
-    if proxy.expose.checks {
-        let why =
-            "expose.checks has no effect: the HTTP API does not tell the paths of checks, so rewritten HTTP checks will fail";
-        warnings.push(format!("{why}; name them in expose.paths"));
-    }
     for extension in &proxy.envoy_extensions {
         warnings.push(format!("Envoy extension {} has no effect", extension.name.escape_default()));
     }
@@ -382,12 +383,12 @@ mod tests {
     fn what_has_no_effect_is_named() {
         let definition = parse(
             &service(|v| {
-                v["Proxy"]["Expose"] = json!({"Checks": true});
+                v["Proxy"]["Config"]["colour"] = json!("red");
             }),
             &Scrape::default(),
         )
         .expect("accepted");
-        assert!(definition.warnings.iter().any(|warning| warning.contains("expose")), "{:?}", definition.warnings);
+        assert!(definition.warnings.iter().any(|warning| warning.contains("colour")), "{:?}", definition.warnings);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What the control plane says of itself, computed from the state.
 
+use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use super::consul::watch::Key;
@@ -7,7 +8,7 @@ use super::definition::{Definition, Destination};
 use super::state::{Proxy, State, chain_ask, health_key};
 use super::{ServiceStatus, StatsWishes, Status};
 use crate::config;
-use crate::config::envoy::AccessLog;
+use crate::config::envoy::{AccessLog, PageListener};
 use crate::policy::DefaultPolicy;
 use crate::telemetry::stats::Told;
 
@@ -81,9 +82,18 @@ fn service_status(state: &State, index: usize, wall: SystemTime) -> ServiceStatu
         leaf_serial: svid.map(|svid| svid.serial.clone()),
         leaf_not_after: svid.map(|svid| svid.not_after),
         rotations: definition.map_or(0, |definition| state.identities.rotations(&definition.name)),
-        pages: definition.map(|definition| definition.pages.clone()).unwrap_or_default(),
+        pages: definition.map(|definition| pages(state, definition)).unwrap_or_default(),
         problem: problem(state, index, wall),
     }
+}
+
+fn pages(state: &State, definition: &Definition) -> Vec<PageListener> {
+    let mut pages = definition.pages.clone();
+    if let Some(checks) = &definition.checks {
+        let exposed = state.checks.get(&checks.instance).into_iter().flat_map(BTreeMap::values);
+        checks.add_to(&mut pages, exposed);
+    }
+    pages
 }
 
 fn problem(state: &State, index: usize, wall: SystemTime) -> Option<String> {
@@ -112,6 +122,9 @@ fn definition_problems(state: &State, definition: &Definition, wall: SystemTime,
     found.extend(state.identities.problem(name, wall));
     if definition.public.is_some() {
         found.extend(trouble(Key::Intentions(name.clone())));
+    }
+    if let Some(checks) = &definition.checks {
+        found.extend(trouble(Key::Checks(checks.instance.clone())));
     }
     for upstream in &definition.upstreams {
         let mut notes = Vec::new();

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::consul::watch::chain::{self, Chain, Gateway};
+use super::consul::watch::checks::Exposed;
 use super::consul::watch::health::{self, Instance};
 use super::consul::watch::{Event, Key, Name, Update, What};
 use super::definition::{self, App, Definition, Destination};
@@ -44,6 +45,8 @@ pub(crate) struct State {
     /// By [`Key::Health`] and [`Key::Query`].
     pub(crate) instances: BTreeMap<Key, Vec<Instance>>,
     pub(crate) hosts: BTreeMap<String, Vec<IpAddr>>,
+    /// Exposed checks of a service instance, by their ids.
+    pub(crate) checks: BTreeMap<Name, BTreeMap<String, Exposed>>,
     pub(crate) troubles: BTreeMap<Key, String>,
     pub(crate) granted: Granted,
     /// Namespace and partition of the identities that callers are granted.
@@ -118,6 +121,7 @@ impl State {
             chains: BTreeMap::new(),
             instances: BTreeMap::new(),
             hosts: BTreeMap::new(),
+            checks: BTreeMap::new(),
             troubles: BTreeMap::new(),
             granted: Granted::new(settings.caller_identities_max),
             scope: (settings.namespace.clone().unwrap_or_default(), settings.partition.clone().unwrap_or_default()),
@@ -181,6 +185,13 @@ impl State {
         let soon = |changed: bool| if changed { Urgency::Soon } else { Urgency::None };
         match (key, update) {
             (Key::Definition(index), Update::Definition(service)) => soon(self.define(index, &service)),
+            (Key::Checks(instance), Update::Checks(told)) => {
+                let known = self.checks.entry(instance).or_default();
+                known.retain(|id, _| told.contains_key(id));
+                // An output that says nothing of where was asked takes nothing away.
+                known.extend(told.into_iter().filter_map(|(id, exposed)| Some((id, exposed?))));
+                Urgency::None
+            }
             (key @ Key::Roots, Update::Roots(roots)) => match self.identities.offer_roots(&roots, wall) {
                 // A trust domain learned makes identities of targets possible.
                 Ok(_) => Urgency::Soon,
@@ -298,6 +309,7 @@ impl State {
             }
             let Some(definition) = &proxy.definition else { continue };
             keys.insert(Key::Leaf(definition.name.clone()));
+            keys.extend(definition.checks.iter().map(|checks| Key::Checks(checks.instance.clone())));
             if let Some(public) = &definition.public {
                 keys.insert(Key::Intentions(definition.name.clone()));
                 if let App::Tcp { host, .. } = &public.app {
@@ -352,6 +364,7 @@ impl State {
         self.troubles.remove(key);
         match key {
             Key::Leaf(name) => self.identities.forget(name),
+            Key::Checks(instance) => drop(self.checks.remove(instance)),
             Key::Intentions(name) => drop(self.policies.remove(name)),
             Key::Chain(ask) => drop(self.chains.remove(ask)),
             Key::Health(_) | Key::Query { .. } => drop(self.instances.remove(key)),
@@ -431,6 +444,7 @@ impl std::fmt::Display for Key {
         match self {
             Self::Token => f.write_str("token"),
             Self::Definition(index) => write!(f, "definition of proxy {index}"),
+            Self::Checks(instance) => write!(f, "checks of {}", instance.service),
             Self::Roots => f.write_str("roots"),
             Self::Mesh => f.write_str("mesh config"),
             Self::Leaf(name) => write!(f, "leaf of {}", name.service),

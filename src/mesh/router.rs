@@ -374,17 +374,6 @@ impl fmt::Display for Network {
     }
 }
 
-impl ServerName {
-    /// Whether it takes `name`, in whatever case.
-    pub fn takes(&self, name: &str) -> bool {
-        let name = name.to_ascii_lowercase();
-        match self {
-            Self::Exact(known) => **known == *name,
-            Self::Under(suffix) => name.len() > suffix.len() && name.ends_with(&**suffix),
-        }
-    }
-}
-
 /// One of the things that a match takes: port, network, server name, and whether TLS is spoken; `None` is any.
 pub type Place<'a> = (Option<u16>, Option<Network>, Option<&'a ServerName>, Option<bool>);
 

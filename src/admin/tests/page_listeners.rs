@@ -111,7 +111,7 @@ async fn a_backend_answers_or_costs_a_503() {
         String::from_utf8_lossy(&head[..length]).into_owned()
     });
     let address = free().await;
-    let answer = PageAnswer::Backend { address: behind, rewrite: Some("/stats/prometheus".to_owned()) };
+    let answer = PageAnswer::Backend { address: behind, rewrite: Some("/stats/prometheus".to_owned()), http2: false };
     let scrape = page(address, PathMatch::Prefix("/m".to_owned()), answer);
     let port = port().await;
     port.status.send_replace(Status { services: vec![service(vec![scrape])], ..Status::default() });
@@ -172,12 +172,12 @@ async fn pages_over_tls_want_a_certificate_of_the_ca() {
 }
 
 #[tokio::test]
-async fn a_listener_for_some_networks_closes_on_everybody_else_and_passes_no_body_on() {
+async fn a_listener_for_some_networks_closes_on_everybody_else() {
     let port = port().await;
     let backend = free().await;
     let (elsewhere, here) = (free().await, free().await);
     let of = |bind, source: [u8; 4]| {
-        let answer = PageAnswer::Backend { address: backend, rewrite: None };
+        let answer = PageAnswer::Backend { address: backend, rewrite: None, http2: false };
         PageListener { sources: vec![(source.into(), 8)], ..page(bind, PathMatch::Exact("/health".to_owned()), answer) }
     };
     let pages = vec![of(elsewhere, [10, 0, 0, 0]), of(here, [127, 0, 0, 0])];
@@ -188,9 +188,41 @@ async fn a_listener_for_some_networks_closes_on_everybody_else_and_passes_no_bod
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer).await;
     assert!(answer.is_empty(), "somebody of another network is answered");
-    let mut stream = TcpStream::connect(here).await.expect("it listens");
-    stream.write_all(b"POST /health HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\nconnection: close\r\n\r\n").await.expect("sent");
+}
+
+/// A check may have a method, a body and headers of its own; what is of the asker's connection stays there.
+#[tokio::test]
+async fn a_request_passes_as_it_came() {
+    let backend = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let behind = backend.local_addr().expect("bound");
+    let serving = tokio::spawn(async move {
+        let (mut stream, _) = backend.accept().await.expect("accepts");
+        let mut asked = String::new();
+        while !asked.ends_with("how are you") {
+            let mut part = [0; 4096];
+            let length = stream.read(&mut part).await.expect("reads");
+            assert!(length > 0, "cut off: {asked}");
+            asked.push_str(std::str::from_utf8(&part[..length]).expect("text"));
+        }
+        stream.write_all(b"HTTP/1.1 202 Accepted\r\ncontent-length: 4\r\n\r\nfine").await.expect("answers");
+        asked.to_lowercase()
+    });
+    let address = free().await;
+    let answer = PageAnswer::Backend { address: behind, rewrite: None, http2: false };
+    let port = port().await;
+    let health = page(address, PathMatch::Exact("/health".to_owned()), answer);
+    port.status.send_replace(Status { services: vec![service(vec![health])], ..Status::default() });
+    assert_eq!(got(address, "/").await.status, 404);
+    let mut stream = TcpStream::connect(address).await.expect("it listens");
+    let head = "POST /health?deep=1 HTTP/1.1\r\nhost: app.example\r\nx-check: 1\r\nte: trailers\r\ncontent-length: 11\r\nconnection: close\r\n\r\n";
+    stream.write_all(format!("{head}how are you").as_bytes()).await.expect("sent");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.expect("an answer");
-    assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
+    assert!(answer.starts_with("HTTP/1.1 202 ") && answer.ends_with("\r\n\r\nfine"), "{answer}");
+    let asked = serving.await.expect("served");
+    assert!(asked.starts_with("post /health?deep=1 http/1.1\r\n"), "{asked}");
+    for kept in ["host: app.example\r\n", "x-check: 1\r\n", "content-length: 11\r\n"] {
+        assert!(asked.contains(kept), "{kept}: {asked}");
+    }
+    assert!(!asked.contains("te: ") && !asked.contains("connection: "), "{asked}");
 }

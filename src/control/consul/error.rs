@@ -17,6 +17,7 @@ const SOURCES_MAX: usize = 16;
 pub(crate) enum Endpoint {
     Services,
     Definition,
+    Checks,
     Roots,
     Leaf,
     Match,
@@ -36,6 +37,7 @@ impl Endpoint {
         match self {
             Self::Services => "agent/services",
             Self::Definition => "agent/service",
+            Self::Checks => "agent/checks",
             Self::Roots => "connect/ca/roots",
             Self::Leaf => "connect/ca/leaf",
             Self::Match => "intentions/match",
@@ -54,6 +56,7 @@ impl Endpoint {
     fn right(self) -> &'static str {
         match self {
             Self::Services | Self::Definition => "service:read on the sidecar's own service name (NAME-sidecar-proxy)",
+            Self::Checks => "service:read on the service",
             Self::Leaf | Self::Authorize => "service:write on the service",
             Self::Match | Self::IntentionIndex => "intentions:read on the service (service:write implies it)",
             Self::Chain | Self::Health | Self::Gateways | Self::Query => "service:read and node:read on the upstream",
@@ -66,7 +69,7 @@ impl Endpoint {
     pub(crate) fn body_bytes_max(self) -> usize {
         match self {
             Self::Services | Self::Health | Self::Gateways | Self::Query => 32 << 20,
-            Self::Match | Self::Chain | Self::Definition => 8 << 20,
+            Self::Match | Self::Chain | Self::Definition | Self::Checks => 8 << 20,
             _ => 1 << 20,
         }
     }

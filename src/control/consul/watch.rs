@@ -4,6 +4,7 @@
 //! next reads do not block and accept what the agent has cached, until one shows that the servers are back.
 
 pub(crate) mod chain;
+pub(crate) mod checks;
 pub(crate) mod definition;
 pub(crate) mod health;
 pub(crate) mod hosts;
@@ -51,6 +52,8 @@ pub(crate) enum Key {
     Token,
     /// The proxy of this number.
     Definition(usize),
+    /// The checks of the service instance whose id stands in the name's place.
+    Checks(Name),
     Roots,
     Mesh,
     Leaf(Name),
@@ -85,6 +88,7 @@ pub(crate) enum What {
 #[derive(Debug)]
 pub(crate) enum Update {
     Definition(Box<wire::Service>),
+    Checks(checks::Checks),
     Roots(wire::Roots),
     Mesh(TlsParams),
     Leaf(wire::Leaf),
@@ -309,6 +313,7 @@ pub(crate) async fn run(cx: Context, proxy: Option<crate::config::Proxy>) {
                 definition::watch(&cx, &proxy).await;
             }
         }
+        Key::Checks(instance) => checks::watch(&cx, &instance).await,
         Key::Roots => roots::watch(&cx).await,
         Key::Mesh => mesh::watch(&cx).await,
         Key::Leaf(name) => leaf::watch(&cx, &name).await,

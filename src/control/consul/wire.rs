@@ -355,6 +355,7 @@ pub(crate) struct Node {
     pub(crate) tagged_addresses: BTreeMap<String, String>,
 }
 
+/// An element of `/v1/agent/checks`, and of health answers.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Check {
@@ -365,6 +366,9 @@ pub(crate) struct Check {
     /// `tcp`, `http`, `ttl`, `alias` and so on; empty for node checks and maintenance.
     #[serde(default, rename = "Type", deserialize_with = "nullable")]
     pub(crate) kind: String,
+    /// Where the agent asks instead of at the app; 0 is at the app, or not told (before Consul 1.10).
+    #[serde(default)]
+    pub(crate) exposed_port: u16,
 }
 
 /// `GET /v1/query/:name/execute`.

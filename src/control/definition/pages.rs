@@ -3,11 +3,23 @@
 //!
 //! What cannot be read is named and left out: a scrape that fails changes nothing for the mesh.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::Opaque;
 use crate::config::envoy::{PageAnswer, PageListener, PageRoute, PathMatch, Scrape};
+use crate::control::consul::watch::Name;
+use crate::control::consul::watch::chain::not_default;
+use crate::control::consul::watch::checks::Exposed;
 use crate::control::consul::wire;
+
+/// How checks of the app are passed on, wherever the agent asks for them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Checks {
+    /// Of the app, with its id in the name's place.
+    pub(crate) instance: Name,
+    bind: IpAddr,
+    app: SocketAddr,
+}
 
 /// Where Envoy's admin port has Prometheus' format, and a backend for scrapes too.
 const PROMETHEUS: &str = "/stats/prometheus";
@@ -22,7 +34,7 @@ pub(super) fn of(config: &Opaque<'_>, scrape: &Scrape, warnings: &mut Vec<String
     let rewrite = |path: &str| Some(path.to_owned());
     let prometheus = bind("envoy_prometheus_bind_addr").map(|bind| {
         let answer = match scrape.backend {
-            Some(address) => PageAnswer::Backend { address, rewrite: rewrite(PROMETHEUS) },
+            Some(address) => PageAnswer::Backend { address, rewrite: rewrite(PROMETHEUS), http2: false },
             None => PageAnswer::Admin { rewrite: rewrite(PROMETHEUS) },
         };
         PageListener {
@@ -54,6 +66,62 @@ pub(super) fn exposed(service: &wire::Service, config: &Opaque<'_>, warnings: &m
     pages
 }
 
+/// `expose.checks`: the app is asked at its own port, because the agent does not tell another one over the HTTP API.
+pub(super) fn checks(service: &wire::Service, config: &Opaque<'_>, warnings: &mut Vec<String>) -> Option<Checks> {
+    let proxy = &service.proxy;
+    let bound = super::lenient(config.text("bind_address"), warnings);
+    let bind = super::bind_ip(bound.as_ref().unwrap_or(&service.address), Ipv4Addr::UNSPECIFIED, "address");
+    let app = super::bind_ip(&proxy.local_service_address, Ipv4Addr::LOCALHOST, "local_service_address");
+    let known = bind.and_then(|bind| Ok((bind, app?))).and_then(|(bind, app)| match proxy.local_service_port {
+        0 => Err("the app has no port".to_owned()),
+        port => Ok((bind, SocketAddr::new(app, port))),
+    });
+    let instance = Name {
+        service: proxy.destination_service_id.clone(),
+        namespace: not_default(&service.namespace),
+        partition: not_default(&service.partition),
+    };
+    match known {
+        Ok((bind, app)) => Some(Checks { instance, bind, app }),
+        Err(why) => {
+            warnings.push(format!("expose.checks has no effect: {why}; name the paths in expose.paths"));
+            None
+        }
+    }
+}
+
+impl Checks {
+    /// One listener a check that none of `pages` has the port of: `expose.paths` says more. Only this host's agent asks, as in
+    /// Consul, which lets its own address in besides.
+    pub(crate) fn add_to<'a>(&self, pages: &mut Vec<PageListener>, checks: impl Iterator<Item = &'a Exposed>) {
+        let hosts: [(IpAddr, u8); 2] = [(Ipv4Addr::LOCALHOST.into(), 8), (Ipv6Addr::LOCALHOST.into(), 128)];
+        let own = (!self.bind.is_unspecified()).then_some((self.bind, if self.bind.is_ipv4() { 32 } else { 128 }));
+        for Exposed { port, path, http2 } in checks {
+            if pages.iter().all(|known| known.bind.port() != *port) {
+                let to = Exposure { bind: SocketAddr::new(self.bind, *port), path, app: self.app, http2: *http2 };
+                pages.push(PageListener { sources: hosts.into_iter().chain(own).collect(), ..to.listener() });
+            }
+        }
+    }
+}
+
+/// A path of the app at a port of its own.
+struct Exposure<'a> {
+    bind: SocketAddr,
+    path: &'a str,
+    app: SocketAddr,
+    http2: bool,
+}
+
+impl Exposure<'_> {
+    fn listener(self) -> PageListener {
+        let Self { bind, path, app, http2 } = self;
+        let name = format!("exposed_path_{}:{}", path.trim_start_matches('/').replace('/', "_"), bind.port());
+        let answer = PageAnswer::Backend { address: app, rewrite: None, http2 };
+        listener(&name, bind, PathMatch::Exact(path.to_owned()), answer)
+    }
+}
+
 fn one_exposed(service: &wire::Service, address: &str, path: &wire::ExposedPath) -> Result<PageListener, String> {
     if !path.path.starts_with('/') {
         return Err("is no path; write it with a slash in front".to_owned());
@@ -61,15 +129,16 @@ fn one_exposed(service: &wire::Service, address: &str, path: &wire::ExposedPath)
     if path.listener_port == 0 || path.local_path_port == 0 {
         return Err("needs listener_port and local_path_port".to_owned());
     }
-    if !matches!(path.protocol.as_str(), "" | "http") {
-        return Err(format!("has protocol {}: only http is served without TLS", path.protocol.escape_default()));
-    }
+    let http2 = match path.protocol.as_str() {
+        "" | "http" => false,
+        "http2" => true,
+        other => return Err(format!("has protocol {}: http and http2 are served", other.escape_default())),
+    };
     let ip = super::bind_ip(address, Ipv4Addr::UNSPECIFIED, "address")?;
     let app = super::bind_ip(&service.proxy.local_service_address, Ipv4Addr::LOCALHOST, "local_service_address")?;
-    let address = SocketAddr::new(app, path.local_path_port);
-    let name = format!("exposed_path_{}:{}", path.path.trim_start_matches('/').replace('/', "_"), path.listener_port);
-    let answer = PageAnswer::Backend { address, rewrite: None };
-    Ok(listener(&name, SocketAddr::new(ip, path.listener_port), PathMatch::Exact(path.path.clone()), answer))
+    let bind = SocketAddr::new(ip, path.listener_port);
+    let app = SocketAddr::new(app, path.local_path_port);
+    Ok(Exposure { bind, path: &path.path, app, http2 }.listener())
 }
 
 /// One path is answered and every other is not there, as Consul's bootstrap has it.
@@ -121,12 +190,30 @@ mod tests {
         let (found, none) = read(json!([health]));
         assert_eq!((found[0].name.as_str(), found[0].bind.port()), ("exposed_path_health_live:21500", 21_500));
         let address = "127.0.0.1:8080".parse().expect("an address");
-        assert_eq!(found[0].routes[0].answer, PageAnswer::Backend { address, rewrite: None });
+        assert_eq!(found[0].routes[0].answer, PageAnswer::Backend { address, rewrite: None, http2: false });
         assert!(none.is_empty() && found[0].routes[0].path == PathMatch::Exact("/health/live".to_owned()));
         let (found, told) =
-            read(json!([health, health, {"Path": "/x", "LocalPathPort": 1, "ListenerPort": 2, "Protocol": "http2"}]));
+            read(json!([health, health, {"Path": "/x", "LocalPathPort": 1, "ListenerPort": 2, "Protocol": "http3"}]));
         assert_eq!(found.len(), 1);
-        assert!(told[0].contains("another exposed path has port 21500") && told[1].contains("protocol http2"), "{told:?}");
+        assert!(told[0].contains("another exposed path has port 21500") && told[1].contains("protocol http3"), "{told:?}");
+        let call = json!({"Path": "/grpc", "LocalPathPort": 8080, "ListenerPort": 21501, "Protocol": "http2"});
+        let (mut found, _) = read(json!([call]));
+        assert_eq!(found[0].routes[0].answer, PageAnswer::Backend { address, rewrite: None, http2: true });
+
+        let mut value = crate::control::fixture("agent-service-sidecar");
+        value["Proxy"]["Expose"] = json!({"Checks": true});
+        value["Address"] = json!("10.0.0.5");
+        let service: wire::Service = serde_json::from_value(value).expect("the capture parses");
+        let checks = checks(&service, &Opaque::new(&serde_json::Map::new()), &mut Vec::new()).expect("the app has a port");
+        let exposed = |port, path: &str, http2| Exposed { port, path: path.to_owned(), http2 };
+        let of_agent = [exposed(21_501, "/of/a/path/that/is/named", false), exposed(21_502, "/health", false)];
+        checks.add_to(&mut found, of_agent.iter());
+        assert_eq!(found.len(), 2, "expose.paths keeps its port");
+        assert_eq!((found[1].name.as_str(), found[1].bind.to_string().as_str()), ("exposed_path_health:21502", "10.0.0.5:21502"));
+        let app = "127.0.0.1:8793".parse().expect("an address");
+        assert_eq!(found[1].routes[0].answer, PageAnswer::Backend { address: app, rewrite: None, http2: false });
+        let sources = [("127.0.0.1", 8), ("::1", 128), ("10.0.0.5", 32)];
+        assert_eq!(found[1].sources, sources.map(|(ip, prefix)| (ip.parse().expect("an IP"), prefix)));
 
         let map = json!({"envoy_stats_bind_addr": "9103"});
         let pages = of(&Opaque::new(map.as_object().expect("an object")), &scrape, &mut warnings);

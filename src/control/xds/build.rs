@@ -199,8 +199,9 @@ impl Builder<'_> {
             PageTarget::Status(status) => return Ok(PageAnswer::Status(*status)),
             PageTarget::Cluster { name, rewrite } => (name, rewrite.clone()),
         };
-        match self.app(self.cluster(name)?)?.first() {
-            Some(Address::Tcp(address)) => Ok(PageAnswer::Backend { address: *address, rewrite }),
+        let cluster = self.cluster(name)?;
+        match self.app(cluster)?.first() {
+            Some(Address::Tcp(address)) => Ok(PageAnswer::Backend { address: *address, rewrite, http2: cluster.http2 }),
             Some(Address::Unix(_)) | None => Err(format!("cluster {name} has no TCP address")),
         }
     }

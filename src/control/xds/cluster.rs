@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use envoy_types::pb::envoy::config::cluster::v3 as pb;
 use envoy_types::pb::envoy::extensions::clusters::aggregate::v3::ClusterConfig as Aggregate;
+use envoy_types::pb::envoy::extensions::upstreams::http::v3::{HttpProtocolOptions, http_protocol_options};
 use envoy_types::pb::google::protobuf as well_known;
 
 use super::endpoint::Assignment;
@@ -15,6 +16,7 @@ use crate::config::{self, Keepalive};
 use crate::mesh::{Balance, Outlier};
 
 const AGGREGATE: &str = "envoy.extensions.clusters.aggregate.v3.ClusterConfig";
+const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
 /// Envoy's `dns_refresh_rate`.
 const DNS_REFRESH: Duration = Duration::from_secs(5);
 /// Nobody is asked more often.
@@ -43,6 +45,8 @@ pub(super) struct Cluster {
     pub(super) panic_percent: u32,
     /// As [`crate::mesh::Upstream::keepalive`].
     pub(super) keepalive: Option<Keepalive>,
+    /// Requests are sent to it over HTTP/2, where it is sent single ones ([`crate::config::envoy::PageAnswer::Backend`]).
+    pub(super) http2: bool,
 }
 
 /// How members are found.
@@ -90,6 +94,7 @@ impl Cluster {
             spoken: tls_context::upstream(message.transport_socket.as_ref())?,
             panic_percent: panic_percent(message)?,
             keepalive: keepalive(message),
+            http2: http2(message)?,
         })
     }
 
@@ -207,6 +212,21 @@ fn keepalive(message: &pb::Cluster) -> Option<Keepalive> {
     }
     let seconds = |seconds: u32| Duration::from_secs(seconds.into());
     Some(Keepalive::On { idle: idle.map(seconds), interval: interval.map(seconds), probes })
+}
+
+/// Told by the cluster's own options, or by the older field.
+#[expect(deprecated, reason = "Consul 1.10 sends http2_protocol_options in the cluster itself")]
+fn http2(message: &pb::Cluster) -> Result<bool, Refusal> {
+    use http_protocol_options::UpstreamProtocolOptions as Options;
+    use http_protocol_options::explicit_http_config::ProtocolConfig as Explicit;
+    let Some(any) = message.typed_extension_protocol_options.get(HTTP_OPTIONS) else {
+        return Ok(message.http2_protocol_options.is_some());
+    };
+    let options: HttpProtocolOptions = unpack(any, HTTP_OPTIONS, "typed_extension_protocol_options")?;
+    Ok(match options.upstream_protocol_options {
+        Some(Options::ExplicitHttpConfig(config)) => matches!(config.protocol_config, Some(Explicit::Http2ProtocolOptions(_))),
+        Some(Options::UseDownstreamProtocolConfig(_) | Options::AutoConfig(_)) | None => false,
+    })
 }
 
 fn outlier(message: Option<&pb::OutlierDetection>) -> Result<Outlier, Refusal> {

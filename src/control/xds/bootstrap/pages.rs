@@ -206,7 +206,7 @@ impl Context<'_> {
         if cluster.name == SELF_ADMIN || Some(address) == self.admin {
             Ok(PageAnswer::Admin { rewrite })
         } else if address.ip().is_loopback() {
-            Ok(PageAnswer::Backend { address, rewrite })
+            Ok(PageAnswer::Backend { address, rewrite, http2: false })
         } else {
             let why = format!("HTTP to {address} is L7 and not done: only this host's admin port and loopback can be reached");
             Err(BootstrapError::at(&format!("{place}.cluster"), why))

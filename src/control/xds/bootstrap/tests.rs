@@ -155,8 +155,11 @@ fn a_page_has_tls_by_static_secrets_and_a_backend_on_loopback() {
     let tls = read.pages[0].tls.as_ref().expect("it has TLS");
     assert_eq!((tls.cert_file.as_path(), tls.key_file.as_path()), ("/a.pem".as_ref(), "/a.key".as_ref()));
     assert_eq!(tls.ca.as_deref(), Some("/ca.pem".as_ref()));
-    let backend =
-        PageAnswer::Backend { address: "127.0.0.1:20100".parse().expect("address"), rewrite: Some("/stats/prometheus".into()) };
+    let backend = PageAnswer::Backend {
+        address: "127.0.0.1:20100".parse().expect("address"),
+        rewrite: Some("/stats/prometheus".into()),
+        http2: false,
+    };
     assert_eq!(read.pages[0].routes[0].answer, backend);
     assert!(read.xds.static_clusters.is_empty(), "a page's cluster is not for traffic");
 }

@@ -60,15 +60,24 @@ impl Builder<'_> {
     fn by_server_name(&mut self, listener: &Listener, routes: &Routes, old: &OldRoutes<'_>) -> Vec<Arc<Route>> {
         let by_name = routes.all().find(|chain| matches!(chain.way, listener::Way::ServerName));
         let tuning = by_name.map_or_else(Tuning::default, |chain| chain.tuning);
-        let taken = |name: &str| routes.all().flat_map(|chain| &chain.matches.server_names).any(|known| known.takes(name));
+        let (mut exact, mut suffixes) = (HashSet::new(), HashSet::new());
+        for known in routes.all().flat_map(|chain| &chain.matches.server_names) {
+            match known {
+                ServerName::Exact(name) => exact.insert(&**name),
+                ServerName::Under(suffix) => suffixes.insert(&**suffix),
+            };
+        }
+        let taken = |name: &str| exact.contains(name) || name.match_indices('.').any(|(dot, _)| suffixes.contains(&name[dot..]));
         let plain = self.held.clusters.values().filter(|cluster| cluster.spoken == Spoken::Plain);
         let mut seen = HashSet::new();
         let names: Vec<(String, ServerName)> = plain
-            .filter(|cluster| !matches!(cluster.discovery, Discovery::OriginalDestination) && !taken(&cluster.name))
-            .filter_map(|cluster| match cluster.name.parse() {
+            .filter(|cluster| !matches!(cluster.discovery, Discovery::OriginalDestination))
+            .filter_map(|cluster| match cluster.name.parse().ok()? {
                 // Names differ in more than case, or the second is none.
-                Ok(name @ ServerName::Exact(_)) if seen.insert(name.clone()) => Some((cluster.name.clone(), name)),
-                Ok(_) | Err(_) => None,
+                ServerName::Exact(name) if !taken(&name) && seen.insert(Arc::clone(&name)) => {
+                    Some((cluster.name.clone(), ServerName::Exact(name)))
+                }
+                ServerName::Exact(_) | ServerName::Under(_) => None,
             })
             .collect();
         let named: HashSet<&str> = routes.all().map(|chain| chain.name.as_str()).collect();

@@ -72,8 +72,10 @@ impl Http {
     pub(super) fn read(any: &Any, field: &str, as_tcp: bool) -> Result<Self, Refusal> {
         let manager: pb::HttpConnectionManager = unpack(any, CONNECTION_MANAGER, field)?;
         let under = |why: Refusal| why.under(field);
-        if !as_tcp && !matches!(CodecType::try_from(manager.codec_type), Ok(CodecType::Auto | CodecType::Http1)) {
-            return Err(Refusal::new(format!("{field}.codec_type"), manager.codec_type, "expected AUTO or HTTP1"));
+        if !as_tcp
+            && !matches!(CodecType::try_from(manager.codec_type), Ok(CodecType::Auto | CodecType::Http1 | CodecType::Http2))
+        {
+            return Err(Refusal::new(format!("{field}.codec_type"), manager.codec_type, "expected AUTO, HTTP1 or HTTP2"));
         }
         if let Some(index) = manager.upgrade_configs.iter().position(|upgrade| !upgrade.filters.is_empty()) {
             let place = format!("{field}.upgrade_configs[{index}].filters");

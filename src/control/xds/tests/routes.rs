@@ -2,6 +2,7 @@
 //! send, written after Consul's `agent/xds/listeners.go`.
 
 use super::*;
+use crate::config::envoy::{PageAnswer, PathMatch};
 
 const HTTP: &str = "type.googleapis.com/envoy.extensions.filters";
 
@@ -453,7 +454,7 @@ fn exposed_paths_are_pages_for_whom_the_chain_says() {
     let mut bench = Bench::new("web");
     let app = json!({"name": "exposed_cluster_8080", "type": "STATIC", "load_assignment": {"cluster_name": "x", "endpoints": [
         {"lb_endpoints": [{"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 8080}}}}]}]}});
-    bench.send(Kind::Cluster, &[app]);
+    bench.send(Kind::Cluster, std::slice::from_ref(&app));
     let routes = json!([{"match": {"path": "/health"}, "route": {"cluster": "exposed_cluster_8080"}}]);
     let chain = |prefix: u32| {
         json!([{
@@ -465,8 +466,19 @@ fn exposed_paths_are_pages_for_whom_the_chain_says() {
     bench.build();
     let page = &bench.pages[0];
     assert_eq!((page.name.as_str(), page.sources.as_slice()), ("exposed_path_health:21500", &[([127, 0, 0, 1].into(), 8)][..]));
-    assert_eq!(page.routes[0].path, crate::config::envoy::PathMatch::Exact("/health".to_owned()));
+    assert_eq!(page.routes[0].path, PathMatch::Exact("/health".to_owned()));
     let address = "127.0.0.1:8080".parse().expect("an address");
-    assert_eq!(page.routes[0].answer, crate::config::envoy::PageAnswer::Backend { address, rewrite: None });
+    assert_eq!(page.routes[0].answer, PageAnswer::Backend { address, rewrite: None, http2: false });
+    // What a gRPC check is exposed for, before and since Consul 1.11.
+    let options = json!({"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+        "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+        "explicit_http_config": {"http2_protocol_options": {}}}});
+    for (key, value) in [("http2_protocol_options", json!({})), ("typed_extension_protocol_options", options)] {
+        let mut grpc = app.clone();
+        grpc[key] = value;
+        assert_eq!(bench.send(Kind::Cluster, &[grpc]), Vec::<String>::new(), "{key}");
+        bench.build();
+        assert_eq!(bench.pages[0].routes[0].answer, PageAnswer::Backend { address, rewrite: None, http2: true }, "{key}");
+    }
     assert!(bench.send(Kind::Listener, &[of(33)])[0].contains("source_prefix_ranges[0].prefix_len: 33"));
 }
