@@ -99,12 +99,20 @@ impl Process {
         let _ = self.child.wait();
     }
 
-    /// Resident memory without what is only mapped from files.
+    /// Resident memory.
     pub fn resident_kib(&self) -> u64 {
+        self.status_kib("VmRSS:")
+    }
+
+    /// Resident memory without what is mapped from files, such as the program itself.
+    pub fn anonymous_kib(&self) -> u64 {
+        self.status_kib("RssAnon:")
+    }
+
+    fn status_kib(&self, key: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).expect("status of an own child");
-        let line = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).map(str::to_owned);
-        let value = line("VmRSS:").expect("VmRSS in /proc/PID/status");
-        value.trim().trim_end_matches(" kB").trim().parse().expect("kilobytes")
+        let value = status.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_else(|| panic!("{key} in {status}"));
+        value.trim().trim_end_matches(" kB").parse().expect("kilobytes")
     }
 }
 
