@@ -297,7 +297,7 @@ fn our_own_speak_tls_1_3() {
     assert_eq!(versions.next(), Some(rustls::ProtocolVersion::TLSv1_2), "Envoy as a client");
 }
 
-/// Tens of megabytes a sidecar before anything is asked of it. What a program needs besides its own file is compared,
+/// nomad #9749: tens of megabytes a sidecar before anything is asked of it. What a program needs besides its own file is compared,
 /// because ringfence's is built for tests here, which makes it many times as large (`benches/NOTES.md` has whole release builds).
 #[test]
 fn memory_is_a_tenth() {
