@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use self::router::Router;
-use crate::config::Keepalive;
+use crate::config::{self, Keepalive};
 use crate::identity::{SpiffeId, Svid, TrustBundle};
 use crate::policy::Intentions;
 use crate::tls::{FrontTls, OutsideTls, WorkerTls};
@@ -182,6 +182,29 @@ pub struct Upstream {
     pub deny_reply: DenyReply,
     /// In failover order: a target is used only when none before it has a healthy endpoint.
     pub targets: Vec<Arc<Target>>,
+}
+
+impl Upstream {
+    /// An upstream of which nothing else is said: Consul's defaults for what a discovery chain leads to, in plain towards clients.
+    pub fn new(name: impl Into<Arc<str>>, bind: Bind, targets: Vec<Arc<Target>>) -> Self {
+        Self {
+            name: name.into(),
+            bind,
+            connect_timeout: config::CONNECT_TIMEOUT,
+            balance: Balance::default(),
+            max_connections: None,
+            outlier: Outlier::default(),
+            idle_timeout: None,
+            panic_percent: 0,
+            keepalive: None,
+            connect_attempts: None,
+            front: None,
+            outside: None,
+            original: false,
+            deny_reply: DenyReply::default(),
+            targets,
+        }
+    }
 }
 
 /// One resolved target of an upstream.

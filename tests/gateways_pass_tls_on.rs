@@ -10,9 +10,7 @@ use std::time::Duration;
 
 use ringfence::config::DataPlane;
 use ringfence::mesh::router::{Match, Route, Router, RouterSettings, Way};
-use ringfence::mesh::{
-    Address, Balance, Bind, DenyReply, Endpoint, Identity, Outlier, PublicListener, Service, Snapshot, Target, Upstream,
-};
+use ringfence::mesh::{Address, Bind, Endpoint, Identity, Outlier, PublicListener, Service, Snapshot, Target, Upstream};
 use ringfence::policy::{DefaultPolicy, Intentions};
 use ringfence::proxy::{self, Workers};
 use ringfence::store::{self, Publisher};
@@ -142,21 +140,8 @@ fn target(endpoints: &[SocketAddr]) -> Target {
 
 fn cluster(endpoints: &[SocketAddr], max_connections: Option<u32>) -> Upstream {
     Upstream {
-        name: DB.into(),
-        bind: Bind::Tcp(SocketAddr::from(([127, 0, 0, 1], 1))),
-        connect_timeout: Duration::from_secs(5),
-        balance: Balance::RoundRobin,
         max_connections,
-        outlier: Outlier::default(),
-        idle_timeout: None,
-        panic_percent: 0,
-        keepalive: None,
-        connect_attempts: None,
-        front: None,
-        outside: None,
-        original: false,
-        deny_reply: DenyReply::Close,
-        targets: vec![Arc::new(target(endpoints))],
+        ..Upstream::new(DB, Bind::Tcp(SocketAddr::from(([127, 0, 0, 1], 1))), vec![Arc::new(target(endpoints))])
     }
 }
 

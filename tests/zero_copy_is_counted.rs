@@ -11,9 +11,7 @@ use std::time::{Duration, Instant};
 
 use ringfence::config::DataPlane;
 use ringfence::mesh::router::{Match, Route, Router, RouterSettings, Way};
-use ringfence::mesh::{
-    Address, Balance, Bind, DenyReply, Endpoint, Identity, Outlier, PublicListener, Service, Snapshot, Target, Upstream,
-};
+use ringfence::mesh::{Address, Bind, Endpoint, Identity, PublicListener, Service, Snapshot, Target, Upstream};
 use ringfence::policy::{DefaultPolicy, Intentions};
 use ringfence::proxy::{self, Workers};
 use ringfence::store::{self, Publisher};
@@ -152,23 +150,7 @@ fn mesh(app: SocketAddr, through_gateway: bool) -> (Vec<Side>, SocketAddr) {
         identity: Some(identity(&ca, "airflow-worker")),
         intentions: Arc::new(Intentions::unknown()),
         public: None,
-        upstreams: vec![Arc::new(Upstream {
-            name: "warehouse".into(),
-            bind: Bind::Tcp(listen),
-            connect_timeout: Duration::from_secs(5),
-            balance: Balance::RoundRobin,
-            max_connections: None,
-            outlier: Outlier::default(),
-            idle_timeout: None,
-            panic_percent: 0,
-            keepalive: None,
-            connect_attempts: None,
-            front: None,
-            outside: None,
-            original: false,
-            deny_reply: DenyReply::Close,
-            targets: vec![Arc::new(target)],
-        })],
+        upstreams: vec![Arc::new(Upstream::new("warehouse", Bind::Tcp(listen), vec![Arc::new(target)]))],
     });
     wait_for("the upstream listener", || TcpStream::connect(listen).is_ok());
     (gateway.into_iter().map(|(side, _)| side).chain([client, server]).collect(), listen)
@@ -185,23 +167,7 @@ fn gateway(public: SocketAddr) -> (Side, SocketAddr) {
         endpoints: [Endpoint { address: public, weight: 1, healthy: true }].into(),
         access: None,
     };
-    let cluster = Upstream {
-        name: name.into(),
-        bind: Bind::Tcp(front),
-        connect_timeout: Duration::from_secs(5),
-        balance: Balance::RoundRobin,
-        max_connections: None,
-        outlier: Outlier::default(),
-        idle_timeout: None,
-        panic_percent: 0,
-        keepalive: None,
-        connect_attempts: None,
-        front: None,
-        outside: None,
-        original: false,
-        deny_reply: DenyReply::Close,
-        targets: vec![Arc::new(target)],
-    };
+    let cluster = Upstream::new(name, Bind::Tcp(front), vec![Arc::new(target)]);
     let matches = Match { server_names: vec![name.parse().expect("a server name")], ..Match::default() };
     let route = Route { name: name.into(), matches, way: Way::Forward(Arc::new(cluster)) };
     let settings = RouterSettings {

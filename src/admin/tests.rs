@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 use super::*;
 use crate::control::ServiceStatus;
 use crate::identity::{SpiffeId, Svid, TrustBundle};
-use crate::mesh::{Address, Balance, Bind, DenyReply, Endpoint, Identity, Outlier, PublicListener, Service, Target, Upstream};
+use crate::mesh::{Address, Bind, Endpoint, Identity, PublicListener, Service, Target, Upstream};
 use crate::policy::{self, DefaultPolicy, Intention, Intentions};
 use crate::store::{Publisher, Reader};
 use crate::telemetry::cells::{Direction, ListenerCells};
@@ -157,23 +157,7 @@ fn snapshot() -> Snapshot {
         endpoints: [Endpoint { address: ([10, 0, 0, 9], 20_000).into(), weight: 1, healthy: false }].into(),
         access: None,
     };
-    let upstream = Upstream {
-        name: "cache".into(),
-        bind: tcp(9_191),
-        connect_timeout: Duration::from_secs(5),
-        balance: Balance::default(),
-        max_connections: Some(3),
-        outlier: Outlier::default(),
-        idle_timeout: None,
-        panic_percent: 0,
-        keepalive: None,
-        connect_attempts: None,
-        front: None,
-        outside: None,
-        original: false,
-        deny_reply: DenyReply::Close,
-        targets: vec![Arc::new(target)],
-    };
+    let upstream = Upstream { max_connections: Some(3), ..Upstream::new("cache", tcp(9_191), vec![Arc::new(target)]) };
     let service = Service {
         name: "db".into(),
         proxy_id: "db-sidecar-proxy".into(),

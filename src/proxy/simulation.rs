@@ -22,9 +22,7 @@ use super::worker::{Parts, Worker};
 use super::{Attribution, Order, Orders};
 use crate::buffer::Pool;
 use crate::config::DataPlane;
-use crate::mesh::{
-    Address, Balance, Bind, DenyReply, Endpoint, Identity, Outlier, PublicListener, Service, Snapshot, Target, Upstream,
-};
+use crate::mesh::{Address, Bind, DenyReply, Endpoint, Identity, PublicListener, Service, Snapshot, Target, Upstream};
 use crate::policy::{DefaultPolicy, Intentions};
 use crate::ring::sim::{End, Faults, Network, Random, Sim};
 use crate::store::{self, Publisher};
@@ -161,23 +159,7 @@ impl Mesh {
             endpoints,
             access: None,
         };
-        Upstream {
-            name: "warehouse".into(),
-            bind: Bind::Tcp(LISTEN),
-            connect_timeout: Duration::from_secs(5),
-            balance: Balance::RoundRobin,
-            max_connections: None,
-            outlier: Outlier::default(),
-            idle_timeout: None,
-            panic_percent: 0,
-            keepalive: None,
-            connect_attempts: None,
-            front: None,
-            outside: None,
-            original: false,
-            deny_reply,
-            targets: vec![Arc::new(target)],
-        }
+        Upstream { deny_reply, ..Upstream::new("warehouse", Bind::Tcp(LISTEN), vec![Arc::new(target)]) }
     }
 
     fn caller(&self, upstreams: Vec<Arc<Upstream>>, certified: bool) -> Service {

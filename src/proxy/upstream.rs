@@ -307,7 +307,7 @@ fn rendezvous(usable: &[(SocketAddr, u32)], client: IpAddr) -> Option<SocketAddr
 mod tests {
     use super::*;
     use crate::identity::SpiffeId;
-    use crate::mesh::{Bind, DenyReply};
+    use crate::mesh::Bind;
 
     fn endpoint(port: u16, weight: u32, healthy: bool) -> Endpoint {
         Endpoint { address: SocketAddr::from(([127, 0, 0, 1], port)), weight, healthy }
@@ -315,34 +315,13 @@ mod tests {
 
     fn balancer(balance: Balance, targets: Vec<Vec<Endpoint>>) -> Balancer {
         let id = SpiffeId::service("t.consul", "", "", "dc1", "db").expect("valid");
-        let upstream = Upstream {
-            name: "db".into(),
-            bind: Bind::Tcp("127.0.0.1:9191".parse().expect("address")),
-            connect_timeout: Duration::from_secs(5),
-            balance,
-            max_connections: None,
-            outlier: Outlier::default(),
-            idle_timeout: None,
-            panic_percent: 0,
-            keepalive: None,
-            connect_attempts: None,
-            front: None,
-            outside: None,
-            original: false,
-            deny_reply: DenyReply::Close,
-            targets: targets
-                .into_iter()
-                .map(|endpoints| {
-                    Arc::new(Target {
-                        id: "t".into(),
-                        sni: "s".into(),
-                        expected: [id.clone()].into(),
-                        endpoints: endpoints.into(),
-                        access: None,
-                    })
-                })
-                .collect(),
+        let target = |endpoints: Vec<Endpoint>| {
+            let (expected, endpoints) = ([id.clone()].into(), endpoints.into());
+            Arc::new(Target { id: "t".into(), sni: "s".into(), expected, endpoints, access: None })
         };
+        let targets = targets.into_iter().map(target).collect();
+        let bind = Bind::Tcp("127.0.0.1:9191".parse().expect("address"));
+        let upstream = Upstream { balance, ..Upstream::new("db", bind, targets) };
         Balancer::new(Arc::new(upstream), 42)
     }
 

@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime};
 use ringfence::admin::{self, Lifecycle};
 use ringfence::identity::{SpiffeId, Svid, TrustBundle};
 use ringfence::mesh::caller::{Caller, Grant, Refusal, Stranger, Task, Tier, Who};
-use ringfence::mesh::{Balance, Bind, DenyReply, Endpoint, Identity, Outlier, Service, Snapshot, Target, Upstream};
+use ringfence::mesh::{Bind, Endpoint, Identity, Service, Snapshot, Target, Upstream};
 use ringfence::policy::{Action, DefaultPolicy, Ground, Intention, Intentions};
 use ringfence::store::{self, Publisher, Reader};
 use ringfence::telemetry::cells::{Direction, ListenerCells};
@@ -156,23 +156,7 @@ pub fn snapshot(warm: &[&str]) -> Snapshot {
         endpoints: [Endpoint { address: ([10, 0, 0, 9], 20_000).into(), weight: 1, healthy: true }].into(),
         access: Some(Arc::new(Intentions::new(vec![allow], DefaultPolicy::Deny))),
     };
-    let upstream = Upstream {
-        name: "warehouse".into(),
-        bind: Bind::Tcp(([127, 0, 0, 1], 25_435).into()),
-        connect_timeout: Duration::from_secs(5),
-        balance: Balance::default(),
-        max_connections: None,
-        outlier: Outlier::default(),
-        idle_timeout: None,
-        panic_percent: 0,
-        keepalive: None,
-        connect_attempts: None,
-        front: None,
-        outside: None,
-        original: false,
-        deny_reply: DenyReply::Close,
-        targets: vec![Arc::new(target)],
-    };
+    let upstream = Upstream::new("warehouse", Bind::Tcp(([127, 0, 0, 1], 25_435).into()), vec![Arc::new(target)]);
     let service = Service {
         name: "airflow-worker".into(),
         proxy_id: "airflow-worker-sidecar-proxy".into(),

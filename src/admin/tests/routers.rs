@@ -28,21 +28,8 @@ fn leads_to(name: &str, sni: &str, ports: &[u16]) -> Arc<Upstream> {
         Arc::new(Target { id: id.into(), sni: sni.into(), expected, endpoints: [endpoint].into(), access: None })
     };
     Arc::new(Upstream {
-        name: name.into(),
-        bind: tcp(15_001),
-        connect_timeout: Duration::from_secs(5),
-        balance: Balance::RoundRobin,
         max_connections: Some(9),
-        outlier: Outlier::default(),
-        idle_timeout: None,
-        panic_percent: 0,
-        keepalive: None,
-        connect_attempts: None,
-        front: None,
-        outside: None,
-        original: false,
-        deny_reply: DenyReply::Close,
-        targets: ports.iter().enumerate().map(target).collect(),
+        ..Upstream::new(name, tcp(15_001), ports.iter().enumerate().map(target).collect())
     })
 }
 

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::config;
-use crate::mesh::{Balance, Bind, Outlier, Service};
+use crate::mesh::{Bind, Service};
 use crate::policy::{DefaultPolicy, Intentions};
 use crate::telemetry::stats::Fetched;
 
@@ -14,23 +14,7 @@ fn endpoint(port: u16, healthy: bool) -> Endpoint {
 
 fn upstream(endpoints: &[Endpoint]) -> Upstream {
     let target = Target { id: "db".into(), sni: DB.into(), expected: [].into(), endpoints: endpoints.into(), access: None };
-    Upstream {
-        name: "db".into(),
-        bind: Bind::Tcp(([127, 0, 0, 1], 9_191).into()),
-        connect_timeout: config::CONNECT_TIMEOUT,
-        balance: Balance::RoundRobin,
-        max_connections: None,
-        outlier: Outlier::default(),
-        idle_timeout: None,
-        panic_percent: 0,
-        keepalive: None,
-        connect_attempts: None,
-        front: None,
-        outside: None,
-        original: false,
-        deny_reply: DenyReply::Close,
-        targets: vec![Arc::new(target)],
-    }
+    Upstream::new("db", Bind::Tcp(([127, 0, 0, 1], 9_191).into()), vec![Arc::new(target)])
 }
 
 fn snapshot(intentions: Intentions, upstreams: Vec<Upstream>) -> Snapshot {

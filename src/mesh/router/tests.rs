@@ -2,27 +2,10 @@
 //! same, for exact names, suffixes, ports, networks and what is spoken.
 
 use super::*;
-use crate::mesh::{Balance, DenyReply, Outlier};
 use crate::policy::Intentions;
 
 fn cluster(name: &str) -> Way {
-    Way::Forward(Arc::new(Upstream {
-        name: name.into(),
-        bind: Bind::Tcp("127.0.0.1:1".parse().expect("an address")),
-        connect_timeout: Duration::from_secs(5),
-        balance: Balance::RoundRobin,
-        max_connections: None,
-        outlier: Outlier::default(),
-        idle_timeout: None,
-        panic_percent: 0,
-        keepalive: None,
-        connect_attempts: None,
-        front: None,
-        outside: None,
-        original: false,
-        deny_reply: DenyReply::Close,
-        targets: Vec::new(),
-    }))
+    Way::Forward(Arc::new(Upstream::new(name, Bind::Tcp("127.0.0.1:1".parse().expect("an address")), Vec::new())))
 }
 
 fn ended() -> Way {

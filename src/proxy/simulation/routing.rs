@@ -24,23 +24,7 @@ pub(super) fn settings(routes: Vec<(&str, Match, Way)>) -> RouterSettings {
 pub(super) fn cluster(name: &str, endpoints: &[SocketAddr]) -> Arc<Upstream> {
     let endpoints = endpoints.iter().map(|&address| Endpoint { address, weight: 1, healthy: true }).collect();
     let target = Target { id: name.into(), sni: "".into(), expected: [].into(), endpoints, access: None };
-    Arc::new(Upstream {
-        name: name.into(),
-        bind: Bind::Tcp(GATEWAY),
-        connect_timeout: Duration::from_secs(5),
-        balance: Balance::RoundRobin,
-        max_connections: None,
-        outlier: Outlier::default(),
-        idle_timeout: None,
-        panic_percent: 0,
-        keepalive: None,
-        connect_attempts: None,
-        front: None,
-        outside: None,
-        original: false,
-        deny_reply: DenyReply::Close,
-        targets: vec![Arc::new(target)],
-    })
+    Arc::new(Upstream::new(name, Bind::Tcp(GATEWAY), vec![Arc::new(target)]))
 }
 
 fn asks_for(name: &str) -> Match {

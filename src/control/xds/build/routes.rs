@@ -13,7 +13,7 @@ use crate::control::xds::cluster::{Cluster, Discovery};
 use crate::control::xds::listener::{self, Chain, Destination, Ending, Listener, Passage, Routes, Tuning};
 use crate::control::xds::tls_context::{Material, Spoken};
 use crate::mesh::router::{Match, Original, Route, Router, RouterSettings, ServerName, Way};
-use crate::mesh::{Address, Balance, DenyReply, Outlier, PublicListener, Service, Target, Upstream};
+use crate::mesh::{Address, PublicListener, Service, Target, Upstream};
 use crate::policy::Intentions;
 
 /// The routes that a listener had, by their names.
@@ -230,23 +230,7 @@ fn front<'a>(listener: &'a Listener, chain: &'a Chain) -> Front<'a> {
 fn nowhere(listener: &Listener, chain: &Chain) -> Arc<Upstream> {
     let id = chain.way.name().unwrap_or(&chain.name).into();
     let nobody = Target { id, sni: "".into(), expected: [].into(), endpoints: [].into(), access: None };
-    Arc::new(Upstream {
-        name: chain.name.as_str().into(),
-        bind: listener.bind.clone(),
-        connect_timeout: config::CONNECT_TIMEOUT,
-        balance: Balance::default(),
-        max_connections: None,
-        outlier: Outlier::default(),
-        idle_timeout: None,
-        panic_percent: 0,
-        keepalive: None,
-        connect_attempts: None,
-        front: None,
-        outside: None,
-        original: false,
-        deny_reply: DenyReply::Close,
-        targets: vec![Arc::new(nobody)],
-    })
+    Arc::new(Upstream::new(chain.name.as_str(), listener.bind.clone(), vec![Arc::new(nobody)]))
 }
 
 fn same_way(a: &Way, b: &Way) -> bool {

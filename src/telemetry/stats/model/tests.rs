@@ -5,7 +5,7 @@ mod routes;
 use std::time::Instant;
 
 use super::*;
-use crate::mesh::{Balance, DenyReply, Endpoint, Outlier, PublicListener, Target};
+use crate::mesh::{Endpoint, PublicListener, Target};
 use crate::policy::Intentions;
 use crate::telemetry::cells::ListenerCells;
 use crate::telemetry::channel;
@@ -16,29 +16,15 @@ const SNI: &str = "v1.warehouse.default.dc1.internal.97d2480b-024d-49f9-e76e-de4
 
 fn upstream(name: &str, port: u16, sni: &str) -> Arc<Upstream> {
     let endpoint = |port, healthy| Endpoint { address: ([127, 0, 0, 1], port).into(), weight: 1, healthy };
-    Arc::new(Upstream {
-        name: name.into(),
-        bind: Bind::Tcp(([127, 0, 0, 1], port).into()),
-        connect_timeout: Duration::from_secs(5),
-        balance: Balance::RoundRobin,
-        max_connections: Some(2),
-        outlier: Outlier::default(),
-        idle_timeout: None,
-        panic_percent: 0,
-        keepalive: None,
-        connect_attempts: None,
-        front: None,
-        outside: None,
-        original: false,
-        deny_reply: DenyReply::Close,
-        targets: vec![Arc::new(Target {
-            id: "v1.warehouse.default.dc1".into(),
-            sni: sni.into(),
-            expected: Arc::new([]),
-            endpoints: Arc::new([endpoint(1, true), endpoint(2, true), endpoint(3, false)]),
-            access: None,
-        })],
-    })
+    let target = Target {
+        id: "v1.warehouse.default.dc1".into(),
+        sni: sni.into(),
+        expected: Arc::new([]),
+        endpoints: Arc::new([endpoint(1, true), endpoint(2, true), endpoint(3, false)]),
+        access: None,
+    };
+    let bind = Bind::Tcp(([127, 0, 0, 1], port).into());
+    Arc::new(Upstream { max_connections: Some(2), ..Upstream::new(name, bind, vec![Arc::new(target)]) })
 }
 
 fn service(upstreams: Vec<Arc<Upstream>>) -> Service {
