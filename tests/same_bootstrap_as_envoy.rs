@@ -54,8 +54,8 @@ struct Told {
     /// What the managers counted: after the start, and of changes.
     managed: Vec<[u64; 8]>,
     members: Vec<[u64; 7]>,
-    /// Whether an unhealthy member is used where there is no other, and how often that was counted.
-    panics: (bool, u64),
+    /// As [`Scene::panics`] finds them.
+    panics: [(bool, u64); 2],
     half_close: [String; 2],
     /// After the listeners were drained: a new connection, and one that was there.
     drained: [bool; 2],
@@ -244,19 +244,22 @@ impl Scene {
         told
     }
 
-    /// Whether the only member is used where it is told to be unhealthy, and how often that was counted.
-    fn panics(&self, client: &Client) -> (bool, u64) {
-        let told = |health| {
-            let accepted = || number(&client.get("/stats").ok("stats").body, &format!("cluster.{DB}.update_success"));
-            let before = accepted();
-            self.server.set(ENDPOINTS, DB, &resources::assignment(DB, &[(self.public, health)]));
-            wait_until("a health is told", PATIENCE, || accepted() > before);
+    /// Whether a connection comes through where the only member is told to be unhealthy and where there is none, and how often panic
+    /// was counted after each.
+    fn panics(&self, client: &Client) -> [(bool, u64); 2] {
+        let stat = |name: &str| number(&client.get("/stats").ok("stats").body, &format!("cluster.{DB}.{name}"));
+        let told = |members: &[(SocketAddr, HealthStatus)]| {
+            let before = stat("update_success");
+            self.server.set(ENDPOINTS, DB, &resources::assignment(DB, members));
+            wait_until("members are told", PATIENCE, || stat("update_success") > before);
         };
-        told(HealthStatus::Unhealthy);
-        let is_used = asked(self.upstream, ECHO, |stream| echoes(stream, 1)).is_ok();
-        let panics = number(&client.get("/stats").ok("stats").body, &format!("cluster.{DB}.lb_healthy_panic"));
-        told(HealthStatus::Healthy);
-        (is_used, panics)
+        let counted = [&[(self.public, HealthStatus::Unhealthy)][..], &[]].map(|members| {
+            told(members);
+            let is_used = asked(self.upstream, ECHO, |stream| echoes(stream, 1)).is_ok();
+            (is_used, stat("lb_healthy_panic"))
+        });
+        told(&[(self.public, HealthStatus::Healthy)]);
+        counted
     }
 
     /// A stat's name where it counts connections, bytes, TLS or decisions of what this proxy was told.
@@ -415,7 +418,8 @@ fn both_serve_and_tell_the_same() {
     // The bootstrap has two clusters and a listener besides the two of each that come.
     assert_eq!(envoy.managed[2], [5, 2, 1, 0, 3, 0, 0, 0]);
     assert_eq!(ours.members, envoy.members);
-    assert_eq!((ours.panics, envoy.panics), ((true, 1), (true, 1)), "the cluster says nothing of a threshold, so it is a half");
+    assert_eq!(ours.panics, envoy.panics);
+    assert_eq!(envoy.panics, [(true, 1), (false, 2)], "the cluster says nothing of a threshold, so it is a half");
     assert_eq!(envoy.members[0], [1, 1, 0, 0, 0, 0, 0], "the app's are told with its cluster");
     assert_eq!(envoy.members[4], [3, 1, 5, 4, 0, 1, 0]);
     assert_eq!(envoy.numbers["tcp.public_listener.downstream_cx_total"], ROUND_TRIPS + 2);

@@ -5,9 +5,14 @@
 
 use std::fmt::Write;
 use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
+use axum::body::{Body, HttpBody};
 use axum::http::{HeaderMap, Method, Uri, header};
+use bytes::Bytes;
+use hyper::body::{Frame, SizeHint};
 
 use super::Rfc3339;
 use crate::telemetry::log::{Destination, Reopener, Spool};
@@ -75,6 +80,48 @@ impl AccessLog {
     pub(super) fn flush(&mut self) {
         if let Some(spool) = &mut self.spool {
             spool.flush();
+        }
+    }
+}
+
+/// A body that tells how much of it was taken, at its end or when its client is gone.
+pub(super) struct Counted {
+    body: Body,
+    bytes: u64,
+    ended: Option<Box<dyn FnOnce(u64) + Send>>,
+}
+
+impl Counted {
+    pub(super) fn new(body: Body, ended: impl FnOnce(u64) + Send + 'static) -> Self {
+        Self { body, bytes: 0, ended: Some(Box::new(ended)) }
+    }
+}
+
+impl HttpBody for Counted {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let Some(Ok(frame)) = &frame {
+            self.bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        if let Some(ended) = self.ended.take() {
+            ended(self.bytes);
         }
     }
 }

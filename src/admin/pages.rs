@@ -14,10 +14,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, HttpBody as _};
 use axum::extract::Request;
 use axum::http::uri::{Authority, PathAndQuery};
-use axum::http::{HeaderName, HeaderValue, StatusCode, Uri, Version, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, Version, header};
 use axum::response::{IntoResponse, Response};
 use hyper::client::conn as client;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -163,7 +163,11 @@ fn follow(shared: &Shared, running: &mut HashMap<SocketAddr, Running>, admin: &R
     let mut failures = Vec::new();
     for page in &wanted {
         let known = running.get(&page.bind).is_some_and(|one| one.page == *page);
-        if known || (running.len() >= LISTENERS_MAX && !running.contains_key(&page.bind)) {
+        if known {
+            continue;
+        }
+        if running.len() >= LISTENERS_MAX && !running.contains_key(&page.bind) {
+            failures.push((page.bind, format!("{}: there are {LISTENERS_MAX} listeners for pages; ask for fewer", page.name)));
             continue;
         }
         let taken = |one: &Running| one.fixed || wanted.contains(&one.page);
@@ -244,17 +248,17 @@ fn bad_path() -> Response {
 
 /// Asks another local server in the asker's place.
 async fn backend(address: SocketAddr, http2: bool, path: PathAndQuery, request: Request) -> Response {
-    match tokio::time::timeout(BACKEND_TIMEOUT, forward(address, http2, path, request)).await {
+    let Ok(request) = addressed(address, http2, path, request) else { return bad_path() };
+    match tokio::time::timeout(BACKEND_TIMEOUT, forward(address, http2, request)).await {
         Ok(Ok(response)) => response,
         Ok(Err(error)) => unavailable(address, &error),
         Err(_) => unavailable(address, &io::Error::from(io::ErrorKind::TimedOut)),
     }
 }
 
-/// Body and trailers pass as they come, either way.
-async fn forward(address: SocketAddr, http2: bool, path: PathAndQuery, request: Request) -> io::Result<Response> {
+/// Bodies pass as they come, and over HTTP/2 their trailers.
+async fn forward(address: SocketAddr, http2: bool, request: Request) -> io::Result<Response> {
     let stream = TokioIo::new(TcpStream::connect(address).await?);
-    let request = addressed(address, http2, path, request).map_err(io::Error::other)?;
     // Either connection ends with the answer's body, or when the asker goes away.
     let answer = if http2 {
         let connecting = client::http2::handshake(TokioExecutor::new(), stream).await;
@@ -271,28 +275,39 @@ async fn forward(address: SocketAddr, http2: bool, path: PathAndQuery, request: 
 
 /// The request as the backend gets it. A check has its own Host and credentials; what is of the asker's connection stays here.
 fn addressed(address: SocketAddr, http2: bool, path: PathAndQuery, mut request: Request) -> Result<Request, axum::http::Error> {
-    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
-    let asked = host.or_else(|| request.uri().authority().map(Authority::as_str)).map(str::to_owned);
-    let authority = asked.unwrap_or_else(|| address.to_string());
+    // The target of a request comes before its Host (RFC 9112, 3.2.2; RFC 9113, 8.3.1), and nobody is named in one.
+    let target = request.uri().authority().and_then(|target| target.as_str().rsplit('@').next());
+    let host = || request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+    let authority: Authority = target.or_else(host).map_or_else(|| address.to_string(), str::to_owned).parse()?;
     let trailers = request.headers().get(header::TE).is_some_and(|te| te == TRAILERS);
-    let headers = request.headers_mut();
-    for name in HOP_BY_HOP {
-        headers.remove(name);
-    }
+    strip(request.headers_mut());
     if http2 {
-        headers.remove(header::HOST);
+        request.headers_mut().remove(header::HOST);
         // The one value that HTTP/2 knows (RFC 9113, 8.2.2), and that gRPC servers insist on.
         if trailers {
-            headers.insert(header::TE, HeaderValue::from_static(TRAILERS));
+            request.headers_mut().insert(header::TE, HeaderValue::from_static(TRAILERS));
         }
         *request.uri_mut() = Uri::builder().scheme("http").authority(authority).path_and_query(path).build()?;
         *request.version_mut() = Version::HTTP_2;
     } else {
-        headers.insert(header::HOST, HeaderValue::try_from(authority)?);
+        request.headers_mut().insert(header::HOST, HeaderValue::try_from(authority.as_str())?);
+        // Otherwise a body of unknown length goes with methods alone that are known to have one.
+        if request.body().size_hint().exact().is_none() {
+            request.headers_mut().insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        }
         *request.uri_mut() = path.into();
         *request.version_mut() = Version::HTTP_11;
     }
     Ok(request)
+}
+
+/// Takes away what is of one connection, also what its `Connection` names.
+fn strip(headers: &mut HeaderMap) {
+    let named = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    let named: Vec<HeaderName> = named.flat_map(|value| value.split(',')).filter_map(|name| name.trim().parse().ok()).collect();
+    for name in HOP_BY_HOP.into_iter().chain(named) {
+        headers.remove(name);
+    }
 }
 
 fn unavailable(address: SocketAddr, error: &io::Error) -> Response {

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use axum::Router;
-use axum::body::{Body, HttpBody};
+use axum::body::Body;
 use axum::extract::{ConnectInfo, Extension, Query, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -115,26 +115,47 @@ async fn logging(State(shared): Admin, Query(parameters): Query<Parameters>, hea
     }
 }
 
-/// What every request has in common: Envoy's headers and the access log.
+/// What every request has in common: Envoy's headers, the encoding of the answer and the access log.
 async fn around(
     State(shared): Admin,
     Extension(ConnectInfo(peer)): Extension<ConnectInfo<SocketAddr>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
     let start = Instant::now();
     let logged = shared.access.lock().await.is_on();
     let asked = logged.then(|| access::Request::new(request.method(), request.uri(), request.headers(), peer));
+    // Anything but gzip is the same as nothing, as in Envoy, which answers in full whatever is accepted.
+    match takes_gzip(request.headers()) {
+        true => drop(request.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static("gzip"))),
+        false => drop(request.headers_mut().remove(header::ACCEPT_ENCODING)),
+    }
     let mut response = next.run(request).await;
     let headers = response.headers_mut();
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, max-age=0"));
     headers.insert(NOSNIFF, HeaderValue::from_static("nosniff"));
     headers.insert(header::SERVER, HeaderValue::from_static("envoy"));
-    if let Some(asked) = asked {
-        let bytes = response.body().size_hint().exact().unwrap_or_default();
-        shared.access.lock().await.record(&asked, response.status().as_u16(), bytes, start.elapsed());
-    }
-    response
+    let Some(asked) = asked else { return response };
+    let status = response.status().as_u16();
+    response.map(|body| {
+        let ended = move |bytes| {
+            // On the one thread of this runtime nobody else can have it.
+            if let Ok(mut access) = shared.access.try_lock() {
+                access.record(&asked, status, bytes, start.elapsed());
+            }
+        };
+        Body::new(access::Counted::new(body, ended))
+    })
+}
+
+/// Whether gzip is accepted (RFC 9110, 12.5.3); what accepts everything gets what it always got.
+fn takes_gzip(headers: &HeaderMap) -> bool {
+    let texts = headers.get_all(header::ACCEPT_ENCODING).iter().filter_map(|value| value.to_str().ok());
+    texts.flat_map(|text| text.split(',')).any(|coding| {
+        let (name, weight) = coding.split_once(';').unwrap_or((coding, ""));
+        let weight = weight.trim().strip_prefix("q=").map_or(Some(1.0), |weight| weight.parse::<f32>().ok());
+        name.trim().eq_ignore_ascii_case("gzip") && weight.is_some_and(|weight| weight > 0.0)
+    })
 }
 
 async fn metrics(State(shared): Admin) -> Response {

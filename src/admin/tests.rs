@@ -21,6 +21,7 @@ use crate::telemetry::record::Event;
 
 mod access_logs;
 mod callers;
+mod encoding;
 mod envoy;
 mod page_listeners;
 mod routers;

@@ -90,7 +90,7 @@ fn service_status(state: &State, index: usize, wall: SystemTime) -> ServiceStatu
 fn pages(state: &State, definition: &Definition) -> Vec<PageListener> {
     let mut pages = definition.pages.clone();
     if let Some(checks) = &definition.checks {
-        let exposed = state.checks.get(&checks.instance).into_iter().flat_map(BTreeMap::values);
+        let exposed = state.checks.get(&checks.ask).into_iter().flat_map(BTreeMap::values);
         checks.add_to(&mut pages, exposed);
     }
     pages
@@ -124,7 +124,7 @@ fn definition_problems(state: &State, definition: &Definition, wall: SystemTime,
         found.extend(trouble(Key::Intentions(name.clone())));
     }
     if let Some(checks) = &definition.checks {
-        found.extend(trouble(Key::Checks(checks.instance.clone())));
+        found.extend(trouble(Key::Checks(checks.ask.clone())));
     }
     for upstream in &definition.upstreams {
         let mut notes = Vec::new();

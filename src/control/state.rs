@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::consul::watch::chain::{self, Chain, Gateway};
-use super::consul::watch::checks::Exposed;
+use super::consul::watch::checks::{self, Exposed};
 use super::consul::watch::health::{self, Instance};
 use super::consul::watch::{Event, Key, Name, Update, What};
 use super::definition::{self, App, Definition, Destination};
@@ -45,8 +45,8 @@ pub(crate) struct State {
     /// By [`Key::Health`] and [`Key::Query`].
     pub(crate) instances: BTreeMap<Key, Vec<Instance>>,
     pub(crate) hosts: BTreeMap<String, Vec<IpAddr>>,
-    /// Exposed checks of a service instance, by their ids.
-    pub(crate) checks: BTreeMap<Name, BTreeMap<String, Exposed>>,
+    /// Exposed checks, by their ids.
+    pub(crate) checks: BTreeMap<checks::Ask, BTreeMap<String, Exposed>>,
     pub(crate) troubles: BTreeMap<Key, String>,
     pub(crate) granted: Granted,
     /// Namespace and partition of the identities that callers are granted.
@@ -185,11 +185,8 @@ impl State {
         let soon = |changed: bool| if changed { Urgency::Soon } else { Urgency::None };
         match (key, update) {
             (Key::Definition(index), Update::Definition(service)) => soon(self.define(index, &service)),
-            (Key::Checks(instance), Update::Checks(told)) => {
-                let known = self.checks.entry(instance).or_default();
-                known.retain(|id, _| told.contains_key(id));
-                // An output that says nothing of where was asked takes nothing away.
-                known.extend(told.into_iter().filter_map(|(id, exposed)| Some((id, exposed?))));
+            (Key::Checks(ask), Update::Checks(told)) => {
+                self.expose(ask, told);
                 Urgency::None
             }
             (key @ Key::Roots, Update::Roots(roots)) => match self.identities.offer_roots(&roots, wall) {
@@ -263,6 +260,30 @@ impl State {
         }
     }
 
+    /// A list that is empty takes nothing away: that is what a token sees that lost its rights. Nor does an output that says nothing of
+    /// where was asked.
+    fn expose(&mut self, ask: checks::Ask, told: checks::Checks) {
+        if told.is_empty() {
+            return;
+        }
+        let known = self.checks.entry(ask).or_default();
+        known.retain(|id, _| told.contains_key(id));
+        for (check, exposed) in told {
+            let Some(exposed) = exposed else { continue };
+            if known.get(&check) != Some(&exposed) {
+                let remedy = "name the path in expose.paths where the check is of another port";
+                tracing::info!(
+                    check,
+                    port = exposed.port,
+                    path = exposed.path,
+                    remedy,
+                    "a check is passed on to the app's registered port"
+                );
+                known.insert(check, exposed);
+            }
+        }
+    }
+
     /// Whether upstream connections speak as their callers.
     pub(crate) fn callers_told_apart(&self) -> bool {
         self.callers_told_apart
@@ -309,7 +330,7 @@ impl State {
             }
             let Some(definition) = &proxy.definition else { continue };
             keys.insert(Key::Leaf(definition.name.clone()));
-            keys.extend(definition.checks.iter().map(|checks| Key::Checks(checks.instance.clone())));
+            keys.extend(definition.checks.iter().map(|checks| Key::Checks(checks.ask.clone())));
             if let Some(public) = &definition.public {
                 keys.insert(Key::Intentions(definition.name.clone()));
                 if let App::Tcp { host, .. } = &public.app {
@@ -364,7 +385,7 @@ impl State {
         self.troubles.remove(key);
         match key {
             Key::Leaf(name) => self.identities.forget(name),
-            Key::Checks(instance) => drop(self.checks.remove(instance)),
+            Key::Checks(ask) => drop(self.checks.remove(ask)),
             Key::Intentions(name) => drop(self.policies.remove(name)),
             Key::Chain(ask) => drop(self.chains.remove(ask)),
             Key::Health(_) | Key::Query { .. } => drop(self.instances.remove(key)),
@@ -444,7 +465,7 @@ impl std::fmt::Display for Key {
         match self {
             Self::Token => f.write_str("token"),
             Self::Definition(index) => write!(f, "definition of proxy {index}"),
-            Self::Checks(instance) => write!(f, "checks of {}", instance.service),
+            Self::Checks(ask) => write!(f, "checks of {}", ask.instance.service),
             Self::Roots => f.write_str("roots"),
             Self::Mesh => f.write_str("mesh config"),
             Self::Leaf(name) => write!(f, "leaf of {}", name.service),

@@ -105,8 +105,8 @@ impl Process {
     }
 
     /// Resident memory without what is mapped from files, such as the program itself.
-    pub fn anonymous_kib(&self) -> u64 {
-        self.status_kib("RssAnon:")
+    pub fn own_kib(&self) -> u64 {
+        self.status_kib("RssAnon:") + self.status_kib("RssShmem:")
     }
 
     fn status_kib(&self, key: &str) -> u64 {

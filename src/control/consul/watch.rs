@@ -52,8 +52,7 @@ pub(crate) enum Key {
     Token,
     /// The proxy of this number.
     Definition(usize),
-    /// The checks of the service instance whose id stands in the name's place.
-    Checks(Name),
+    Checks(checks::Ask),
     Roots,
     Mesh,
     Leaf(Name),
@@ -304,6 +303,40 @@ pub(crate) async fn follow_always(
     }
 }
 
+/// Asks again and again for what no endpoint blocks on, and tells what is new. `decode` says how long an answer is good for.
+pub(crate) async fn poll<T: PartialEq + Clone>(
+    cx: &Context,
+    request: &Request,
+    mut backoff: Backoff,
+    decode: impl Fn(&Response) -> Result<(T, Duration), AgentError>,
+    update: impl Fn(T) -> Update,
+    problem: impl Fn(AgentError) -> String,
+) {
+    let mut last = None;
+    let mut token = cx.client.token().subscribe();
+    loop {
+        let wait = match cx.client.call(request).await.and_then(|response| decode(&response)) {
+            Ok((found, good_for)) => {
+                backoff.reset();
+                cx.recovered().await;
+                if last.as_ref() != Some(&found) {
+                    last = Some(found.clone());
+                    cx.data(update(found)).await;
+                }
+                jittered(good_for)
+            }
+            Err(error) => {
+                cx.trouble(problem(error)).await;
+                backoff.wait()
+            }
+        };
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            Ok(()) = token.changed() => {}
+        }
+    }
+}
+
 /// Runs the watch of `cx.key`. Never ends by itself.
 pub(crate) async fn run(cx: Context, proxy: Option<crate::config::Proxy>) {
     match cx.key.clone() {
@@ -313,7 +346,7 @@ pub(crate) async fn run(cx: Context, proxy: Option<crate::config::Proxy>) {
                 definition::watch(&cx, &proxy).await;
             }
         }
-        Key::Checks(instance) => checks::watch(&cx, &instance).await,
+        Key::Checks(ask) => checks::watch(&cx, &ask).await,
         Key::Roots => roots::watch(&cx).await,
         Key::Mesh => mesh::watch(&cx).await,
         Key::Leaf(name) => leaf::watch(&cx, &name).await,

@@ -366,8 +366,9 @@ pub(crate) struct Check {
     /// `tcp`, `http`, `ttl`, `alias` and so on; empty for node checks and maintenance.
     #[serde(default, rename = "Type", deserialize_with = "nullable")]
     pub(crate) kind: String,
-    /// Where the agent asks instead of at the app; 0 is at the app, or not told (before Consul 1.10).
-    #[serde(default)]
+    /// Where the agent asks instead of at the app; 0 is at the app, or not told (before Consul 1.10). Whoever registers an instance
+    /// may write anything here.
+    #[serde(default, deserialize_with = "port_or_none")]
     pub(crate) exposed_port: u16,
 }
 
@@ -417,6 +418,11 @@ impl std::fmt::Debug for Private {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("[redacted]")
     }
+}
+
+/// A port, or 0 for whatever is none.
+fn port_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
+    Ok(Value::deserialize(deserializer)?.as_u64().and_then(|number| u16::try_from(number).ok()).unwrap_or(0))
 }
 
 /// Go writes `null` for an empty list or map.

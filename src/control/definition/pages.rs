@@ -9,14 +9,13 @@ use super::Opaque;
 use crate::config::envoy::{PageAnswer, PageListener, PageRoute, PathMatch, Scrape};
 use crate::control::consul::watch::Name;
 use crate::control::consul::watch::chain::not_default;
-use crate::control::consul::watch::checks::Exposed;
+use crate::control::consul::watch::checks::{Ask, Exposed};
 use crate::control::consul::wire;
 
 /// How checks of the app are passed on, wherever the agent asks for them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Checks {
-    /// Of the app, with its id in the name's place.
-    pub(crate) instance: Name,
+    pub(crate) ask: Ask,
     bind: IpAddr,
     app: SocketAddr,
 }
@@ -68,40 +67,55 @@ pub(super) fn exposed(service: &wire::Service, config: &Opaque<'_>, warnings: &m
 
 /// `expose.checks`: the app is asked at its own port, because the agent does not tell another one over the HTTP API.
 pub(super) fn checks(service: &wire::Service, config: &Opaque<'_>, warnings: &mut Vec<String>) -> Option<Checks> {
-    let proxy = &service.proxy;
     let bound = super::lenient(config.text("bind_address"), warnings);
-    let bind = super::bind_ip(bound.as_ref().unwrap_or(&service.address), Ipv4Addr::UNSPECIFIED, "address");
-    let app = super::bind_ip(&proxy.local_service_address, Ipv4Addr::LOCALHOST, "local_service_address");
-    let known = bind.and_then(|bind| Ok((bind, app?))).and_then(|(bind, app)| match proxy.local_service_port {
-        0 => Err("the app has no port".to_owned()),
-        port => Ok((bind, SocketAddr::new(app, port))),
-    });
+    exposed_checks(service, bound.as_ref().unwrap_or(&service.address))
+        .map_err(|why| warnings.push(format!("expose.checks has no effect: {why}; name the paths in expose.paths")))
+        .ok()
+}
+
+fn exposed_checks(service: &wire::Service, address: &str) -> Result<Checks, String> {
+    let proxy = &service.proxy;
+    let bind = super::bind_ip(address, Ipv4Addr::UNSPECIFIED, "address")?;
+    let app = super::bind_ip(&proxy.local_service_address, Ipv4Addr::LOCALHOST, "local_service_address")?;
+    if proxy.local_service_port == 0 {
+        return Err("the app has no port".to_owned());
+    }
+    // The agent has no checks rewritten then.
+    if proxy.destination_service_id.is_empty() {
+        return Err("destination_service_id is not set".to_owned());
+    }
     let instance = Name {
         service: proxy.destination_service_id.clone(),
         namespace: not_default(&service.namespace),
         partition: not_default(&service.partition),
     };
-    match known {
-        Ok((bind, app)) => Some(Checks { instance, bind, app }),
-        Err(why) => {
-            warnings.push(format!("expose.checks has no effect: {why}; name the paths in expose.paths"));
-            None
-        }
-    }
+    let ask = Ask { instance, address: service.address.clone() };
+    Ok(Checks { ask, bind, app: SocketAddr::new(app, proxy.local_service_port) })
 }
 
 impl Checks {
-    /// One listener a check that none of `pages` has the port of: `expose.paths` says more. Only this host's agent asks, as in
-    /// Consul, which lets its own address in besides.
+    /// One listener a check that none of `pages` has the port of: `expose.paths` says more.
     pub(crate) fn add_to<'a>(&self, pages: &mut Vec<PageListener>, checks: impl Iterator<Item = &'a Exposed>) {
-        let hosts: [(IpAddr, u8); 2] = [(Ipv4Addr::LOCALHOST.into(), 8), (Ipv6Addr::LOCALHOST.into(), 128)];
-        let own = (!self.bind.is_unspecified()).then_some((self.bind, if self.bind.is_ipv4() { 32 } else { 128 }));
         for Exposed { port, path, http2 } in checks {
-            if pages.iter().all(|known| known.bind.port() != *port) {
+            if *port != self.app.port() && pages.iter().all(|known| known.bind.port() != *port) {
                 let to = Exposure { bind: SocketAddr::new(self.bind, *port), path, app: self.app, http2: *http2 };
-                pages.push(PageListener { sources: hosts.into_iter().chain(own).collect(), ..to.listener() });
+                pages.push(PageListener { sources: self.agents(), ..to.listener() });
             }
         }
+    }
+
+    /// Where the agent on this host asks from: by loopback, or by the address that it asks at. Consul lets in by its own address,
+    /// which the HTTP API tells only with rights that a sidecar has not.
+    fn agents(&self) -> Vec<(IpAddr, u8)> {
+        let mut sources: Vec<(IpAddr, u8)> = vec![(Ipv4Addr::LOCALHOST.into(), 8), (Ipv6Addr::LOCALHOST.into(), 128)];
+        let asked_at = [self.ask.address.parse().ok(), Some(self.bind)].into_iter().flatten();
+        for address in asked_at.filter(|address: &IpAddr| !address.is_unspecified()) {
+            let whole = (address, if address.is_ipv4() { 32 } else { 128 });
+            if !sources.contains(&whole) {
+                sources.push(whole);
+            }
+        }
+        sources
     }
 }
 
@@ -197,27 +211,38 @@ mod tests {
         assert_eq!(found.len(), 1);
         assert!(told[0].contains("another exposed path has port 21500") && told[1].contains("protocol http3"), "{told:?}");
         let call = json!({"Path": "/grpc", "LocalPathPort": 8080, "ListenerPort": 21501, "Protocol": "http2"});
-        let (mut found, _) = read(json!([call]));
+        let (found, _) = read(json!([call]));
         assert_eq!(found[0].routes[0].answer, PageAnswer::Backend { address, rewrite: None, http2: true });
-
-        let mut value = crate::control::fixture("agent-service-sidecar");
-        value["Proxy"]["Expose"] = json!({"Checks": true});
-        value["Address"] = json!("10.0.0.5");
-        let service: wire::Service = serde_json::from_value(value).expect("the capture parses");
-        let checks = checks(&service, &Opaque::new(&serde_json::Map::new()), &mut Vec::new()).expect("the app has a port");
-        let exposed = |port, path: &str, http2| Exposed { port, path: path.to_owned(), http2 };
-        let of_agent = [exposed(21_501, "/of/a/path/that/is/named", false), exposed(21_502, "/health", false)];
-        checks.add_to(&mut found, of_agent.iter());
-        assert_eq!(found.len(), 2, "expose.paths keeps its port");
-        assert_eq!((found[1].name.as_str(), found[1].bind.to_string().as_str()), ("exposed_path_health:21502", "10.0.0.5:21502"));
-        let app = "127.0.0.1:8793".parse().expect("an address");
-        assert_eq!(found[1].routes[0].answer, PageAnswer::Backend { address: app, rewrite: None, http2: false });
-        let sources = [("127.0.0.1", 8), ("::1", 128), ("10.0.0.5", 32)];
-        assert_eq!(found[1].sources, sources.map(|(ip, prefix)| (ip.parse().expect("an IP"), prefix)));
 
         let map = json!({"envoy_stats_bind_addr": "9103"});
         let pages = of(&Opaque::new(map.as_object().expect("an object")), &scrape, &mut warnings);
         assert!(pages.is_empty());
         assert!(warnings[0].contains("envoy_stats_bind_addr") && warnings[0].contains("0.0.0.0:9102"), "{warnings:?}");
+    }
+
+    #[test]
+    fn checks_are_passed_on_for_this_hosts_agent_where_the_agent_asks() {
+        let mut value = crate::control::fixture("agent-service-sidecar");
+        value["Address"] = json!("10.0.0.5");
+        let mut service: wire::Service = serde_json::from_value(value).expect("the capture parses");
+        let of = |service: &wire::Service| checks(service, &Opaque::new(&service.proxy.config), &mut Vec::new());
+        let exposed = |port, path: &str, http2| Exposed { port, path: path.to_owned(), http2 };
+        let told = [exposed(21_501, "/health", false), exposed(21_502, "/call", true), exposed(8_793, "/of/the/app", false)];
+        let known = of(&service).expect("it has all");
+        let named: SocketAddr = "10.0.0.5:21501".parse().expect("an address");
+        let mut pages = vec![listener("named", named, PathMatch::Exact("/other".to_owned()), PageAnswer::Status(NOT_FOUND))];
+        known.add_to(&mut pages, told.iter());
+        assert_eq!(pages.len(), 2, "expose.paths keeps its port, and the app its own");
+        assert_eq!((pages[1].name.as_str(), pages[1].bind.to_string().as_str()), ("exposed_path_call:21502", "10.0.0.5:21502"));
+        let app = "127.0.0.1:8793".parse().expect("an address");
+        assert_eq!(pages[1].routes[0].answer, PageAnswer::Backend { address: app, rewrite: None, http2: true });
+        let sources = [("127.0.0.1", 8), ("::1", 128), ("10.0.0.5", 32)].map(|(ip, prefix)| (ip.parse().expect("an IP"), prefix));
+        assert_eq!(pages[1].sources, sources);
+
+        service.proxy.config = json!({"bind_address": "0.0.0.0"}).as_object().cloned().expect("an object");
+        let everywhere = of(&service).expect("it has all");
+        assert_eq!((everywhere.bind.to_string().as_str(), everywhere.agents()), ("0.0.0.0", sources.to_vec()));
+        service.proxy.destination_service_id.clear();
+        assert_eq!(of(&service), None, "they would be the node's");
     }
 }

@@ -314,7 +314,16 @@ impl<R: Ring> Worker<R> {
             (true, Some(wanted)) => connection.tried.is_empty().then(|| balancer.original(wanted)).flatten(),
             (false, _) => may_try.then(|| balancer.choose(client, &connection.tried, now)).flatten(),
         };
-        let choice = choice.ok_or_else(|| no_endpoint(balancer.upstream()))?;
+        let Some(choice) = choice else {
+            let upstream = balancer.upstream();
+            // In panic everybody is tried, so there is nobody; Envoy counts that too.
+            let in_panic = connection.tried.is_empty() && !upstream.original && upstream.panic_percent > 0;
+            let nothing = no_endpoint(upstream);
+            if in_panic {
+                self.listener(connection).cells.in_panic.add(1);
+            }
+            return Err(nothing);
+        };
         balancer.opened(choice.address);
         if let Some(facts) = &mut connection.facts.access {
             // Without TLS of ours no server name is sent that could name the cluster.

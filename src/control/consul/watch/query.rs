@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::{Context, Update, health};
-use crate::control::backoff::{Backoff, jittered};
+use super::{Context, Update, health, poll};
+use crate::control::backoff::Backoff;
 use crate::control::consul::client::{Request, Response};
 use crate::control::consul::error::{AgentError, Endpoint};
 use crate::control::consul::wire;
@@ -13,34 +13,12 @@ const INTERVAL: Duration = Duration::from_secs(30);
 
 pub(super) async fn watch(cx: &Context, name: &str, datacenter: &str) {
     let request = Request::get(Endpoint::Query, &["query", name, "execute"]).with("connect", "true").with("dc", datacenter);
-    let mut backoff = Backoff::new(Duration::from_millis(200), INTERVAL);
-    let mut last = None;
-    let mut token = cx.client.token().subscribe();
-    loop {
-        let wait = match cx.client.call(&request).await.and_then(|response| decode(&response)) {
-            Ok(instances) => {
-                backoff.reset();
-                cx.recovered().await;
-                if last.as_ref() != Some(&instances) {
-                    last = Some(instances.clone());
-                    cx.data(Update::Instances(instances)).await;
-                }
-                jittered(INTERVAL)
-            }
-            Err(AgentError::NotFound { .. }) => {
-                cx.trouble(format!("prepared query `{name}` does not exist; create it or correct the upstream")).await;
-                backoff.wait()
-            }
-            Err(error) => {
-                cx.trouble(error.to_string()).await;
-                backoff.wait()
-            }
-        };
-        tokio::select! {
-            () = tokio::time::sleep(wait) => {}
-            Ok(()) = token.changed() => {}
-        }
-    }
+    let backoff = Backoff::new(Duration::from_millis(200), INTERVAL);
+    let problem = |error| match error {
+        AgentError::NotFound { .. } => format!("prepared query `{name}` does not exist; create it or correct the upstream"),
+        error => error.to_string(),
+    };
+    poll(cx, &request, backoff, |response| Ok((decode(response)?, INTERVAL)), Update::Instances, problem).await;
 }
 
 fn decode(response: &Response) -> Result<Vec<health::Instance>, AgentError> {
