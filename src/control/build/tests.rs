@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::control::consul::watch::checks::Exposed;
 use crate::control::consul::watch::health::{self, State as Health};
 use crate::control::consul::watch::{Event, Name, Update, What};
 use crate::control::consul::wire;
@@ -311,4 +312,32 @@ fn readiness_needs_everything_and_stays() {
     let status = report::status(&mut bench.state, true, false, now());
     assert!(status.ready && !status.agent_reachable);
     assert_eq!(status.services[0].problem.as_deref(), Some("500"));
+}
+
+#[test]
+fn exposed_checks_are_pages_until_the_agent_says_otherwise() {
+    let mut bench = Bench::new();
+    let mut service: wire::Service =
+        serde_json::from_value(crate::control::fixture("agent-service-sidecar")).expect("the capture parses");
+    service.proxy.expose.checks = true;
+    bench.tell(Key::Definition(0), Update::Definition(Box::new(service)));
+    let asked = bench.state.wanted().into_iter().find(|key| matches!(key, Key::Checks(_))).expect("a watch of checks");
+    let pages = |bench: &mut Bench| -> Vec<u16> {
+        let status = report::status(&mut bench.state, true, true, now());
+        status.services[0].pages.iter().map(|page| page.bind.port()).filter(|port| *port >= 21_600).collect()
+    };
+    let tell = |bench: &mut Bench, told: &[(&str, Option<u16>)]| {
+        let exposed = |port| Exposed { port, path: "/health".into(), http2: false };
+        let checks = told.iter().map(|(id, port)| ((*id).to_owned(), port.map(exposed))).collect();
+        assert_eq!(bench.tell(asked.clone(), Update::Checks(checks)), super::super::state::Urgency::None);
+        pages(bench)
+    };
+    assert!(pages(&mut bench).is_empty());
+    assert_eq!(tell(&mut bench, &[("a", Some(21_600)), ("b", None)]), [21_600]);
+    assert_eq!(tell(&mut bench, &[("a", None), ("b", Some(21_601))]), [21_600, 21_601], "an output that says nothing of it");
+    assert_eq!(tell(&mut bench, &[]), [21_600, 21_601], "as for a token that lost its rights");
+    assert_eq!(tell(&mut bench, &[("b", Some(21_602))]), [21_602]);
+    bench.define();
+    assert!(!bench.state.wanted().contains(&asked));
+    assert!(pages(&mut bench).is_empty(), "checks are not exposed any more");
 }
