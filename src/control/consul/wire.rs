@@ -360,6 +360,9 @@ pub(crate) struct Node {
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Check {
     pub(crate) status: String,
+    /// Empty for a check of the node.
+    #[serde(default, rename = "ServiceID", deserialize_with = "nullable")]
+    pub(crate) service_id: String,
     /// What the check last said; empty until it has run.
     #[serde(default, deserialize_with = "nullable")]
     pub(crate) output: String,

@@ -47,20 +47,23 @@ pub(crate) struct Exposed {
 pub(crate) type Checks = BTreeMap<String, Option<Exposed>>;
 
 pub(super) async fn watch(cx: &Context, ask: &Ask) {
+    // Agents that know no filters here are filtered once more.
     let quoted = ask.instance.service.replace('\\', r"\\").replace('"', "\\\"");
     let filter = format!("ServiceID == \"{quoted}\" and (Type == \"http\" or Type == \"grpc\")");
     let request = ask.instance.scope(Request::get(Endpoint::Checks, &["agent", "checks"]).with("filter", &filter));
     let decode = |response: &Response| {
-        let checks = decode(response, &ask.address)?;
+        let checks = decode(response, ask)?;
         let all_are_known = checks.values().all(Option::is_some);
         Ok((checks, INTERVALS[usize::from(all_are_known)]))
     };
     poll(cx, &request, Backoff::agent(), decode, Update::Checks, |error| error.to_string()).await;
 }
 
-fn decode(response: &Response, address: &str) -> Result<Checks, AgentError> {
+fn decode(response: &Response, ask: &Ask) -> Result<Checks, AgentError> {
     let checks: BTreeMap<String, wire::Check> = response.json(Endpoint::Checks)?;
-    Ok(checks.into_iter().map(|(id, check)| (id, exposed(&check, address))).collect())
+    let asked = |check: &wire::Check| check.service_id == ask.instance.service && matches!(&*check.kind, "http" | "grpc");
+    let checks = checks.into_iter().filter(|(_, check)| asked(check));
+    Ok(checks.map(|(id, check)| (id, exposed(&check, &ask.address))).collect())
 }
 
 fn exposed(check: &wire::Check, address: &str) -> Option<Exposed> {
@@ -115,9 +118,15 @@ mod tests {
     use serde_json::{Value, json};
 
     fn at(address: &str, kind: &str, output: &str, told: impl Into<Value>) -> Option<(u16, String)> {
-        let body =
-            json!({"c": {"CheckID": "c", "Status": "critical", "Type": kind, "Output": output, "ExposedPort": told.into()}});
-        let checks = decode(&Response::with_body(body.to_string().as_bytes()), address).expect("checks");
+        let told = told.into();
+        let check = |kind: &str, service: &str| json!({"ServiceID": service, "Status": "critical", "Type": kind, "Output": output, "ExposedPort": told});
+        let all = json!({
+            "c": check(kind, "web"), "of-another": check(kind, "db"), "of-the-node": check(kind, ""), "t": check("tcp", "web"),
+        });
+        let instance = Name { service: "web".into(), namespace: String::new(), partition: String::new() };
+        let ask = Ask { instance, address: address.to_owned() };
+        let checks = decode(&Response::with_body(all.to_string().as_bytes()), &ask).expect("checks");
+        assert_eq!(checks.len(), 1, "its own that are asked for over HTTP");
         checks["c"].clone().map(|exposed| {
             assert_eq!(exposed.http2, kind == "grpc");
             (exposed.port, exposed.path)
