@@ -194,6 +194,9 @@ fn an_app_that_speaks_tls_behind_a_terminating_gateway_is_known_by_its_ca_and_na
     let cluster = |san: &str| resources::tls_app_cluster(LEGACY, [&files[0], &files[1], &files[2]], tls_app::NAME, san);
     let of_legacy = material(&ca, &ca.leaf("legacy"));
     let listener = resources::terminating_gateway(front, vec![(LEGACY, &of_legacy, resources::allow(&["web"]))]);
+    let log = pki.path("access.log");
+    let format = "%UPSTREAM_PEER_ISSUER%|%UPSTREAM_TLS_VERSION%|%DOWNSTREAM_PEER_URI_SAN%\n";
+    let listener = resources::with_log(listener, log.to_str().expect("a path in UTF-8"), format);
     let apps = ["TLSv1_2", "TLSv1_3"].map(|version| TlsApp::start(&pki, version));
     let gateway = gateway("egress", &listener, front, &[(LEGACY, apps[0].address)]);
     gateway.server.set(CLUSTER, LEGACY, &cluster(tls_app::NAME));
@@ -206,6 +209,11 @@ fn an_app_that_speaks_tls_behind_a_terminating_gateway_is_known_by_its_ca_and_na
             round_trip(listen, &support::bytes(3, size)).expect("an echo");
         }
     }
+    let logged = |version: &str| {
+        let line = format!("CN=a CA of the office|{version}|{}", ca.id("web"));
+        std::fs::read_to_string(&log).is_ok_and(|told| told.lines().any(|told| told == line))
+    };
+    wait_until("both certificates in the log", PATIENCE, || ["TLSv1.2", "TLSv1.3"].into_iter().all(logged));
     let certs = support::http::Client::new(gateway.sidecar.admin_address(), None).get("/certs").body;
     assert!(files[..2].iter().all(|file| certs.contains(&format!("\"path\": \"{}\"", file.display()))), "{certs}");
     let stats = || support::http::Client::new(gateway.sidecar.admin_address(), None).get("/stats?filter=ssl").body;

@@ -244,6 +244,7 @@ impl Connection {
             io.cells.outside_handshakes.add(1);
             if let Some(facts) = &mut self.facts.access {
                 facts.outside_tls = Some((established.version, established.suite));
+                facts.outside_certificate = peer_certificate;
             }
             if self.direction == Direction::Outbound {
                 return Next::ClientReady;

@@ -141,6 +141,8 @@ pub struct AccessFacts {
     pub peer_certificate: Option<Box<[u8]>>,
     /// Version and suite of TLS with whoever has no part in the mesh: an ingress gateway's client, a terminating gateway's app.
     pub outside_tls: Option<(u16, u16)>,
+    /// The leaf that they showed, DER.
+    pub outside_certificate: Option<Box<[u8]>>,
 }
 
 impl ConnectionRecord {

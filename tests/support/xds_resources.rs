@@ -353,7 +353,7 @@ pub fn with_log(mut listener: listener::Listener, path: &str, format: &str) -> l
         config_type: Some(accesslog::access_log::ConfigType::TypedConfig(config)),
         ..Default::default()
     };
-    let filter = &mut listener.filter_chains[0].filters[0];
+    let filter = listener.filter_chains[0].filters.last_mut().expect("tcp_proxy comes last");
     let Some(listener::filter::ConfigType::TypedConfig(proxy)) = &mut filter.config_type else { panic!("a typed filter") };
     let mut message = tcp_proxy::TcpProxy::decode(&*proxy.value).expect("a tcp_proxy");
     message.access_log.push(log);

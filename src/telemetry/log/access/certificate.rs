@@ -15,11 +15,24 @@ pub(super) fn attribute(der: &[u8], attribute: Attribute) -> Option<String> {
         Attribute::Issuer => name(certificate.issuer()),
         Attribute::Serial => hex(certificate.raw_serial()),
         Attribute::FingerprintSha256 => hex(ring::digest::digest(&ring::digest::SHA256, der).as_ref()),
-        Attribute::DnsNames => dns_names(&certificate),
+        Attribute::DnsNames => names(&certificate, |name| match name {
+            GeneralName::DNSName(name) => Some(*name),
+            _ => None,
+        }),
         Attribute::NotBefore => moment(certificate.validity().not_before.timestamp()),
         Attribute::NotAfter => moment(certificate.validity().not_after.timestamp()),
     };
     (!text.is_empty()).then_some(text)
+}
+
+/// Its URIs, of whoever is no peer of the mesh and may have any.
+pub(super) fn uris(der: &[u8]) -> Option<String> {
+    let (_, certificate) = X509Certificate::from_der(der).ok()?;
+    let uris = names(&certificate, |name| match name {
+        GeneralName::URI(uri) => Some(*uri),
+        _ => None,
+    });
+    (!uris.is_empty()).then_some(uris)
 }
 
 /// RFC 2253: the last part first, `CN=db,O=Example`.
@@ -55,13 +68,10 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn dns_names(certificate: &X509Certificate<'_>) -> String {
+/// Subject alternative names of one kind.
+fn names(certificate: &X509Certificate<'_>, of_kind: impl for<'a> Fn(&GeneralName<'a>) -> Option<&'a str>) -> String {
     let Ok(Some(names)) = certificate.subject_alternative_name() else { return String::new() };
-    let names = names.value.general_names.iter().filter_map(|name| match name {
-        GeneralName::DNSName(name) => Some(*name),
-        _ => None,
-    });
-    names.collect::<Vec<_>>().join(",")
+    names.value.general_names.iter().filter_map(of_kind).collect::<Vec<_>>().join(",")
 }
 
 fn moment(seconds: i64) -> String {

@@ -258,6 +258,16 @@ fn a_certificate_tells_what_envoy_tells() {
     assert_eq!(text("%DOWNSTREAM_PEER_FINGERPRINT_256%", &record).len(), 64);
     assert!(text("%DOWNSTREAM_PEER_CERT_V_END%", &record).ends_with(".000Z"));
     assert_eq!(text("%UPSTREAM_PEER_SUBJECT% %UPSTREAM_PEER_CERT_V_END%", &record), "- -");
+    let outside = AccessFacts {
+        outside_certificate: Some(svid.chain[0].as_ref().into()),
+        outside_tls: Some((0x0304, 0x1301)),
+        ..AccessFacts::default()
+    };
+    let of_app = ConnectionRecord { access: Some(Box::new(outside)), ..inbound(true) };
+    let end = text("%DOWNSTREAM_PEER_CERT_V_END%", &record);
+    let format = "%UPSTREAM_PEER_CERT_V_END% %UPSTREAM_PEER_URI_SAN% %DOWNSTREAM_PEER_CERT_V_END% %DOWNSTREAM_PEER_URI_SAN%";
+    let caller = "spiffe://t.consul/ns/default/dc/dc1/svc/web";
+    assert_eq!(text(format, &of_app), format!("{end} {} - {caller}", svid.id));
     let broken = AccessFacts { peer_certificate: Some(Box::from(*b"junk")), ..AccessFacts::default() };
     assert_eq!(text("%DOWNSTREAM_PEER_ISSUER%", &ConnectionRecord { access: Some(Box::new(broken)), ..inbound(true) }), "-");
 }

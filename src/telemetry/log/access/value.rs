@@ -95,12 +95,12 @@ impl<'a> Facts<'a> {
             Field::TlsVersion(side) => Value::text(self.tls(*side).map(|(version, _)| line::tls_version(version))),
             Field::TlsCipher(side) => Value::text(self.tls(*side).map(|(_, suite)| cipher(suite))),
             Field::PeerUri(side) if self.spoke_tls(*side) => Value::text(self.peer().map(SpiffeId::as_str)),
+            Field::PeerUri(side) => Value::text(self.shown(*side).and_then(certificate::uris)),
             Field::LocalUri(side) if self.spoke_tls(*side) => Value::text(self.own().map(SpiffeId::as_str)),
-            Field::Peer(side, attribute) if self.spoke_tls(*side) => {
-                let der = record.access.as_deref().and_then(|facts| facts.peer_certificate.as_deref());
-                Value::text(der.and_then(|der| certificate::attribute(der, *attribute)))
+            Field::LocalUri(_) => Value::Missing,
+            Field::Peer(side, attribute) => {
+                Value::text(self.shown(*side).and_then(|der| certificate::attribute(der, *attribute)))
             }
-            Field::PeerUri(_) | Field::LocalUri(_) | Field::Peer(..) => Value::Missing,
             Field::ServerName => Value::text(record.access.as_deref().and_then(|facts| facts.server_name.as_deref())),
             Field::Attempts => Value::Number(match record.direction {
                 Direction::Inbound => u64::from(record.endpoint.is_some()),
@@ -154,6 +154,15 @@ impl<'a> Facts<'a> {
             return self.record.access.as_deref().and_then(|facts| facts.outside_tls);
         }
         self.record.tls_version.zip(self.record.tls_suite).filter(|_| self.spoke_tls(side))
+    }
+
+    /// The certificate that the peer on that side has shown, DER.
+    fn shown(&self, side: Side) -> Option<&[u8]> {
+        let facts = self.record.access.as_deref()?;
+        match side == flags::mesh_side(self.record) {
+            true => facts.peer_certificate.as_deref().filter(|_| self.spoke_tls(side)),
+            false => facts.outside_certificate.as_deref(),
+        }
     }
 
     fn spoke_tls(&self, side: Side) -> bool {
