@@ -2,7 +2,8 @@
 //!
 //! Invariant: at most [`CONNECTIONS_MAX`] connections at once, each with [`HEAD_BYTES_MAX`] of request head, a wait of
 //! [`HEAD_TIMEOUT`] for it, and a life of [`CONNECTION_LIFE_MAX`]. Further clients wait in the kernel's backlog. So a slow
-//! or hostile client costs a bounded amount of memory, for a bounded time. No body is kept: what is not read waits with its client.
+//! or hostile client costs a bounded amount of memory, for a bounded time. No body is kept: what is not read stays with its
+//! client.
 //!
 //! Knows routes only as a service. A failed accept is retried after a pause; a failed connection concerns its client alone.
 

@@ -36,6 +36,8 @@ pub(super) use flush::run as flush;
 use query::{Format, Query};
 
 const JSON: &str = "application/json";
+/// Pieces made in a row before the tick and other requests get their turn: half a millisecond.
+const PIECES_IN_A_ROW_MAX: u32 = 8;
 
 /// What the pages need to know.
 #[derive(Debug, Clone, Default)]
@@ -195,9 +197,6 @@ pub(super) async fn reset(shared: &Shared) {
     });
     *shared.stats.baseline.lock().await = counted.collect();
 }
-
-/// Pieces made in a row before the tick and other requests get their turn: half a millisecond.
-const PIECES_IN_A_ROW_MAX: u32 = 8;
 
 /// A body whose pieces are made when they can be sent.
 struct Pieces {

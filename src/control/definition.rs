@@ -24,7 +24,7 @@ use crate::config::Keepalive;
 use crate::config::envoy::{AccessLog, PageListener, Scrape};
 use crate::mesh::{Bind, DenyReply, Outlier};
 
-pub(crate) use pages::Checks;
+pub(crate) use pages::ExposedChecks;
 use upstream::upstream;
 pub(crate) use upstream::{Destination, Tuning, Upstream};
 
@@ -45,7 +45,7 @@ pub(crate) struct Definition {
     /// Listeners for pages of the admin port.
     pub(crate) pages: Vec<PageListener>,
     /// `expose.checks`.
-    pub(crate) checks: Option<Checks>,
+    pub(crate) checks: Option<ExposedChecks>,
     /// What it says of stats.
     pub(crate) stats: StatsWishes,
     /// What has no effect here or could not be read, for one line of log.

@@ -369,8 +369,8 @@ pub(crate) struct Check {
     /// `tcp`, `http`, `ttl`, `alias` and so on; empty for node checks and maintenance.
     #[serde(default, rename = "Type", deserialize_with = "nullable")]
     pub(crate) kind: String,
-    /// Where the agent asks instead of at the app; 0 is at the app, or not told (before Consul 1.10). Whoever registers an instance
-    /// may write anything here.
+    /// Where the agent asks instead of at the app; 0 is at the app, or not told (before Consul 1.10). Whoever registers an
+    /// instance may write anything here.
     #[serde(default, deserialize_with = "port_or_none")]
     pub(crate) exposed_port: u16,
 }

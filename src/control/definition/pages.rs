@@ -1,5 +1,5 @@
-//! Listeners for pages that a registration asks for: `envoy_prometheus_bind_addr`, `envoy_stats_bind_addr`, and the paths of the
-//! app that `expose` names.
+//! Listeners for pages that a registration asks for: `envoy_prometheus_bind_addr`, `envoy_stats_bind_addr`, and the paths and checks
+//! of the app that `expose` names.
 //!
 //! What cannot be read is named and left out: a scrape that fails changes nothing for the mesh.
 
@@ -14,7 +14,7 @@ use crate::control::consul::wire;
 
 /// How checks of the app are passed on, wherever the agent asks for them.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Checks {
+pub(crate) struct ExposedChecks {
     pub(crate) ask: Ask,
     bind: IpAddr,
     app: SocketAddr,
@@ -66,14 +66,14 @@ pub(super) fn exposed(service: &wire::Service, config: &Opaque<'_>, warnings: &m
 }
 
 /// `expose.checks`: the app is asked at its own port, because the agent does not tell another one over the HTTP API.
-pub(super) fn checks(service: &wire::Service, config: &Opaque<'_>, warnings: &mut Vec<String>) -> Option<Checks> {
+pub(super) fn checks(service: &wire::Service, config: &Opaque<'_>, warnings: &mut Vec<String>) -> Option<ExposedChecks> {
     let bound = super::lenient(config.text("bind_address"), warnings);
     exposed_checks(service, bound.as_ref().unwrap_or(&service.address))
         .map_err(|why| warnings.push(format!("expose.checks has no effect: {why}; name the paths in expose.paths")))
         .ok()
 }
 
-fn exposed_checks(service: &wire::Service, address: &str) -> Result<Checks, String> {
+fn exposed_checks(service: &wire::Service, address: &str) -> Result<ExposedChecks, String> {
     let proxy = &service.proxy;
     let bind = super::bind_ip(address, Ipv4Addr::UNSPECIFIED, "address")?;
     let app = super::bind_ip(&proxy.local_service_address, Ipv4Addr::LOCALHOST, "local_service_address")?;
@@ -90,10 +90,10 @@ fn exposed_checks(service: &wire::Service, address: &str) -> Result<Checks, Stri
         partition: not_default(&service.partition),
     };
     let ask = Ask { instance, address: service.address.clone() };
-    Ok(Checks { ask, bind, app: SocketAddr::new(app, proxy.local_service_port) })
+    Ok(ExposedChecks { ask, bind, app: SocketAddr::new(app, proxy.local_service_port) })
 }
 
-impl Checks {
+impl ExposedChecks {
     /// One listener a check that none of `pages` has the port of: `expose.paths` says more.
     pub(crate) fn add_to<'a>(&self, pages: &mut Vec<PageListener>, checks: impl Iterator<Item = &'a Exposed>) {
         for Exposed { port, path, http2 } in checks {

@@ -1,11 +1,12 @@
 //! The checks of a service instance, for `expose.checks`: the agent asks for each HTTP and gRPC check at a port of the sidecar's,
 //! and the sidecar must pass it on.
 //!
-//! Over HTTP the agent tells neither path nor, before Consul 1.10, the port in a field of its own: both stand in the check's output,
-//! which the agent writes itself (`agent/checks/check.go`, `CheckHTTP` and `CheckGRPC`; seen with 1.8.7 and 1.10.12).
+//! Over HTTP the agent tells neither path nor, before Consul 1.10, the port in a field of its own: both stand in the output of a
+//! check, which the agent writes itself (`agent/checks/check.go`, `CheckHTTP` and `CheckGRPC`; seen with 1.8.7 and 1.10.12).
 //!
-//! Invariant: a port that the agent does not call exposed is believed only at the sidecar's own address and within the agent's default
-//! range, because before a sidecar is registered the output names the app's own. What the app answered is never read.
+//! Invariant: a port that the agent does not call exposed is believed only at the sidecar's own address and within the agent's
+//! default range, because before a sidecar is registered the output names the app's own. What the app answered to an HTTP check
+//! is never read.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;

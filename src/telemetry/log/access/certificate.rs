@@ -22,7 +22,7 @@ pub(super) fn attribute(der: &[u8], attribute: Attribute) -> Option<String> {
         Attribute::NotBefore => moment(certificate.validity().not_before.timestamp()),
         Attribute::NotAfter => moment(certificate.validity().not_after.timestamp()),
     };
-    (!text.is_empty()).then_some(text)
+    printable(text)
 }
 
 /// Its URIs, of whoever is no peer of the mesh and may have any.
@@ -32,7 +32,13 @@ pub(super) fn uris(der: &[u8]) -> Option<String> {
         GeneralName::URI(uri) => Some(*uri),
         _ => None,
     });
-    (!uris.is_empty()).then_some(uris)
+    printable(uris)
+}
+
+/// On one line, whatever a CA outside of the mesh has signed; `None` where there is nothing.
+fn printable(text: String) -> Option<String> {
+    let text = if text.contains(char::is_control) { text.escape_debug().to_string() } else { text };
+    (!text.is_empty()).then_some(text)
 }
 
 /// RFC 2253: the last part first, `CN=db,O=Example`.

@@ -268,6 +268,16 @@ fn a_certificate_tells_what_envoy_tells() {
     let format = "%UPSTREAM_PEER_CERT_V_END% %UPSTREAM_PEER_URI_SAN% %DOWNSTREAM_PEER_CERT_V_END% %DOWNSTREAM_PEER_URI_SAN%";
     let caller = "spiffe://t.consul/ns/default/dc/dc1/svc/web";
     assert_eq!(text(format, &of_app), format!("{end} {} - {caller}", svid.id));
+    let mut params = rcgen::CertificateParams::default();
+    params.subject_alt_names = vec![rcgen::SanType::URI("urn:a\nforged".try_into().expect("in ASCII"))];
+    params.distinguished_name.push(rcgen::DnType::OrganizationName, "b\nforged");
+    let forging = params.self_signed(&rcgen::KeyPair::generate().expect("a key")).expect("signed");
+    let forging = AccessFacts { outside_certificate: Some(forging.der().as_ref().into()), ..AccessFacts::default() };
+    let told = text(
+        "%UPSTREAM_PEER_URI_SAN% %UPSTREAM_PEER_SUBJECT%",
+        &ConnectionRecord { access: Some(Box::new(forging)), ..inbound(true) },
+    );
+    assert!(told.starts_with("urn:a\\nforged ") && told.contains("O=b\\nforged") && !told.contains('\n'), "{told}");
     let broken = AccessFacts { peer_certificate: Some(Box::from(*b"junk")), ..AccessFacts::default() };
     assert_eq!(text("%DOWNSTREAM_PEER_ISSUER%", &ConnectionRecord { access: Some(Box::new(broken)), ..inbound(true) }), "-");
 }
